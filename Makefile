@@ -11,7 +11,7 @@ TEST_JOBS ?= 2
 SOURCES := flowml runtime tools tests examples scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types unit wheel faults kills reference peers pins clean
+.PHONY: help demo test lint format types unit wheel faults kills storm soak reference peers pins clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -40,8 +40,14 @@ wheel: $(STAMP)  ## build the wheel and use it in an environment of its own
 faults: $(STAMP)  ## 100,000 random training runs with faults, checked; FAULTS_ARGS="--seed 7" repeats one
 	@$(VENV)/bin/flowml faults $(or $(FAULTS_ARGS),--seeds 100000)
 
-kills: $(STAMP)  ## kill -9 of worker, home, leader, coordinator and driver at each point of a run, under four policies
-	@FLOWML_KILLS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal --timeout=120 tests/training/test_kills.py tests/training/test_orphans.py
+kills: $(STAMP)  ## kill -9 of worker, home, leader, coordinator, launcher and driver at each point of a run, under four policies
+	@FLOWML_KILLS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal --timeout=120 tests/training/test_kills.py tests/training/test_orphans.py tests/training/test_killed_launcher.py
+
+storm: $(STAMP)  ## 200 kills of workers in one fit, under each of four policies; STORM=50 for fewer
+	@FLOWML_STORM=$(or $(STORM),200) $(PY) -m pytest -s --timeout=900 -o faulthandler_timeout=0 tests/training/test_storm.py
+
+soak: $(STAMP)  ## fits and calls for 20 minutes: memory, descriptors and threads stay; SOAK=7200 for two hours
+	@FLOWML_SOAK=$(or $(SOAK),1200) $(PY) -m pytest -s --timeout=0 -o faulthandler_timeout=0 tests/training/test_soak.py
 
 reference: $(STAMP)  ## write docs/reference.md from the docstrings, tables of docs/training.md and docs/methods
 	@$(PY) scripts/reference.py

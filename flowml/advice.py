@@ -98,12 +98,14 @@ class Advice:
             "",
             f"{'policy':<{width}}  {'time':>9}{'speed':>9}{'bytes':>11}{'stale':>8}{'lost':>7}",
         ]
-        for t in self.trials:
+        for t in sorted(self.trials, key=lambda trial: trial.seconds):
             speed = f"{t.speed:.2f} ×"
             lines.append(
                 f"{t.name:<{width}}  {_time(t.seconds):>9}{speed:>9}{bytes_text(t.nbytes):>11}"
                 f"{t.staleness:>8.1f}{t.dropped:>7.1%}"
             )
+        if self.best.seconds > min(trial.seconds for trial in self.trials):
+            lines += ["", f"{self.best.name} is within {TIE:.0%} of the fastest, and changes training least of those."]
         told = [*self.trials[:SHOWN], *(t for t in self.trials[SHOWN:] if t.name in PLAIN)]
         lines += ["", *(f"{t.name}: {t.why}" for t in told)]
         lines += [f"{t.name}: {clip(note, 200)}" for t in told for note in t.notes]

@@ -22,7 +22,7 @@ from flowml.errors import FlowmlError, PlanError, PolicyError, named
 from flowml.home import Applies, Buffer, Coupled, Coupling, Local, Reduction, Site
 from flowml.instructions import Instruction, Run
 from flowml.policy import Code, Policy, Speculate
-from flowml.policy.filters import sent_size
+from flowml.policy.filtering import pushed_size
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -291,7 +291,7 @@ class StoreSpec(msgspec.Struct, frozen=True):
 
     def part_bytes(self, part: Part) -> int:
         """Size of a part as it is sent, or the largest possible if it varies."""
-        return sent_size(self.policy.home_filters, part.payload, part.filtered)[0]
+        return pushed_size(self.policy, part.payload, part.filtered)[0]
 
 
 class StateLeaf(msgspec.Struct, frozen=True):

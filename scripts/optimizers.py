@@ -60,6 +60,8 @@ def way(name: str) -> tuple[float, str]:
     first, because = slices.together
     layers = [next((layer for layer in ("first", "last") if layer in path), "value") for path in (*paths, "value")]
     shared = {i: {layers[k] for k, f in enumerate(first) if f == i} for i in because}
+    if "loss" in wants:
+        return 6, "all layers share a home, which evaluates the loss of the batch"
     if any(len(found) > 1 for found in shared.values()):
         return 5, f"coupled layers share a home, because of {' and '.join(sorted(set(because.values())))}"
     stores = [[i for i in range(slices.count) if layers[i] == layer] for layer in dict.fromkeys(layers[: slices.count])]
@@ -71,11 +73,16 @@ def way(name: str) -> tuple[float, str]:
     return 1 + value, f"per leaf, with coupled values in {rounds} round{'s' if rounds > 1 else ''}{with_loss}"
 
 
+def _loss(params: Any, batch: Any) -> Any:
+    del batch
+    return sum(jnp.sum(x**2) for x in jax.tree_util.tree_leaves(params))
+
+
 def sliced(optimizer: Any, params: Any) -> tuple[OptimizerSlices, frozenset[str]]:
     """The slices of an optimizer, and what it wants beside gradients of the batch."""
     wants: frozenset[str] = frozenset()
     while True:
-        spec, given = adapted(TrainingSpec(lambda params, batch: 0.0, optimizer), params, jnp.asarray, wants, BATCH)
+        spec, given = adapted(TrainingSpec(_loss, optimizer), params, jnp.asarray, wants, BATCH)
         try:
             return slice_optimizer(spec.optimizer, given), wants
         except WantedError as error:

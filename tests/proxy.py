@@ -1,4 +1,4 @@
-"""A relay between a client and a server on loopback that can flip a bit, cut the line, let nothing through or be slow.
+"""A relay between a client and a server on loopback: it flips a bit, swaps bytes, cuts or resets the line, or is slow.
 
 What it does, it does at a position in the bytes that a client sends, so that a test hits the middle of a message.
 """
@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
+from collections.abc import Callable
 from typing import Literal
 
-Fault = Literal["none", "flip", "cut", "stall"]
+Fault = Literal["none", "flip", "swap", "cut", "reset", "stall"]
 CHUNK_BYTES = 2**16
+SWAPPED_BYTES = 512
 
 
 class Proxy:
     """Relays to `target` (host:port) from `address`. Use as a context manager."""
 
     def __init__(
-        self, target: str, fault: Fault = "none", at: int = 0, bytes_per_s: float | None = None, near: bytes = b""
+        self,
+        target: str,
+        fault: Fault = "none",
+        at: int = 0,
+        bytes_per_s: float | None = None,
+        near: bytes = b"",
+        delay: Callable[[], float] | None = None,
     ) -> None:
-        """`bytes_per_s` is how fast it lets a client's bytes through; it may be changed meanwhile.
+        """`bytes_per_s` is how fast it lets a client's bytes through; it may be changed meanwhile. `delay` gives how
+        many seconds it holds up what it relays next.
 
         The fault is at the first place from `at` on where the bytes are `near`. So a flip hits an array, and no length
         of gRPC's own framing: a receiver that waits for more bytes than come refuses nothing.
@@ -29,7 +39,7 @@ class Proxy:
         host, port = target.rsplit(":", 1)
         self._target = host, int(port)
         self._fault: Fault = fault
-        self._at, self._near = at, near
+        self._at, self._near, self._delay = at, near, delay
         self.bytes_per_s = bytes_per_s
         self.reached = threading.Event()
         """Set once the fault has come to pass."""
@@ -82,20 +92,31 @@ class Proxy:
                 else:
                     if upwards and self.bytes_per_s is not None:
                         time.sleep(len(chunk) / self.bytes_per_s)
+                    if self._delay is not None:
+                        time.sleep(self._delay())
                     sink.sendall(chunk)
                 done += len(chunk)
         for link in (source, sink):
             _shut(link)
 
     def _spoil(self, chunk: bytearray, at: int, sink: socket.socket) -> None:
-        if self._fault == "flip":
-            chunk[at] ^= 1 << 3
+        if self._fault in ("flip", "swap"):
+            if self._fault == "flip":
+                chunk[at] ^= 1 << 3
+            else:  # what was sent later is relayed first
+                half = SWAPPED_BYTES // 2
+                piece = chunk[at : at + SWAPPED_BYTES]
+                chunk[at : at + SWAPPED_BYTES] = piece[half:] + piece[:half]
             self.reached.set()
             sink.sendall(chunk)
             return
         sink.sendall(chunk[:at])
         self.reached.set()
         if self._fault == "cut":
+            raise ConnectionError
+        if self._fault == "reset":  # without the usual farewell: what was sent and not taken is dropped
+            sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sink.close()
             raise ConnectionError
         self._go_on.wait()
         sink.sendall(chunk[at:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import re
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from flowml.plan import Setting
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "custom_jvp_call", "custom_vjp_call"})
 """Calls whose bodies are inlined into the graph. Custom rules are not needed after differentiation."""
+
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
+"""In the path of a file of an installed library."""
 
 _OUTSIDE_CONTEXT = (
     "jax_default_prng_impl",
@@ -137,6 +141,12 @@ class ClosesOverTracerError(UnsupportedError):
 def jit_is_off() -> bool:
     """Whether `jax.disable_jit` is on in this thread."""
     return bool(jax_config.config_states["jax_disable_jit"].value)
+
+
+def compile_settings() -> tuple[object, ...]:
+    """JAX's settings of how this thread compiles a program. Neither programs nor JAX's trace context have them."""
+    efforts = ("jax_optimization_level", "jax_exec_time_optimization_effort", "jax_memory_fitting_effort")
+    return (jax.config.read("jax_disable_most_optimizations"), *(getattr(jax.config, e, None) for e in efforts))
 
 
 def is_tracing() -> bool:
@@ -277,8 +287,26 @@ def name_stack(equation: Any) -> tuple[tuple[str, bool], ...]:
 
 def source_line(equation: Any) -> str:
     """The line of the user's code where an equation was traced: "model.py:12 (forward)"; "" if JAX does not know."""
-    frame = source_info_util.user_frame(equation.source_info.traceback)
+    trace = equation.source_info.traceback
+    frame = _users_frame(trace) or source_info_util.user_frame(trace)
     return f"{frame.file_name}:{frame.start_line} ({frame.function_name})" if frame is not None else ""
+
+
+def has_users_line(equation: Any) -> bool:
+    """Whether JAX knows a line outside of installed libraries. What a library compiles by itself has none."""
+    return _users_frame(equation.source_info.traceback) is not None
+
+
+def at_line_of(equation: Any, caller: Any) -> Any:
+    """The equation with the line of another one."""
+    info = equation.source_info.replace(traceback=caller.source_info.traceback)
+    return equation.replace(source_info=info)
+
+
+def _users_frame(traceback: Any) -> Any:
+    """The innermost frame outside of JAX and of installed libraries."""
+    frames = source_info_util.user_frames(traceback)
+    return next((f for f in frames if not _INSTALLED.search(f.file_name)), None)
 
 
 def whereabouts(equation: Any, layer: str = "") -> str:

@@ -66,11 +66,6 @@ def operations(module: Any) -> list[tuple[str, str]]:
     return found
 
 
-def calls(module: Any, target: str) -> bool:
-    """Whether a module has a custom call of a target that begins so."""
-    return any(found.startswith(target) for _, found in operations(module))
-
-
 def devices(module: Any) -> int:
     """The number of devices that a module is a program for."""
     said = module.operation.attributes

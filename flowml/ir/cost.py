@@ -15,7 +15,13 @@ from flowml.ir import _jax
 from flowml.ir.graph import Graph, Node
 
 FREE = frozenset({"reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "copy_p", "optimization_barrier"})
-_TRANSCENDENTAL = frozenset({"exp", "log", "tanh", "logistic", "erf", "sin", "cos", "pow", "rsqrt", "sqrt", "cbrt"})
+FUSED = FREE - {"optimization_barrier"} | {
+    *("add", "add_any", "sub", "mul", "div", "neg", "abs", "sign", "square", "integer_pow", "max", "min", "clamp"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor", "select_n", "is_finite"),
+    *("convert_element_type", "broadcast_in_dim", "transpose", "rev"),
+}
+"""Operations of one element at a time that cost no more than reading the element."""
+TRANSCENDENTAL = frozenset({"exp", "log", "tanh", "logistic", "erf", "sin", "cos", "pow", "rsqrt", "sqrt", "cbrt"})
 
 
 def node_flops(node: Node) -> float:
@@ -57,7 +63,7 @@ def _equation_flops(equation: Any) -> float:
         return float(sum(math.prod(v.aval.shape) for v in equation.invars))
     if name == "sort":
         return outputs * math.log2(max(outputs, 2))
-    return float(outputs * (8 if name in _TRANSCENDENTAL else 1))
+    return float(outputs * (8 if name in TRANSCENDENTAL else 1))
 
 
 def _repeats(equation: Any) -> int:

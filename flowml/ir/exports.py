@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ def export(
     modules: dict[str, bytes] = {}
     for platform in platforms:
         module = _jax.lowered(traced, platform)
-        if found := _refused(module):
+        if found := _refused(module, _mlir.operations(module)):
             raise UnsupportedError(f"it is {found}, which no worker runs")
         modules[platform] = _mlir.write(module)
     data = msgspec.msgpack.encode(modules)
@@ -71,16 +71,17 @@ def export_traceable(fn: Callable[..., Any], inputs: Sequence[Any], platforms: S
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("ALL")]
     jitted = jax.jit(fn, keep_unused=True)
     exported = jax.export.export(jitted, platforms=list(platforms), disabled_checks=unchecked)(*inputs)
-    if found := _refused(_mlir.read(_mlir.context(), exported.mlir_module_serialized)):
+    module = _mlir.read(_mlir.context(), exported.mlir_module_serialized)
+    if found := _refused(module, _mlir.operations(module)):
         raise UnsupportedError(f"it is {found}, which no worker runs")
     return bytes(exported.serialize())
 
 
-def _refused(module: Any) -> str:
+def _refused(module: Any, operations: Iterable[tuple[str, str]]) -> str:
     """What a module is or holds that no worker runs; "" if it is nothing."""
     if (several := _mlir.devices(module)) != 1:
         return f"a program for {several} devices"
-    return forbidden(_mlir.operations(module))
+    return forbidden(operations)
 
 
 class Imported:
@@ -99,8 +100,11 @@ class Imported:
             names = ("cuda", "rocm") if platform == "gpu" else (platform,)
             self._data = next((modules[n] for n in names if n in modules), b"")
             self._module: Any = _mlir.read(context, self._data) if self._data else None
-            found = _refused(self._module) if self._data else ""
-            self._lapack = bool(self._data) and _mlir.calls(self._module, "lapack_")
+            operations = _mlir.operations(self._module) if self._data else []
+            found = _refused(self._module, operations) if self._data else ""
+            self._lapack = any(target.startswith("lapack_") for _, target in operations)
+            self.loops = any(name == "stablehlo.while" for name, _ in operations)
+            """Whether it has a loop, which may end for some values of its inputs only."""
         except Exception as error:  # several libraries raise errors of many types
             raise UnsupportedError(f"is damaged ({type(error).__name__})") from None
         if found:

@@ -83,6 +83,23 @@ def has_calls(equation: Any) -> bool:
     return next(calls(equation), None) is not None
 
 
+def at_users_line(equation: Any, caller: Any) -> Any:
+    """The equation, whose calls of Python that a library compiles by itself have the line of the nearest equation
+    around them that has one, or that of `caller`."""
+    if all(_jax.has_users_line(found.equation) for found in calls(equation)):
+        return equation
+    near = equation if _jax.has_users_line(equation) else caller
+    if near is None:
+        return equation
+    if equation.primitive.name in CONSTRUCTS:
+        return _jax.at_line_of(equation, near)
+
+    def lined(body: Any, _: Any) -> Any:
+        return body.replace(eqns=[at_users_line(e, near) for e in body.eqns])
+
+    return equation.replace(params=map_bodies(equation.params, lined))
+
+
 @dataclass(frozen=True)
 class Call:
     """A Python function of a flat list of arrays, which returns arrays as in `results`."""

@@ -37,8 +37,6 @@ def check_equation(equation: Any, function: str, stack: Stack, python: bool, ins
         for nested in body.eqns:
             check_equation(nested, function, stack, python, (*inside, op))
     user = f"{function} in layer {layer!r}" if layer else function
-    line = _jax.source_line(equation)
-    place = "".join(f" inside {outer}" for outer in reversed(inside)) + (f" at {line}" if line else "")
     if op in host.CONSTRUCTS and not python:
         construct = host.Found(equation, inside).construct
         drop = ', or leave out what jax.debug does with effects="drop"' if op in host.DEBUGGING else ""
@@ -49,12 +47,17 @@ def check_equation(equation: Any, function: str, stack: Stack, python: bool, ins
     effects = {type(e).__name__ for e in equation.effects} - host.EFFECTS - {host.AXES}
     if op in _OUTSIDE or effects:
         raise UnsupportedError(
-            f"{user} uses {op}{place}, whose side effect has no place in a dataflow graph; remove it"
+            f"{user} uses {op}{_place(equation, inside)}, whose side effect has no place in a dataflow graph; remove it"
         )
     obstacles = (_mesh_obstacle(equation), *(_obstacle(v.aval) for v in equation.outvars))
     obstacle = next((o for o in obstacles if o), "")
     if obstacle:
-        raise UnsupportedError(f"{user}: what {op}{place} makes {obstacle}")
+        raise UnsupportedError(f"{user}: what {op}{_place(equation, inside)} makes {obstacle}")
+
+
+def _place(equation: Any, inside: tuple[str, ...]) -> str:
+    line = _jax.source_line(equation)
+    return "".join(f" inside {outer}" for outer in reversed(inside)) + (f" at {line}" if line else "")
 
 
 def _obstacle(aval: Any) -> str:

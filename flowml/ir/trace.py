@@ -108,8 +108,8 @@ class _Builder:
         self.avals[value] = aval
         return value
 
-    def splice(self, jaxpr: Any, environment: dict[Any, Operand], prefix: Stack) -> list[Operand]:
-        """Append the nodes of `jaxpr` and return its outputs."""
+    def splice(self, jaxpr: Any, environment: dict[Any, Operand], prefix: Stack, caller: Any = None) -> list[Operand]:
+        """Append the nodes of `jaxpr` and return its outputs. `caller` is the nearest call of it in the user's code."""
 
         def read(atom: Any) -> Operand:
             return _literal(atom) if _jax.is_literal(atom) else environment[atom]
@@ -125,10 +125,11 @@ class _Builder:
                     value = self.new_value(variable.aval)
                     self.constants[value] = constant
                     inner_environment[variable] = value
-                results = self.splice(inner, inner_environment, stack)
+                near = equation if _jax.has_users_line(equation) else caller
+                results = self.splice(inner, inner_environment, stack, near)
                 environment.update(zip(equation.outvars, results, strict=True))
             else:
-                self._append(equation, operands, stack, environment)
+                self._append(host.at_users_line(equation, caller), operands, stack, environment)
         return [read(a) for a in jaxpr.outvars]
 
     def _append(self, equation: Any, operands: list[Operand], stack: Stack, environment: dict[Any, Operand]) -> None:

@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from flowml.ir.cost import FUSED, TRANSCENDENTAL
 from flowml.ir.graph import Graph, Literal, Node, Operand
 from flowml.ir.simplify import drop_dead
 from flowml.plan import ArraySpec
 
 _CHEAP = frozenset({"iota", "broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "expand_dims", "copy"})
+
+_FEW = 64
+"""Bytes of a few numbers."""
 
 
 def partition(graph: Graph, assignment: Mapping[int, str]) -> Graph:
@@ -34,6 +38,18 @@ def is_cheap(graph: Graph, node: Node) -> bool:
         return node.op in _CHEAP or sum(graph.values[v].nbytes for v in node.outputs) <= 1024
     incoming = sum(graph.values[v].nbytes for v in set(node.reads))
     return node.op in _CHEAP and incoming < sum(graph.values[v].nbytes for v in node.outputs)
+
+
+def is_fused(graph: Graph, node: Node) -> bool:
+    """Whether XLA computes `node` as part of its reader without writing its result to memory, and the reader reads no
+    more than that result: `0.9 * momentum`, the transposed weights of a product, arithmetic of a few numbers."""
+    if node.calls_python:
+        return False
+    incoming = sum(graph.values[v].nbytes for v in set(node.reads))
+    outgoing = sum(graph.values[v].nbytes for v in node.outputs)
+    if max(incoming, outgoing) <= _FEW:
+        return node.op in FUSED or node.op in TRANSCENDENTAL
+    return node.op in FUSED and incoming <= outgoing + _FEW
 
 
 @dataclass

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flowml.ir.graph import Graph, Node
-from flowml.lowering.partition import is_cheap
+from flowml.lowering.partition import is_cheap, is_fused
 
 SCHEDULES = ("1f1b", "gpipe")
 
@@ -97,12 +97,13 @@ def _levels(graph: Graph) -> dict[int, int]:
 
 
 def _sink_cheap(graph: Graph, levels: dict[int, int]) -> None:
-    """Move cheap nodes to the level of their first reader, so that a constant does not become a separate task."""
+    """Move cheap nodes to the level of their first reader, so that a constant does not become a separate task, and what
+    is fused with its reader is not written to memory for it."""
     exported = set(graph.output_values)
     for node in reversed(graph.nodes):
         users = [u for v in node.outputs for u in graph.consumers.get(v, ())]
         stays = exported.intersection(node.outputs) or any(u.device != node.device for u in users)
-        if users and not stays and is_cheap(graph, node):
+        if users and not stays and (is_cheap(graph, node) or is_fused(graph, node)):
             levels[node.id] = min(levels[u.id] for u in users)
 
 

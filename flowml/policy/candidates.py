@@ -45,7 +45,7 @@ def candidates(
         # Stale parameters.
         "double_buffer()": named.double_buffer,
         "asynchronous(3)": lambda: named.asynchronous(3),
-        "softsync(4)": lambda: named.softsync(4),
+        f"softsync({min(4, replicas)})": lambda: named.softsync(min(4, replicas)),
         "asynchronous()": named.asynchronous,
         # Parameters of their own.
         "local_sgd(8)": lambda: named.local_sgd(8),

@@ -157,6 +157,22 @@ class TreeCode(Value, frozen=True, tag="tree"):
         """The number of late replicas that it survives if s are children of each parent: s (nᴸ - 1) / (n - 1)."""
         return self.stragglers * sum(self.children**level for level in range(self.levels))
 
+    @property
+    def parents(self) -> int:
+        """The number of replicas that have children. Theirs are the lowest numbers."""
+        return self.workers - self.children**self.levels
+
+    def children_of(self, parent: int) -> range:
+        """The children of a replica; those of the home are the children of -1."""
+        return range(self.children * (parent + 1), self.children * (parent + 2))
+
+    def adder_of(self, worker: int, *, summed: bool) -> int | None:
+        """The replica that adds up what `worker` sends: itself if it is a parent and this is its own gradient, else its
+        parent. None if it goes to the home. `summed`: it is the sum of a parent."""
+        if worker < self.parents and not summed:
+            return worker
+        return worker // self.children - 1 if worker >= self.children else None
+
     def row(self, worker: int) -> Row:
         return _tree_rows(self)[worker]
 

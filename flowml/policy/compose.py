@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from flowml.errors import PolicyError, named, shadowed
-from flowml.policy.apply import Distill, base_of
+from flowml.policy.apply import Distill, Mean, Sum, base_of
 from flowml.policy.codes import Code
 from flowml.policy.completion import Completion, Speculate
+from flowml.policy.filters import is_lossless
 from flowml.policy.graphs import check_members
-from flowml.policy.quorum import Coded, Deadline, Quorum
-from flowml.policy.replicas import check_pull
+from flowml.policy.quorum import ROUNDING, Coded, Deadline, Quorum
+from flowml.policy.replicas import LocalPayload, check_pull
+from flowml.policy.rhythm import Once
 from flowml.policy.spec import Policy
 from flowml.policy.topology import Gossip, Ring, Tree
 
@@ -22,11 +25,13 @@ DEFAULT_PATTERN = "*"
 _ROOT = "params/"  # the collection of a flax model's parameters; patterns may leave it out
 
 
-def resolve(policies: Mapping[str, Policy], paths: Iterable[str]) -> dict[str, tuple[str, Policy]]:
+def resolve(
+    policies: Mapping[str, Policy], paths: Iterable[str], untrained: Sequence[str] = ()
+) -> dict[str, tuple[str, Policy]]:
     """For each parameter path (`"conv1/kernel"`), the first pattern that matches it and the pattern's policy.
 
     Patterns are fnmatch patterns, where `*` also matches `/`, or literal paths. They are tried in the mapping's order
-    on the path, and on the path without a leading `params/`.
+    on the path, and on the path without a leading `params/`. `untrained` are the paths of parameters without gradients.
 
     Raises:
         PolicyError: for a pattern that matches no path, or only paths that patterns before it match too (except for
@@ -34,7 +39,7 @@ def resolve(policies: Mapping[str, Policy], paths: Iterable[str]) -> dict[str, t
     """
     known = tuple(paths)
     for pattern, policy in policies.items():
-        _check_entry(pattern, policy, known)
+        _check_entry(pattern, policy, known, untrained)
     found = {path: _first_match(policies, path) for path in known}
     effective = {DEFAULT_PATTERN, *(pattern for pattern, _ in found.values())}
     for pattern in policies:
@@ -61,6 +66,7 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
         _check_alone(name, policy, replicas)
         if not policy.sited:  # sites are checked once machines are known
             check_pull(name, policy, replicas)
+            _check_softsync(name, policy, replicas)
     coded_by(policies.values(), replicas)
     speculated_by(policies.values())
     _check_epochs(policies.values())
@@ -70,10 +76,13 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
         if isinstance(policy.topology, Gossip):  # one among sites is checked once machines are known
             check_members(policy.topology.graph, replicas)
     collective = [name for name, p in policies.items() if p.collective]
-    notes = [_idle_quorum(name, p, replicas) for name, p in clocked.items()]
+    notes = _idle_quorums(clocked, replicas)
+    alone = [name for name, policy in policies.items() if replicas == 1 and _averages_only(policy)]
+    if alone:
+        notes.append(f"{named(alone)}: one replica has no other to average with, so this is plain training")
     if collective and replicas == 1:
         notes.append(f"{collective[0]!r} ({policies[collective[0]].describe()}): one replica has nothing to add up")
-    return tuple(dict.fromkeys(n for n in notes if n))
+    return tuple(notes)
 
 
 def coded_by(policies: Iterable[Policy], replicas: int) -> Code | None:
@@ -152,11 +161,47 @@ def _check_alone(name: str, policy: Policy, replicas: int) -> None:
         )
 
 
+def lonely(policies: Mapping[str, Policy], replicas: int) -> tuple[str, ...]:
+    """A warning if one replica has a policy that does nothing but average replicas at the end."""
+    found = [name for name, policy in policies.items() if policy.every == Once() and _averages_only(policy)]
+    if replicas > 1 or not found:
+        return ()
+    return (
+        f"{named(found)} ({policies[found[0]].describe()}): one replica has no other to average with, so this is plain "
+        "training; give Trainer(replicas=2) or more",
+    )
+
+
+def _averages_only(policy: Policy) -> bool:
+    """Whether the home does nothing but average, or add up, what replicas have made of parameters of their own."""
+    payload = policy.payload
+    plain = isinstance(payload, LocalPayload) and not payload.alpha and isinstance(policy.apply, Mean | Sum)
+    return plain and is_lossless(policy.filters) and not policy.collective
+
+
+def _check_softsync(name: str, policy: Policy, replicas: int, what: str = "replicas") -> None:
+    """Check that a home that applies the gradients of a share of the replicas, or sites, at a time has one at least.
+    A single one is no share of others: what it gives is applied as it arrives."""
+    quorum = policy.quorum
+    if replicas == 1:
+        return
+    if policy.clocked or policy.epoch_share is not None or not isinstance(quorum, Quorum) or quorum.counted:
+        return
+    if quorum.count_or_fraction * replicas < 1 - ROUNDING:
+        n = f"{1 / quorum.count_or_fraction:.6g}"
+        raise PolicyError(
+            f"{name!r}: {quorum} without clocks, as softsync({n}), applies 1/{n} of the gradients of {replicas} {what} "
+            f"at a time, which is less than one; give softsync({replicas}) or less, or asynchronous(), which applies "
+            "each as it arrives"
+        )
+
+
 def check_sites(name: str, policy: Policy, sites: Sequence[Sequence[int]]) -> None:
     """Check that the quorums of a hierarchy can be met by these sites and by the replicas of each, and that sites do
     not pull a centre too far."""
     check_count(name, policy.quorum, len(sites), "sites")
     check_pull(name, policy, len(sites), "sites")
+    _check_softsync(name, policy, len(sites), "sites")
     if policy.site_quorum is not None:
         check_count(name, policy.site_quorum, min(map(len, sites)), "replicas of the smallest site")
 
@@ -189,13 +234,22 @@ def check_batch(policies: Iterable[Policy], examples: int) -> None:
             )
 
 
-def _check_entry(pattern: str, policy: object, paths: tuple[str, ...]) -> None:
+def _check_entry(pattern: str, policy: object, paths: tuple[str, ...], untrained: Sequence[str]) -> None:
     if not isinstance(policy, Policy):
         name = getattr(policy, "__name__", "")
         fix = f"call {name}(…)" if callable(policy) and name else "give a flowml.Policy or one of flowml.policies"
         raise PolicyError(f"policies[{pattern!r}] is {name or repr(policy)}, of type {type(policy).__name__}; {fix}")
+    fixed = [path for path in untrained if _matches(pattern, path)]
+    if fixed and not any(_matches(pattern, path) for path in paths):
+        raise PolicyError(
+            f"policies[{pattern!r}] matches only parameters that are not trained ({named(fixed)}): integers, booleans "
+            "and keys have no gradients, so replicas send nothing for them and no rule or filter applies; leave this "
+            f"pattern out; those that are trained: {named(paths) or 'none'}"
+        )
     if not any(_matches(pattern, path) for path in paths):
-        raise PolicyError(f"policies[{pattern!r}] matches no parameter; there are: {named(paths) or 'none'}")
+        below = any(path.startswith(f"{pattern}/") for path in paths)
+        fix = f"; give {pattern + '/*'!r} for those of layer {pattern!r}" if below else ""
+        raise PolicyError(f"policies[{pattern!r}] matches no parameter; there are: {named(paths) or 'none'}{fix}")
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -209,10 +263,25 @@ def _first_match(policies: Mapping[str, Policy], path: str) -> tuple[str, Policy
     return DEFAULT_PATTERN, Policy()
 
 
-def _idle_quorum(name: str, policy: Policy, replicas: int) -> str:
-    quorum = policy.quorum
+def _idle_quorums(policies: Mapping[str, Policy], replicas: int) -> list[str]:
+    """What to say of quorums that leave no replica out."""
+    idle: dict[Completion, list[str]] = {}
+    for name, policy in policies.items():
+        if _is_idle(policy.quorum, replicas):
+            idle.setdefault(policy.quorum, []).append(name)
+    return [f"{named(names)}: {_why_idle(quorum, replicas)}" for quorum, names in idle.items()]
+
+
+def _is_idle(quorum: Completion, replicas: int) -> bool:
+    """Whether a quorum says something that is not so for this number of replicas. A limit of its wait holds for any."""
     if isinstance(quorum, Speculate):
-        return f"{name!r}: one replica has no other to take its portions" if replicas == 1 else ""
-    if quorum.never_drops(replicas) and not quorum.waits_for_all:
-        return f"{name!r}: {quorum} of {replicas} can never drop"
-    return ""
+        return replicas == 1
+    if quorum.waits_for_all or (isinstance(quorum, Quorum) and quorum.limit_s < math.inf):
+        return False
+    return quorum.never_drops(replicas)
+
+
+def _why_idle(quorum: Completion, replicas: int) -> str:
+    if isinstance(quorum, Speculate):
+        return "one replica has no other to take its portions"
+    return f"{quorum} of {replicas} can never drop"

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from flowml.errors import PolicyError
+from flowml.arrays import ArraySpec
+from flowml.errors import PolicyError, named
 from flowml.policy.apply import Outer
-from flowml.policy.filters import KKT, Filter, Quantise, RandomK, RandomSkip, check_differences
-from flowml.policy.graphs import RandomPairs
+from flowml.policy.filters import (
+    KKT,
+    AnyFilter,
+    Filter,
+    Form,
+    LowRank,
+    Quantise,
+    RandomK,
+    RandomSkip,
+    check_differences,
+    is_additive,
+    sent_size,
+    sum_sizes,
+)
+from flowml.policy.filters.dense import most_rank
+from flowml.policy.graphs import changes
 from flowml.policy.replicas import Weights
 from flowml.policy.topology import Gossip, ParameterServer
 
@@ -24,14 +39,23 @@ def check_filters(policy: Policy) -> None:
         _check_published(policy)
 
 
+def pushed_size(policy: Policy, payload: Sequence[ArraySpec], filtered: Collection[int]) -> tuple[int, bool]:
+    """The bytes of a push whose arrays at positions `filtered` are filtered, or the most possible, and whether it is
+    exact."""
+    if policy.summed_filters:
+        return sum(sum_sizes(policy.summed_filters, payload, filtered)), True
+    return sent_size(policy.home_filters, payload, filtered)
+
+
 def _check_pushed(policy: Policy) -> None:
     """Check that what travels can be filtered."""
     kind = type(policy.payload).__name__
     filtered = f"filters=({', '.join(map(str, policy.filters))},)"
-    if policy.collective:
+    if policy.collective and not is_additive(policy.filters):
         raise PolicyError(
-            f"topology={policy.topology!r} with {filtered} is not sound: replicas add up raw arrays among themselves, "
-            "and the sum of filtered ones has no meaning; leave filters out, or use topology=flowml.ParameterServer()"
+            f"topology={policy.topology!r} with {filtered} is not sound: replicas add up arrays by elements, and "
+            f"{_why_not_summed(policy.filters)}; use low_rank(2) or random_k(0.1) alone, or "
+            "topology=flowml.ParameterServer(), whose homes decode what each sends before they add it up"
         )
     if policy.shared:
         raise PolicyError(
@@ -56,15 +80,49 @@ def _check_pushed(policy: Policy) -> None:
         )
 
 
+def check_ranks(policies: Mapping[str, Policy], forms: Mapping[str, Form]) -> None:
+    """Raise PolicyError for a rank so large that no array under the policy is smaller as factors of it.
+
+    Both map the names of arrays. An array for which its factors are not smaller passes unchanged, as vectors do, and if
+    all matrices do, the filter would do nothing.
+    """
+    filtered: dict[LowRank, list[str]] = {}
+    for name, policy in policies.items():
+        for found in {f for f in (*policy.filters, *policy.pull_filters) if isinstance(f, LowRank)}:
+            filtered.setdefault(found, []).append(name)
+    for found, names in filtered.items():
+        best = max(names, key=lambda name: most_rank(forms[name].shape))
+        shape, most = " x ".join(map(str, forms[best].shape)), most_rank(forms[best].shape)
+        if 0 < most < found.rank:
+            raise PolicyError(
+                f"{found} makes nothing smaller of {named(names)}: the factors of {best!r}, {shape}, are smaller than "
+                f"it up to rank {most}; give a rank of at most {most}"
+            )
+
+
+def _why_not_summed(chain: Sequence[AnyFilter]) -> str:
+    """Why what these filters make of the arrays of several replicas cannot be added up."""
+    first = next((f for f in chain if not f.additive), None)
+    if first is None:
+        return f"what {chain[1]} makes of a total is not what it makes of what each adds"
+    if first.lossless:
+        return f"bytes of {first} are no numbers"
+    if isinstance(first, RandomSkip):
+        return f"what {first} sends has another size at each step"
+    if isinstance(first, Quantise):
+        return "each replica rounds by a scale of its own, so a sum would need more bits at every hop"
+    return f"what {first} leaves out differs from replica to replica, so what is sent are not the same elements"
+
+
 def _check_tracked(policy: Policy, filtered: str) -> None:
     """Check that neighbours can follow each other's parameters by filtered differences."""
     topology, remote = f"topology={policy.topology!r}", policy.remote
     assert isinstance(remote, Gossip)
-    if isinstance(remote.graph, RandomPairs):
+    if changes(remote.graph):
         raise PolicyError(
             f"{topology} with {filtered} is not sound: a replica follows its neighbours by the differences that they "
-            "send in each round, and one that is drawn anew has missed those before; give graph='ring' or another that "
-            "stays, or lossless filters such as compress()"
+            "send in each round, and one that is not a neighbour in all rounds has missed some; give graph='ring' or "
+            "another that stays, or lossless filters such as compress()"
         )
     if isinstance(policy.apply, Outer):
         raise PolicyError(

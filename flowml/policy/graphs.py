@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import msgspec
@@ -96,7 +97,37 @@ class OwnMatrix(Value, frozen=True, tag="matrix"):
         return {j: w for j, w in enumerate(self.rows[replica]) if w}
 
 
-Graph = RingGraph | TorusGraph | ExponentialGraph | CompleteGraph | RandomPairs | OwnMatrix
+Flat = RingGraph | TorusGraph | ExponentialGraph | CompleteGraph | RandomPairs | OwnMatrix
+
+
+class NestedGraph(Value, frozen=True, tag="nested"):
+    """A graph inside each site, and one of sites, in which the first replica of each site takes part.
+
+    Each `often`-th round is between sites, and all others are inside them. In either W is doubly stochastic, and so is
+    the product of such rounds. `sites` are their number, or the replicas of each.
+    """
+
+    local: Flat
+    remote: Flat
+    sites: int | tuple[tuple[int, ...], ...]
+    often: int
+
+    def row(self, replica: int, members: int, turn: int = 0) -> Weights:
+        graph, among, turn = self.at(replica, members, turn)
+        return {among[j]: w for j, w in graph.row(among.index(replica), len(among), turn).items()}
+
+    def at(self, replica: int, members: int, turn: int) -> tuple[Flat, tuple[int, ...], int]:
+        """The graph in which a replica takes part in a round, the replicas that it joins, and the number of the round
+        there. One that does not lead its site is alone while sites exchange."""
+        site_of, leaders = _among_sites(self.sites, members)
+        if (turn + 1) % self.often:
+            return self.local, site_of[replica], turn
+        if replica != site_of[replica][0]:
+            return CompleteGraph(), (replica,), turn
+        return self.remote, leaders, turn // self.often
+
+
+Graph = Flat | NestedGraph
 
 Name = Literal["ring", "torus", "exponential", "complete", "random_pairs"]
 
@@ -135,8 +166,43 @@ def own_matrix(value: object) -> OwnMatrix:
     return OwnMatrix(tuple(tuple(map(float, row)) for row in found))
 
 
+def sites_of(sites: int | tuple[tuple[int, ...], ...], members: int) -> tuple[tuple[int, ...], ...]:
+    """The replicas of each site: as given, or neighbours in sites as equal as possible.
+
+    Raises:
+        PolicyError: if so many replicas cannot form the sites.
+    """
+    if isinstance(sites, int):
+        if sites > members:
+            raise PolicyError(
+                f"Hierarchy(sites={sites}) with {members} replicas: each site needs one replica at least; give "
+                f"sites={members} or less, or more replicas"
+            )
+        return tuple(tuple(range(a, b)) for a, b in pairwise(members * n // sites for n in range(sites + 1)))
+    if sorted(r for site in sites for r in site) != list(range(members)):
+        raise PolicyError(
+            f"Hierarchy(sites={sites}) with {members} replicas: each of the replicas 0 to {members - 1} belongs to one "
+            "site; give their numbers, or the number of sites"
+        )
+    return sites
+
+
+@lru_cache(maxsize=8)
+def _among_sites(
+    sites: int | tuple[tuple[int, ...], ...], members: int
+) -> tuple[Mapping[int, tuple[int, ...]], tuple[int, ...]]:
+    """The site of each replica, and the first replica of each site."""
+    found = sites_of(sites, members)
+    return {r: site for site in found for r in site}, tuple(site[0] for site in found)
+
+
 def check_members(graph: Graph, members: int, what: str = "replicas") -> None:
     """Raises PolicyError if `graph` is for another number of replicas, or sites."""
+    if isinstance(graph, NestedGraph):
+        sites = sites_of(graph.sites, members)
+        check_members(graph.remote, len(sites), "sites")
+        for site in sites:
+            check_members(graph.local, len(site), f"replicas of the site {site}")
     if isinstance(graph, OwnMatrix) and len(graph.rows) != members:
         raise PolicyError(
             f"the mixing matrix has {len(graph.rows)} rows, but there are {members} {what}; give one row and column "
@@ -155,11 +221,14 @@ def matrix(graph: Graph, members: int, turn: int = 0) -> Matrix:
 
 def changes(graph: Graph) -> bool:
     """Whether W differs from round to round."""
-    return isinstance(graph, RandomPairs)
+    return isinstance(graph, RandomPairs | NestedGraph)
 
 
 def readers(graph: Graph, replica: int, members: int, turn: int = 0) -> tuple[int, ...]:
     """The other replicas that average with this one in a round: those whose rows have it."""
+    if isinstance(graph, NestedGraph):
+        inner, among, turn = graph.at(replica, members, turn)
+        return tuple(sorted(among[i] for i in readers(inner, among.index(replica), len(among), turn)))
     if isinstance(graph, ExponentialGraph):
         found = {(replica - (1 << k)) % members for k in range((members - 1).bit_length())}
     elif isinstance(graph, OwnMatrix):
@@ -173,6 +242,8 @@ def name_of(graph: Graph) -> str:
     """A short name for tables."""
     if isinstance(graph, OwnMatrix):
         return f"{len(graph.rows)}x{len(graph.rows)} matrix"
+    if isinstance(graph, NestedGraph):
+        return f"{name_of(graph.local)} in sites, {name_of(graph.remote)} between"
     return next(name for name, known in _NAMED.items() if type(known) is type(graph)).replace("_", " ")
 
 
@@ -188,11 +259,16 @@ def spectral_gap(weights: Matrix) -> float:
 
 
 def gap(graph: Graph, members: int) -> float:
-    """The spectral gap of a graph, for random pairs that of the mean over rounds. O(n log n) but for a user's W."""
+    """The spectral gap of a graph, for random pairs that of the mean over rounds, and for sites the geometric mean over
+    the rounds between two exchanges of theirs. O(n log n) but for a user's W and for sites."""
     if members == 1 or isinstance(graph, CompleteGraph):
         return 1.0
     if isinstance(graph, OwnMatrix):
         return spectral_gap(np.asarray(graph.rows))
+    if isinstance(graph, NestedGraph):
+        rounds = (matrix(graph, members, turn) for turn in range(graph.often))
+        together = reduce(lambda before, after: after @ before, rounds, np.eye(members))
+        return 1 - (1 - spectral_gap(together)) ** (1 / graph.often)
     if isinstance(graph, RandomPairs):
         # W is a projection, so the mean of WᵀW is the mean of W. A replica meets each other one with equal probability.
         met = (members - members % 2) / members / (members - 1)
@@ -231,6 +307,27 @@ def renormalised(graph: Graph, replica: int, members: int, gone: Collection[int]
             if j not in gone:
                 found[j] = found.get(j, 0.0) + float(visited) * weight
     return dict(sorted(found.items()))
+
+
+def among(graph: Graph, members: int, gone: Collection[int]) -> Graph:
+    """The graph of those of `members` replicas that are left, which have new numbers in the same order.
+
+    The rows of a user's W are `renormalised`. Sites stay, without those of which no replica is left.
+    """
+    here = [r for r in range(members) if r not in gone]
+    if isinstance(graph, OwnMatrix):
+        rows = [renormalised(graph, r, members, gone) for r in here]
+        found = np.array([[row.get(j, 0.0) for j in here] for row in rows])
+        if _period(found) != 1:  # those left would pass their parameters around
+            found = (found + np.eye(len(here))) / 2
+        return own_matrix(found)
+    if isinstance(graph, NestedGraph):
+        sites, number = sites_of(graph.sites, members), {r: i for i, r in enumerate(here)}
+        left = [tuple(number[r] for r in site if r in number) for site in sites]
+        remote = among(graph.remote, len(sites), {i for i, site in enumerate(left) if not site})
+        assert not isinstance(remote, NestedGraph)
+        return msgspec.structs.replace(graph, remote=remote, sites=tuple(site for site in left if site))
+    return graph
 
 
 def partner(seed: int, turn: int, replica: int, members: int) -> int:
@@ -305,18 +402,28 @@ def _check(weights: Matrix | None) -> None:
                 "1, so gossip would change the mean over replicas; for a symmetric graph give each edge "
                 "1 / (1 + the larger degree of its ends) and each diagonal entry the rest"
             )
+    if len(weights) > 1 and not (weights - np.diag(np.diag(weights))).any():
+        raise PolicyError(
+            "this mixing matrix has no entry beside its diagonal, so each replica would average with itself alone and "
+            "nothing be exchanged; give an entry above 0 to each pair of neighbours, or a graph's name such as 'ring'"
+        )
     levels = _levels(weights)
     if levels.min() < 0:
         raise PolicyError(
             f"the graph of a mixing matrix is connected, and no path leads from replica 0 to replica "
             f"{int(np.argmin(levels))}, so they would never agree; add edges"
         )
-    here, there = np.nonzero(weights)
-    if np.gcd.reduce(levels[here] + 1 - levels[there]) != 1:  # the greatest common divisor of the lengths of cycles
+    if _period(weights) != 1:
         raise PolicyError(
             "this mixing matrix passes parameters around groups of replicas in turn, so they would never agree; give "
             "the replicas diagonal entries above 0"
         )
+
+
+def _period(weights: Matrix) -> int:
+    """The greatest common divisor of the lengths of cycles in the graph of W, which is connected."""
+    levels, (here, there) = _levels(weights), np.nonzero(weights)
+    return int(np.gcd.reduce(levels[here] + 1 - levels[there]))
 
 
 def _levels(weights: Matrix) -> NDArray[np.int64]:

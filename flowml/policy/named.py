@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from flowml import policy as algebra
 from flowml.arguments import flag
 from flowml.errors import PolicyError
-from flowml.numbers import whole
+from flowml.numbers import MOST, whole
 from flowml.policy import filters
 from flowml.policy.late import LateName, late_of, number
 from flowml.policy.published import (
@@ -140,7 +140,13 @@ def quorum(
 def backup_workers(n: int, **overrides: Unpack[_Waiting]) -> algebra.Policy:
     """The first `n` replicas complete a clock, the others are spares (Chen et al., Revisiting Distributed Synchronous
     SGD, 2016)."""
-    return algebra.Policy(quorum=algebra.Quorum(n), **overrides)
+    count = whole(n)
+    if count is None or count < 1:
+        raise PolicyError(
+            f"backup_workers({n!r}): give the number of replicas that complete a step, at least 1; a share of them is "
+            "quorum(0.75)"
+        )
+    return algebra.Policy(quorum=algebra.Quorum(count), **overrides)
 
 
 def deadline(
@@ -168,9 +174,10 @@ def softsync(n: float, scale: bool = True, **overrides: Unpack[_Sending]) -> alg
     """A home applies 1/n of the replicas' gradients at a time, so their staleness is about `n`; `scale` divides each by
     its staleness (Gupta et al., Rudra, 2016). Raises PolicyError for an `n` below 1."""
     scaled = flag("scale", scale)
-    if number(n, "softsync({!r}): give a number of at least 1") < 1:
+    if not 1 <= number(n, "softsync({!r}): give a number of at least 1") <= MOST:
         raise PolicyError(
-            f"softsync({n}): give a number of at least 1; 1 applies the gradients of all replicas at once"
+            f"softsync({n}): give a number from 1, which applies the gradients of all replicas at once, to that of the "
+            "replicas, which applies each as it arrives"
         )
     overrides.setdefault("staleness", algebra.UNBOUNDED)
     overrides.setdefault("quorum", algebra.Quorum(1 / n, late="fold"))
@@ -377,6 +384,11 @@ def gaia(
     """
     inside = algebra.AllReduce() if local is None else local
     topology = algebra.Hierarchy(inside, algebra.Gossip("complete", every), sites)
+    if topology.sites == 1 or (isinstance(topology.sites, tuple) and len(topology.sites) == 1):
+        raise PolicyError(
+            f"gaia(sites={sites!r}): sites send each other what changes, and one has no other to send to; give 2 sites "
+            "or more, or flowml.policies.all_reduce() for the replicas of one site"
+        )
     significant = (filters.significance(threshold),)
     return algebra.Policy(topology, staleness, payload=algebra.Delta(), filters=significant, apply=apply)
 
@@ -393,7 +405,8 @@ def coded_reduce(children: int, levels: int, stragglers: int, **overrides: Unpac
     """A tree of replicas in which each parent has `children`, of which it needs all but `stragglers` (Reisizadeh et
     al., *CodedReduce*, 2019). Replicas compute less than with `coded` for as many stragglers in all.
 
-    Replicas send to the layer's home, which decodes the whole tree.
+    A parent adds up its own gradient and those of enough children, and sends one message on. So the layer's home gets
+    no more messages than a parent has children.
     """
     return algebra.Policy(quorum=algebra.Coded(stragglers, "tree", children, levels), **overrides)
 

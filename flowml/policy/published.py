@@ -82,6 +82,11 @@ def adam_auto(batch: int, k: int = 4) -> PolicyRule:
 def ensemble_compression(predict: Any, inputs: Any, every: int, steps: int, optimizer: Any) -> algebra.Policy:
     """Every `every` steps the mean output of the replicas' models on `inputs` is distilled into one model, with which
     all go on (Sun et al., *Ensemble-compression*, ECML 2017). See `flowml.Distill` for the other arguments."""
+    if predict is None or inputs is None:
+        raise PolicyError(
+            "ensemble_compression() needs predict(params, inputs) -> outputs and the inputs on which the outputs are "
+            "averaged; give both"
+        )
     student = algebra.Distill(predict, inputs, steps=steps, optimizer=optimizer)
     return algebra.Policy(every=every, payload=algebra.Weights(), apply=student)
 
@@ -110,10 +115,21 @@ def qsgd(bits: int) -> algebra.Policy:
 def deep_compression(share: float = 0.001) -> algebra.Policy:
     """A share of the elements of each gradient is sent, the largest, and the others are kept for later (Lin et al.,
     *Deep Gradient Compression*, ICLR 2018)."""
+    only_share("deep_compression", share, "top_k")
     return algebra.Policy(filters=(filters.top_k(share).with_error_feedback(),))
 
 
 def skeleton(share: float) -> algebra.Policy:
     """A share of the elements of each gradient is sent, drawn anew at each push by both sides, and the others are kept
     for later (Stich et al., *Sparsified SGD with Memory*, NeurIPS 2018)."""
+    only_share("skeleton", share, "random_k")
     return algebra.Policy(filters=(filters.random_k(share).with_error_feedback(),))
+
+
+def only_share(name: str, value: object, other: str) -> None:
+    """Raise PolicyError for a whole number, which the filter would take for a number of elements."""
+    if whole(value) is not None:
+        raise PolicyError(
+            f"{name}({value}): give a share of the elements in (0, 1], such as 0.01, or 1.0 for all; a number of "
+            f"elements is flowml.Policy(filters=(flowml.filters.{other}({value}).with_error_feedback(),))"
+        )

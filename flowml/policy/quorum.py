@@ -20,7 +20,7 @@ from flowml.policy.codes import Code, CyclicRepetition, FractionalRepetition, Tr
 from flowml.policy.late import Drop, Fold, Late, LateName, late_name, late_of, number
 from flowml.policy.wording import Value, brief, is_one_of
 
-_ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
+ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
 
 Of = Literal["replicas", "samples", "microbatches"]
 
@@ -200,7 +200,7 @@ class Quorum(Value, frozen=True, tag=True):
             return 1
         if self.counted:
             return min(int(self.count_or_fraction), members)
-        return max(1, math.ceil(self.count_or_fraction * members - _ROUNDING))
+        return max(1, math.ceil(self.count_or_fraction * members - ROUNDING))
 
     def never_drops(self, members: int) -> bool:
         """Whether every one of `members` replicas is needed, so that none can come too late."""
@@ -235,7 +235,7 @@ class Quorum(Value, frozen=True, tag=True):
         if self.of == "replicas":
             return arrivals.count >= self.need(arrivals.members)
         samples = round(arrivals.members * arrivals.full * arrivals.rows)
-        return arrivals.weight * arrivals.rows >= self.need(samples) - _ROUNDING
+        return arrivals.weight * arrivals.rows >= self.need(samples) - ROUNDING
 
     def __repr__(self) -> str:
         return brief(self, hidden=("counted",))
@@ -290,7 +290,12 @@ class Deadline(Value, frozen=True, tag=True):
             msgspec.structs.force_setattr(self, "grace", float(value))
         msgspec.structs.force_setattr(self, "limit_s", _limit(self.limit_s, "Deadline"))
         if not is_one_of(self.of, ("replicas", "microbatches")):
-            raise PolicyError(f"Deadline(of={self.of!r}) is not known; give of='replicas' or of='microbatches'")
+            limit = (
+                "; a share of the examples with a limit is Quorum(0.75, of='samples', limit_s=2.0)"
+                if is_one_of(self.of, ("samples",))
+                else ""
+            )
+            raise PolicyError(f"Deadline(of={self.of!r}) is not known; give of='replicas' or of='microbatches'{limit}")
         if self.cuts:
             self._check_cut()
 
@@ -399,6 +404,13 @@ class Coded(Value, frozen=True, tag=True):
         """What a late replica has sent is not needed."""
         return Drop()
 
+    @property
+    def tree(self) -> TreeCode | None:
+        """The tree whose parents add up what their children send; None if all replicas send to the home."""
+        if self.code != "tree" or self.levels == 1:
+            return None
+        return TreeCode(self.children, self.levels, self.stragglers)
+
     def among(self, members: int) -> Code:
         """The code for so many replicas. Raises PolicyError if there is none."""
         if self.code == "tree":
@@ -413,8 +425,9 @@ class Coded(Value, frozen=True, tag=True):
         return kind(members, self.stragglers)
 
     def need(self, members: int) -> int:
-        """How many replicas are enough if the late ones are spread as the code allows."""
-        return members - self.among(members).tolerates
+        """How many replicas are enough if the late ones are spread as the code allows. With a tree it is about what a
+        parent adds up."""
+        return members - (self.among(members).tolerates if self.tree is None else self.stragglers)
 
     def never_drops(self, members: int) -> bool:
         return self.stragglers == 0
@@ -425,12 +438,26 @@ class Coded(Value, frozen=True, tag=True):
 
     def decide(self, arrivals: Arrivals, now: float) -> Answer:
         """Decide as soon as the replicas that have arrived can be decoded."""
+        if self.tree is not None:
+            return self._add_up(self.tree, arrivals)
         code = self.among(arrivals.members)
         found = code.decode(arrivals.times)
         if found is None:
             return Wait()
         each = float(code.load) / arrivals.full  # 1 / the number of microbatches in the batch
         return Decide(tuple(sorted((replica, a * each) for replica, a in found.items())))
+
+    def _add_up(self, tree: TreeCode, arrivals: Arrivals) -> Answer:
+        """Decide at the home as soon as its children can be decoded, and at a parent once it has its own gradient too.
+
+        The members are the children, after the parent itself. The home divides by the size of the batch."""
+        members = range(arrivals.members) if arrivals.among is None else arrivals.among
+        own, children = members[: -tree.children], members[-tree.children :]
+        found = tree.code.decode([i for i, child in enumerate(children) if child in arrivals.times])
+        if found is None or any(replica not in arrivals.times for replica in own):
+            return Wait()
+        each = 1.0 if own else float(tree.load) / arrivals.full
+        return Decide((*((r, 1.0) for r in own), *sorted((children[i], a * each) for i, a in found.items())))
 
     def __str__(self) -> str:
         form = f", children={self.children}, levels={self.levels}" if self.code == "tree" else ""

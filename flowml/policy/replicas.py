@@ -118,8 +118,9 @@ def _check_gossip(policy: Policy) -> None:
     if policy.quorum != Quorum() or policy.staleness:
         raise PolicyError(
             f"{topology} with quorum={policy.quorum} and staleness={policy.staleness} is not sound: the weights of a "
-            "replica's average add up to 1 only with all of its neighbours, so none may be left out of a round; leave "
-            "quorum and staleness out"
+            "replica's average add up to 1 only with all of its neighbours, and a late one that some leave out of a "
+            "round and others do not would change the mean over replicas; leave quorum and staleness out, and give "
+            "on_loss='shrink', with which all leave a lost one out of the graph"
         )
     if policy.payload != Weights() or not isinstance(policy.apply, Mean | Outer):
         raise PolicyError(

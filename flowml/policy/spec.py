@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from flowml.errors import PolicyError
-from flowml.policy.apply import Apply, Consensus, Mean, Outer, Sum, Vote, as_apply, base_of, travelling, unsound
+from flowml.policy.apply import Apply, Consensus, Mean, Outer, as_apply, base_of, travelling, unsound
+from flowml.policy.completing import check_arriving, check_clocked, check_speculating
 from flowml.policy.completion import COMPLETIONS, Completion, Speculate, cutting, describe_completion, share_of
 from flowml.policy.cuts import check_cut
 from flowml.policy.filtering import check_filters
 from flowml.policy.filters import AnyFilter, Filter, check_chain, is_lossless
 from flowml.policy.late import Fold, Late, late_name, number
 from flowml.policy.mathematics import coefficients, shares
-from flowml.policy.quorum import Coded, Deadline, Quorum
+from flowml.policy.quorum import Deadline, Quorum
 from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.topology import (
@@ -30,6 +31,7 @@ from flowml.policy.topology import (
     ParameterServer,
     SharedMemory,
     Topology,
+    as_gossip,
     is_sited,
     remote_of,
 )
@@ -111,6 +113,7 @@ class Policy(Value, frozen=True):
         self._set("pull_filters", _filters("pull_filters", self.pull_filters))
         self._set("apply", as_apply(self.apply))
         _check_parts(self)
+        self._set("topology", as_gossip(self.topology))
         if self.shared:
             self._share()
         if isinstance(self.remote, Gossip):
@@ -262,8 +265,13 @@ class Policy(Value, frozen=True):
 
     @property
     def home_filters(self) -> tuple[AnyFilter, ...]:
-        """The filters on the way to the home. Those of a gossip are on the way to neighbours."""
-        return () if isinstance(self.remote, Gossip) else self.filters
+        """The filters on the way to the home. A gossip has none there, and homes get sums whole."""
+        return () if isinstance(self.remote, Gossip) or self.collective else self.filters
+
+    @property
+    def summed_filters(self) -> tuple[AnyFilter, ...]:
+        """The filters of what replicas, or sites, add up among themselves."""
+        return self.filters if self.collective else ()
 
     def describe(self) -> str:
         """A short text for tables: `"sync"`, `"every 4"`, `"async ≤3, factors"`, `"sync, ring"`."""
@@ -335,7 +343,7 @@ def _check_parts(policy: Policy) -> None:
 def _check_sound(policy: Policy) -> None:
     """Check that the knobs are sound together."""
     if isinstance(policy.quorum, Speculate):
-        _check_speculating(policy)
+        check_speculating(policy)
     check_replicas(policy)
     if policy.shared:
         _check_shared(policy)
@@ -348,9 +356,9 @@ def _check_sound(policy: Policy) -> None:
     elif isinstance(policy.remote, Gossip):
         pass  # `check_replicas` has checked it
     elif policy.clocked:
-        _check_clocked(policy)
+        check_clocked(policy)
     else:
-        _check_arriving(policy)
+        check_arriving(policy)
     if isinstance(policy.payload, Factors) and policy.every.push > 1:
         raise PolicyError(
             f"payload=Factors() with every={policy.every.push} is not sound: the factors of several steps cannot be "
@@ -376,101 +384,6 @@ def _check_shared(policy: Policy) -> None:
         raise PolicyError(
             f"topology=SharedMemory() with every={policy.every!r} is not sound: each step reads the shared parameters; "
             "leave pull out"
-        )
-
-
-def _check_clocked(policy: Policy) -> None:
-    """Check that the other knobs are sound with clocks that a quorum completes."""
-    quorum = policy.quorum
-    if isinstance(quorum, Coded):
-        _check_coded(policy)
-    if policy.staleness == UNBOUNDED:
-        raise PolicyError(
-            f"quorum={quorum} with staleness=UNBOUNDED is not sound: replicas would run ahead of the clocks that "
-            f"the quorum completes, and their contributions pile up without bound; give a finite staleness, or "
-            f"leave quorum out"
-        )
-
-
-def _check_coded(policy: Policy) -> None:
-    """Check that what replicas send stays a sum that a code can decode."""
-    if policy.staleness:
-        why = "the gradients that a code combines must be of the same parameters; leave staleness out"
-    elif policy.every.push > 1:
-        why = (
-            "a replica that was late would add the gradients of a step that is decoded already to its next push; "
-            "use every=1"
-        )
-    elif isinstance(policy.payload, Factors):
-        why = (
-            "the factors of a sum of gradients are not the sum of their factors, so they cannot be decoded; use "
-            "payload=Gradient()"
-        )
-    elif any(not f.lossless for f in policy.filters):
-        why = (
-            "a filter that changes what each replica sends on its own breaks the sums that a code decodes; use "
-            "lossless filters such as compress()"
-        )
-    elif isinstance(base_of(policy.apply), Sum | Vote):
-        why = "a code decodes the gradient of the whole batch, not those of steps or replicas; use apply='mean'"
-    else:
-        return
-    raise PolicyError(f"quorum={policy.quorum} with {_changed(policy)} is not sound: {why}")
-
-
-def _check_speculating(policy: Policy) -> None:
-    """Check that the portions of a batch can be computed by any replica, and twice."""
-    if not isinstance(policy.topology, ParameterServer):
-        why = "a home takes the first result of each portion; use topology=flowml.ParameterServer()"
-    elif policy.staleness:
-        why = "the portions of a batch must be of the same parameters, whoever computes them; leave staleness out"
-    elif policy.every != Every():
-        why = "a replica that keeps gradients for a later push keeps those of portions that others count; use every=1"
-    elif policy.local:
-        why = "a copy of a portion would start from other parameters than the portion; use payload=Gradient()"
-    elif any(not f.lossless for f in policy.filters):
-        why = (
-            "what a filter leaves out depends on the replica, and which replica counts depends on who is first; use "
-            "lossless filters such as compress()"
-        )
-    elif isinstance(base_of(policy.apply), Sum | Vote):
-        why = "portions are parts of one batch, not steps or replicas; use apply='mean'"
-    else:
-        return
-    raise PolicyError(f"quorum={policy.quorum} with {_changed(policy)} is not sound: {why}")
-
-
-def _changed(policy: Policy) -> str:
-    names, plain = ("topology", "staleness", "every", "payload", "filters", "apply"), Policy()
-    changed = {n: getattr(policy, n) for n in names if getattr(policy, n) != getattr(plain, n)}
-    changed |= {"filters": f"({', '.join(map(str, policy.filters))},)"} if policy.filters else {}
-    return ", ".join(f"{n}={_short(value)}" for n, value in changed.items())
-
-
-def _short(value: object) -> str:
-    return value if isinstance(value, str) else repr(value.push if isinstance(value, Every) else value)
-
-
-def _check_arriving(policy: Policy) -> None:
-    """Check that the other knobs are sound with contributions that are applied as they arrive."""
-    quorum = policy.quorum
-    if policy.epoch_share is not None:
-        if not policy.staleness:
-            why = "replicas that take work when they are free do not run the same steps"
-            raise PolicyError(
-                f"{quorum} of an epoch with staleness=0 is not sound: {why}; give staleness=flowml.UNBOUNDED"
-            )
-        return
-    if not isinstance(quorum, Quorum) or quorum.of != "replicas" or quorum.limit_s < math.inf:
-        raise PolicyError(
-            f"quorum={quorum} with late='fold' and staleness={policy.staleness} is not sound: contributions are "
-            "applied as they arrive, without clocks that a deadline or a limit could end; give "
-            "quorum=Quorum(k, late='fold'), which applies each k of them, or late='drop'"
-        )
-    if isinstance(quorum.late, Fold) and quorum.late.decay != 1:
-        raise PolicyError(
-            f"late={quorum.late!r} with staleness={policy.staleness} is not sound: without clocks no contribution is "
-            "late; give late=Fold(), or staleness=0"
         )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Hashable, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,7 +18,17 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.numbers import real, whole
 from flowml.policy.completion import describe_completion
-from flowml.policy.graphs import Graph, OwnMatrix, RingGraph, Weights, as_graph, name_of, readers
+from flowml.policy.graphs import (
+    Graph,
+    NestedGraph,
+    OwnMatrix,
+    RingGraph,
+    Weights,
+    as_graph,
+    name_of,
+    readers,
+    sites_of,
+)
 from flowml.policy.quorum import Deadline, Quorum
 from flowml.policy.wording import Value, brief, wrong_kind
 
@@ -98,11 +107,20 @@ class Gossip(Value, frozen=True, tag=True):
         msgspec.structs.force_setattr(self, "pull", pull)
 
     def __repr__(self) -> str:
+        if isinstance(self.graph, NestedGraph):
+            inside, between = self.within()
+            return repr(Hierarchy(inside, between, self.graph.sites))
         name = name_of(self.graph)
         named = not isinstance(self.graph, OwnMatrix) and as_graph(name.replace(" ", "_")) == self.graph
         graph = repr(name.replace(" ", "_")) if named else name
         more = [f"{n}={getattr(self, n):g}" for n in ("every", "pull") if getattr(self, n) != 1]
         return f"Gossip({', '.join([graph, *more])})"
+
+    def within(self) -> tuple[Gossip, Gossip]:
+        """The two that a graph with sites nests: inside a site and between sites."""
+        assert isinstance(self.graph, NestedGraph)
+        between = Gossip(self.graph.remote, self.every * self.graph.often, self.pull)
+        return Gossip(self.graph.local, self.every, self.pull), between
 
     def due(self, clock: int) -> bool:
         """Whether the step of `clock` ends with a round."""
@@ -126,7 +144,8 @@ class Hierarchy(Value, frozen=True, tag=True):
 
     Args:
         local: `ParameterServer()`: replicas send gradients to the leader, which sends back parameters. `AllReduce()`,
-            `Ring()`, `Tree()`, or a `Hierarchy` of these: they add up gradients among themselves.
+            `Ring()`, `Tree()`, or a `Hierarchy` of these: they add up gradients among themselves. `Gossip(graph)`, with
+            a gossip between sites: each has parameters of its own, and averages them with neighbours in its site.
         remote: `ParameterServer()`: leaders send to the layer's home. `AllReduce()`, `Ring()`, `Tree()`: leaders add up
             gradients among themselves, and each applies the sum for its site. `Gossip(graph)`: leaders average
             parameters with, or send changes to, their neighbours.
@@ -155,6 +174,8 @@ class Hierarchy(Value, frozen=True, tag=True):
         _check_local(self.local)
         _check_remote(self.remote)
         msgspec.structs.force_setattr(self, "sites", _sites(self.sites))
+        if isinstance(self.local, Gossip):
+            _check_gossips(self, self.local)
         if self.quorum is not None:
             _check_inside(self.local, self.quorum)
 
@@ -170,23 +191,10 @@ class Hierarchy(Value, frozen=True, tag=True):
         replicas = len(hosts)
         if self.sites is None:
             return tuple(tuple(r for r in range(replicas) if hosts[r] == host) for host in dict.fromkeys(hosts))
-        if isinstance(self.sites, int):
-            if self.sites > replicas:
-                raise PolicyError(
-                    f"Hierarchy(sites={self.sites}) with {replicas} replicas: each site needs one replica at least; "
-                    f"give sites={replicas} or less, or more replicas"
-                )
-            ends = [replicas * n // self.sites for n in range(self.sites + 1)]
-            return tuple(tuple(range(first, end)) for first, end in pairwise(ends))
-        if sorted(r for site in self.sites for r in site) != list(range(replicas)):
-            raise PolicyError(
-                f"Hierarchy(sites={self.sites}) with {replicas} replicas: each of the replicas 0 to {replicas - 1} "
-                "belongs to one site; give their numbers, or the number of sites"
-            )
-        return self.sites
+        return sites_of(self.sites, replicas)
 
 
-Local = ParameterServer | AllReduce | Ring | Tree | Hierarchy
+Local = ParameterServer | AllReduce | Ring | Tree | Hierarchy | Gossip
 Remote = ParameterServer | AllReduce | Ring | Tree | Gossip
 
 
@@ -204,13 +212,47 @@ def _check_local(local: Topology) -> None:
             "no step at whose end the site has one gradient to send; give local=flowml.AllReduce(), which adds up "
             "directly between the replicas of one machine"
         )
-    elif type(local) not in TOPOLOGIES:
-        raise wrong_kind("local", local, INSIDE)
     elif type(local) not in INSIDE:
+        raise wrong_kind("local", local, INSIDE)
+
+
+def _check_gossips(hierarchy: Hierarchy, local: Gossip) -> None:
+    """Check that the rounds inside sites and those between sites are the rounds of one gossip."""
+    remote, given = hierarchy.remote, f"Hierarchy(local={local!r}, remote={hierarchy.remote!r})"
+    if not isinstance(remote, Gossip):
         raise PolicyError(
-            f"Hierarchy(local={local!r}) is not sound: a site takes part in the exchange of sites as one replica, so "
-            "its replicas hold equal parameters; give local=flowml.AllReduce(), or local=flowml.ParameterServer()"
+            f"{given} is not sound: replicas of a site have parameters of their own, so the gradient of none stands "
+            f"for all; give remote=flowml.Gossip('complete', every={2 * local.every}), with which sites average "
+            "parameters, or local=flowml.AllReduce()"
         )
+    if isinstance(local.graph, NestedGraph) or isinstance(remote.graph, NestedGraph):
+        raise PolicyError(
+            f"{given}: a graph of sites nests two graphs of replicas; give local=flowml.Gossip('ring'), or another by "
+            "its name"
+        )
+    if hierarchy.sites is None:
+        raise PolicyError(
+            f"{given} does not say which replicas form a site, and where workers run does not change a graph; give "
+            "sites=2, or the replicas of each, such as ((0, 1), (2, 3))"
+        )
+    if remote.every % local.every or remote.every == local.every:
+        raise PolicyError(
+            f"{given} is not sound: a round between sites takes the place of one inside them, so that each is an "
+            f"average by weights that add up to 1; give the gossip between sites every={2 * local.every}, or another "
+            f"multiple of {local.every} from there on"
+        )
+    if local.pull != remote.pull:
+        raise PolicyError(f"{given}: one outer optimizer pulls a replica to its neighbours; give both the same pull")
+
+
+def as_gossip(topology: Topology) -> Topology:
+    """A hierarchy of two gossips as one, whose rounds are inside sites and between sites in turn."""
+    if not isinstance(topology, Hierarchy) or not isinstance(topology.local, Gossip):
+        return topology
+    local, remote, sites = topology.local, topology.remote, topology.sites
+    assert isinstance(remote, Gossip) and sites is not None
+    assert not isinstance(local.graph, NestedGraph) and not isinstance(remote.graph, NestedGraph)
+    return Gossip(NestedGraph(local.graph, remote.graph, sites, remote.every // local.every), local.every, local.pull)
 
 
 def _check_inside(local: Topology, quorum: Quorum | Deadline) -> None:
@@ -280,10 +322,8 @@ class SharedMemory(Value, frozen=True, tag=True):
 Topology = ParameterServer | AllReduce | Ring | Tree | Hierarchy | Gossip | SharedMemory
 
 TOPOLOGIES = (ParameterServer, AllReduce, Ring, Tree, Hierarchy, Gossip, SharedMemory)
-INSIDE = (ParameterServer, AllReduce, Ring, Tree)
-"""What may be inside a site, beside a hierarchy."""
-BETWEEN = (*INSIDE, Gossip)
-"""What may be between sites."""
+INSIDE = BETWEEN = (ParameterServer, AllReduce, Ring, Tree, Gossip)
+"""What may be inside a site, beside a hierarchy, and between sites."""
 
 
 def is_sited(topology: Topology) -> bool:
@@ -326,6 +366,9 @@ def sent_bytes(schedule: str, nbytes: float, ranks: int) -> float:
 def describe(topology: Topology) -> str:
     """A short name for tables; "" for the default topology."""
     if isinstance(topology, Gossip):
+        if isinstance(topology.graph, NestedGraph):
+            inside, between = map(describe, topology.within())
+            return f"{inside} in sites, {between} between"
         often = f" every {topology.every}" if topology.every > 1 else ""
         return f"gossip {name_of(topology.graph)}{often}"
     if isinstance(topology, Hierarchy):

@@ -14,7 +14,7 @@ from functools import partial
 
 from flowml.instructions import Feed, Fetch, Read, Recv, Run, Send
 from flowml.plan import ArraySpec, Message, Partition, Plan, Program, StoreSpec, Task
-from flowml.policy.filters import sent_size
+from flowml.policy.filtering import pushed_size
 from flowml.render.units import bytes_text, flops_text, listed, plural, seconds_text
 
 FEED, TASK, PYTHON, FETCH = "feed", "task", "python", "fetch"
@@ -144,7 +144,7 @@ def input_names(plan: Plan, slots: Iterable[int]) -> tuple[str, ...]:
 
 def varies(store: StoreSpec) -> bool:
     """Whether filters make the size of a contribution depend on its values."""
-    return any(not sent_size(store.policy.home_filters, p.payload, p.filtered)[1] for p in store.parts)
+    return any(not pushed_size(store.policy, p.payload, p.filtered)[1] for p in store.parts)
 
 
 def push_text(store: StoreSpec) -> str:

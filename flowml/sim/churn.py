@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -34,14 +34,22 @@ class Churn:
 
     Args:
         changes: in any order. They are sorted by time, then by worker.
+        notice_s: how long before it goes a worker gives notice. With 0 it is lost, as at a crash.
+        start_s: how long a worker that has come up takes until it can take part: its process starts, and compiles.
+        pause_s: how long a fit stands still when its workers change, beside the messages of that.
 
     Raises:
         SimulationError: for a time or number that makes no sense, or a worker that leaves or returns twice.
     """
 
     changes: Sequence[Change | tuple[float, int, bool]]
+    notice_s: float = 0.0
+    start_s: float = 0.0
+    pause_s: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("notice_s", "start_s", "pause_s"):
+            object.__setattr__(self, name, checks.number("Churn", name, getattr(self, name)))
         given = checks.sequence("Churn", "changes", self.changes, "(time_s, worker, up)")
         changes = sorted(_change(i, change) for i, change in enumerate(given))
         down: set[int] = set()
@@ -61,7 +69,7 @@ class Churn:
         return tuple(w for w in range(workers) if w not in down)
 
     def crashes(self, workers: int) -> tuple[Crash, ...]:
-        """The first departure of each worker, of so many. A fit ends with the first one, so none returns to it."""
+        """The first departure of each worker, of so many: what happens to a fit that ends with the first one."""
         first: dict[int, float] = {}
         for time_s, worker, up in self.changes:
             if not up and worker < workers:
@@ -77,7 +85,8 @@ class Churn:
             if at_s <= start_s:
                 down ^= {worker}
         later = [Change(c.time_s - start_s, c.worker, c.up) for c in map(Change._make, self.changes)]
-        return Churn([*(Change(0.0, w, False) for w in down), *(c for c in later if 0 < c.time_s < end_s - start_s)])
+        inside = [*(Change(0.0, w, False) for w in down), *(c for c in later if 0 < c.time_s < end_s - start_s)]
+        return replace(self, changes=inside)
 
     @staticmethod
     def from_spot(
@@ -87,6 +96,9 @@ class Churn:
         workers: int | None = None,
         gap_s: float | None = None,
         seed: int = 0,
+        notice_s: float = 0.0,
+        start_s: float = 0.0,
+        pause_s: float = 0.0,
     ) -> Churn:
         """The churn of recorded spot machines: `{"metadata": {"gap_seconds": 300}, "data": [4, 4, 3, ...]}`.
 
@@ -99,6 +111,7 @@ class Churn:
             workers: how many there are in all; by default the largest number in `data`.
             gap_s: length of an interval, instead of the recorded one, to replay days in minutes.
             seed: seeds the draws.
+            notice_s, start_s, pause_s: as those of `Churn`.
 
         Raises:
             TraceError: if the file is damaged or cut short, or a number in it makes no sense.
@@ -117,7 +130,7 @@ class Churn:
                 f"out, or give at least as many"
             )
         up = data if counts == "available" else [total - n for n in data]
-        return Churn(_changes(up, total, gap, seed))
+        return Churn(_changes(up, total, gap, seed), notice_s, start_s, pause_s)
 
 
 def _changes(counts: Sequence[int], workers: int, gap_s: float, seed: int) -> list[Change]:

@@ -7,6 +7,7 @@ hash is the finaliser of SplitMix64 (Steele et al., OOPSLA 2014), applied once p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -48,3 +49,11 @@ def mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     state = (state ^ (state >> np.uint64(30))) * _FIRST
     state = (state ^ (state >> np.uint64(27))) * _SECOND
     return state ^ (state >> np.uint64(31))
+
+
+def hashed(times: Sequence[float], firsts: Sequence[int], labels: Sequence[int]) -> tuple[int, int]:
+    """Two sums over events of a hash of each, modulo 2**64. Each time is that of the labels from its place in `firsts`
+    to the next one; the last of `firsts` is the number of labels."""
+    when = np.repeat(np.asarray(times, np.float64), np.diff(firsts))
+    found = mixed(mixed(when.view(np.uint64)) ^ np.asarray(labels, np.int64).view(np.uint64))
+    return int(found.sum()), int(mixed(found).sum())

@@ -7,6 +7,7 @@ Each of these is a wrapper of the optimizer, and of the loss where that takes ot
     untrained   leaves of the parameters that are not trained (`untrained`)
     "state"     an update leaves a state of another form than `init` does, such as the measures of `optax.monitor`
     "value"     the optimizer takes the value of the loss (`valued`)
+    "loss"      it takes the loss of the batch, as a function of the parameters (`evaluated`)
 
 Tracing the update shows whether those in quotes are wanted, so the compiler raises `WantedError`, and is called again.
 """
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from flowml.errors import UnsupportedError
+from flowml.training.evaluated import with_evaluations
 from flowml.training.private import with_examples
 from flowml.training.untrained import parted
 from flowml.training.valued import with_value
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class WantedError(UnsupportedError):
-    """The optimizer wants `what`: "examples", "state" or "value"."""
+    """The optimizer wants `what`: "examples", "state", "value" or "loss"."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"the optimizer wants another {what}")
@@ -50,7 +52,16 @@ def adapted(
     spec, params = parted(spec, params, own)
     if "state" in wants:
         spec = replace(spec, optimizer=GrownOptimizer(spec.optimizer))
+    if "loss" in wants:
+        return with_evaluations(spec, params, batch)
     return with_value(spec, params) if "value" in wants else (spec, params)
+
+
+def has_inside(optimizer: Any, kind: type) -> bool:
+    """Whether an optimizer, or one that it wraps, is of a kind."""
+    while optimizer is not None and not isinstance(optimizer, kind):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer is not None
 
 
 def is_pair(params: Any) -> bool:

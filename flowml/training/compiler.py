@@ -41,12 +41,24 @@ from flowml.placement import Pipeline, Placement, place
 from flowml.placement.estimate import estimate
 from flowml.placement.links import Links, links_used
 from flowml.plan import ArraySpec, Plan, StateLeaf, StoreSpec, Training
-from flowml.policy import DEFAULT_PATTERN, Code, Policy, check_batch, coded_by, cut_by, resolve, speculated_by
+from flowml.policy import (
+    DEFAULT_PATTERN,
+    Code,
+    Policy,
+    check_batch,
+    coded_by,
+    cut_by,
+    named,
+    published,
+    resolve,
+    speculated_by,
+)
 from flowml.policy.published import PolicyRule
 from flowml.rows import swapped
 from flowml.training.couplings import policy_of_value
 from flowml.training.cuts import cuts, deciding_stage
 from flowml.training.drafts import StoreDraft, coefficient_dtype, value_of
+from flowml.training.evaluated import EvaluatingOptimizer, Evaluations
 from flowml.training.local import Optimizers, fragmented
 from flowml.training.replicate import Replicated, Template, replicate
 from flowml.training.state import StateValues, check_policies, layers_of, ordered, settle
@@ -63,7 +75,10 @@ from flowml.training.step import (
 )
 from flowml.training.stores import StorePlanner
 from flowml.training.untrained import Untrained
-from flowml.training.valued import VALUE, ValuedOptimizer
+from flowml.training.valued import ValuedOptimizer, is_given
+
+MAKERS = (named.__name__, published.__name__)
+"""The modules whose functions make policies."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,11 @@ class TrainingSpec:
             )
         if isinstance(self.policies, Policy):
             object.__setattr__(self, "policies", {DEFAULT_PATTERN: self.policies})
+        given: Any = self.policies
+        if getattr(given, "__module__", "") in MAKERS and "<locals>" not in given.__qualname__:
+            raise TypeError(
+                f"policies={given.__name__}: it makes a policy, and is none; call it: fm.policies.{given.__name__}(…)"
+            )
         for pattern in self.policies if isinstance(self.policies, Mapping) else ():
             if not is_text(pattern):
                 raise TypeError(
@@ -115,13 +135,25 @@ class TrainingSpec:
     def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Policy]:
         """The policy of each parameter, by the shapes of all."""
         assert not isinstance(self.policies, Policy)
-        shapes = {path: shape for path, shape in shapes.items() if path != VALUE or not self.has_value}
+        given = [path for path in shapes if self.has_value and is_given(path)]
+        shapes = {path: shape for path, shape in shapes.items() if path not in given}
         if callable(self.policies):
             policies = {path: self.policies(path, shape) for path, shape in shapes.items()}
         else:
             policies = self.policies or {}
-        found = fragmented({path: policy for path, (_, policy) in resolve(policies, shapes).items()})
-        return {**found, VALUE: policy_of_value(found.values())} if self.has_value else found
+        untrained = self.untrained.names if self.untrained else ()
+        found = fragmented({path: policy for path, (_, policy) in resolve(policies, shapes, untrained).items()})
+        return found | dict.fromkeys(given, policy_of_value(found.values())) if given else found
+
+    @property
+    def evaluations(self) -> Evaluations | None:
+        """How the optimizer gets the loss of a batch, if it wants it."""
+        return self.optimizer.evaluations if isinstance(self.optimizer, EvaluatingOptimizer) else None
+
+    @property
+    def takes_words(self) -> bool:
+        """Whether a microbatch is fed the words of its key."""
+        return loss_takes_rng(self.loss, has_state=self.has_state) or self.evaluations is not None
 
     @property
     def has_value(self) -> bool:
@@ -174,6 +206,7 @@ def compile_training(
     treatments = tuple(
         Treatment.of(policies[p], spec.replicas, microbatches, weighted=weight is not None) for p in paths
     )
+    held = (state,) if spec.has_state else ()
     step = step_function(
         spec.loss,
         params,
@@ -182,13 +215,12 @@ def compile_training(
         weight=weight,
         treatments=treatments,
         counts=items * spec.microbatches > 1,
-        state=(state,) if spec.has_state else (),
+        state=held,
+        evaluations=spec.evaluations,
     )
-    rng = jax.ShapeDtypeStruct((RNG_WORDS,), jnp.uint32)
-    fed = {"rng": rng} if loss_takes_rng(spec.loss, has_state=spec.has_state) else {}
+    fed = {"rng": jax.ShapeDtypeStruct((RNG_WORDS,), jnp.uint32)} if spec.takes_words else {}
     if code is not None:
         fed["coefficient"] = jax.ShapeDtypeStruct((), coefficient_dtype([x.dtype for _, x in leaves]))
-    held = (state,) if spec.has_state else ()
     traced = trace(step.call, (params, microbatch, *fed.values(), *held), {}, name_of(spec.loss), effects)
     optimizers = Optimizers.of(spec.optimizer, tuple(policies[p] for p in paths), params, spec.replicas)
     plan, slots = _Compiler(
@@ -217,8 +249,8 @@ def compile_training(
 def _paths(spec: TrainingSpec, found: Sequence[tuple[Any, ...]]) -> tuple[str, ...]:
     """The names of the parameters, as the caller's tree has them."""
     if spec.has_value:
-        *mine, _ = found
-        return (*(_jax.path_name(path[1:]) or "params" for path in mine), VALUE)
+        whole = {path: _jax.path_name(path) for path in found}
+        return tuple(whole[p] if is_given(whole[p]) else _jax.path_name(p[1:]) or "params" for p in found)
     return tuple(_jax.path_name(path) or "params" for path in found)  # a single array has an empty path
 
 

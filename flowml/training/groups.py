@@ -63,6 +63,16 @@ def sites_of(
     )
 
 
+def alone(name: str, policy: Policy, sites: Sequence[Site], replicas: int) -> tuple[str, ...]:
+    """A warning if sites are to send each other changes, and there is one."""
+    if len(sites) != 1 or not isinstance(policy.remote, Gossip):
+        return ()
+    fix = "give sites=2 or more" if replicas > 1 else "give Trainer(replicas=2) or more"
+    return (
+        f"{name!r} ({policy.describe()}): all replicas are in one site, so nothing is exchanged between sites; {fix}",
+    )
+
+
 def _worker(device: str) -> str:
     return device.partition("/")[0]
 

@@ -25,8 +25,9 @@ from flowml.ir.graph import Graph, Literal
 from flowml.ir.simplify import drop_dead
 from flowml.ir.trace import trace
 from flowml.plan import ArraySpec
-from flowml.training.adapted import GrownOptimizer, WantedError
+from flowml.training.adapted import GrownOptimizer, WantedError, has_inside
 from flowml.training.coupled import Coupling, Inputs, divide, program
+from flowml.training.evaluated import kind_of
 from flowml.training.ownership import Ownership, opened, ownership, together
 from flowml.training.private import PrivateOptimizer, wants_examples
 from flowml.training.valued import ValuedOptimizer
@@ -204,18 +205,11 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
 def _check_wanted(optimizer: Any, params: Any, state: Any) -> None:
     """Raise WantedError if the update wants the gradient of each example, or reads the value of the loss where it is
     given."""
-    if wants_examples(state) and not _has(optimizer, PrivateOptimizer):
+    if wants_examples(state) and not has_inside(optimizer, PrivateOptimizer):
         raise WantedError("examples")
     kinds = [p.kind for p in inspect.signature(optimizer.update).parameters.values()]
     if inspect.Parameter.VAR_KEYWORD in kinds and _reads_value(optimizer, params, state):
         raise WantedError("value")
-
-
-def _has(optimizer: Any, kind: type) -> bool:
-    """Whether an optimizer, or one that it wraps, is of a kind."""
-    while optimizer is not None and not isinstance(optimizer, kind):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer is not None
 
 
 def _check_updated(optimizer: Any, params: tuple[Any, Any], state: tuple[Any, Any]) -> None:
@@ -233,7 +227,7 @@ def _check_updated(optimizer: Any, params: tuple[Any, Any], state: tuple[Any, An
     )
     if before == after:
         return
-    if _has(optimizer, GrownOptimizer):
+    if has_inside(optimizer, GrownOptimizer):
         raise TypeError("the state of the optimizer has another form after each update; keep its shapes and dtypes")
     raise WantedError("state")
 
@@ -262,6 +256,8 @@ def _explain(optimizer: Any, error: Exception, gradients: Any, params: Any, stat
             error = wanted if _wants(wanted) else error
         else:
             raise WantedError("value") from None
+        if _wants(error) and kind_of(optimizer, params, state) is not None:
+            raise WantedError("loss") from None
     if isinstance(error, AttributeError) and error.name == "fast":
         raise TypeError(
             "the optimizer is optax.lookahead, whose parameters are pairs; give "
@@ -269,23 +265,13 @@ def _explain(optimizer: Any, error: Exception, gradients: Any, params: Any, stat
         ) from None
     if _wants(error):
         raise UnsupportedError(
-            f"the optimizer wants more than gradients, state, parameters and the value of the loss ({error}). A line "
-            "search or a second gradient evaluates the loss again within one update, and the homes that update layers "
-            "do not hold the model; use an optimizer without such arguments, fm.methods.lbfgs for L-BFGS with a line "
-            f"search, or write the loop with fm.dataflow: {_written(error)}"
+            "the optimizer wants more than gradients, state, parameters, the value of the loss and the loss of the "
+            f"batch ({error}); use an optimizer without such arguments, or write the loop with fm.dataflow"
         ) from None
 
 
 def _wants(error: Exception) -> bool:
     return "keyword-only argument" in str(error) or "must be provided" in str(error)
-
-
-def _written(error: Exception) -> str:
-    """The update in a loop of one's own, for an optimizer that has failed with this error."""
-    again = "obj_fn=lambda p: loss(p, batch)"
-    if "obj_fn" not in str(error):
-        again = "value=value, grad=gradients, value_fn=lambda p: loss(p, batch)"
-    return f"optimizer.update(gradients, state, params, {again})"
 
 
 def _dependencies(graph: Graph) -> tuple[int, ...]:

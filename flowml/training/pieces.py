@@ -6,6 +6,7 @@ batch, which is made of the work items of all replicas, and each partition is cu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flowml.plan import Training
@@ -25,11 +26,28 @@ class Piece:
     coefficient: float = 1.0
 
 
-def short_items(rest: int, items: int, microbatches: int) -> tuple[int, ...]:
-    """The sizes of the `items` of a short batch of `rest` examples: as equal as whole microbatches allow.
+def short_items(rest: int, training: Training) -> tuple[int, ...]:
+    """The sizes of the work items of a short batch of `rest` examples: as equal as whole microbatches allow. With a
+    code they are equal, because replicas compute shares of the whole batch.
 
     Raises ValueError if it does not divide.
     """
+    count, items, code = training.microbatches, training.items, training.code
+    if code is None:
+        return short_parts(rest, items, count)
+    parts = code.partitions * (count // len(code.row(0)))
+    unit = math.lcm(items, parts)
+    if rest % unit:
+        raise ValueError(
+            f"last='use': the last batch of an epoch has {rest} examples, which do not divide into {parts} equal "
+            f"microbatches of the whole batch for {items} replicas with a code; give last='drop', or a batch_size that "
+            f"leaves a multiple of {unit}"
+        )
+    return (rest // items,) * items
+
+
+def short_parts(rest: int, items: int, microbatches: int) -> tuple[int, ...]:
+    """The same for so many items without a code."""
     each, more = divmod(rest // microbatches, items)
     if rest % microbatches or not each:
         raise ValueError(
@@ -49,8 +67,9 @@ def pieces(training: Training, replica: int, sequence: int, start: int, item: in
     row = code.row(replica)
     each = count // len(row)  # microbatches of a partition
     batch, place = divmod(sequence, replicas)
-    share = replicas * training.item_size // code.partitions
-    first, size = start - place * training.item_size, share // each
+    own = item or training.item_size
+    share = replicas * own // code.partitions
+    first, size = start - place * own, share // each
     return tuple(
         Piece(first + j * share + m * size, size, batch * code.partitions + j, m, coefficient)
         for j, coefficient in row

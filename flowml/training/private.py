@@ -70,18 +70,24 @@ def with_examples(spec: TrainingSpec, params: Any, batch: Any) -> TrainingSpec:
     what = "contrib.differentially_private_aggregate, which takes the gradient of each example,"
     if parts is None:
         raise UnsupportedError(f"{what} is not the first of an optax.chain; put it there, or {LOOP}")
+    check_whole(spec, params, what, "adds noise for the whole batch of each step", LOOP)
+    return replace(spec, loss=_clipped(spec.loss, parts.clip), optimizer=PrivateOptimizer(spec.optimizer, parts.update))
+
+
+def check_whole(spec: TrainingSpec, params: Any, what: str, does: str, loop: str) -> None:
+    """Raise UnsupportedError unless each update is of the plain gradients of one whole batch. `what` needs that: it
+    `does` something for the whole batch. `loop` says what else to write."""
     if spec.has_state or spec.weight is not None:
         about = "a loss with state" if spec.has_state else "weights or a shorter last batch"
-        raise UnsupportedError(f"{what} has no meaning in a Trainer with {about}; leave them out, or {LOOP}")
+        raise UnsupportedError(f"{what} has no meaning in a Trainer with {about}; leave them out, or {loop}")
     leaves = jax.tree_util.tree_leaves_with_path(params)
     policies = spec.resolve({_jax.path_name(path) or "params": jnp.shape(leaf) for path, leaf in leaves})
     for path, policy in policies.items():
         if not _is_whole(policy):
             raise UnsupportedError(
-                f"{what} adds noise for the whole batch of each step, and {path!r} has the policy {policy.describe()}, "
-                f"which takes others together; give fm.policies.synchronous() or all_reduce(), or {LOOP}"
+                f"{what} {does}, and {path!r} has the policy {policy.describe()}, which takes others together; give "
+                f"fm.policies.synchronous() or all_reduce(), or {loop}"
             )
-    return replace(spec, loss=_clipped(spec.loss, parts.clip), optimizer=PrivateOptimizer(spec.optimizer, parts.update))
 
 
 def _is_whole(policy: Policy) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,12 @@ class Metrics:
     dtypes: tuple[str, ...] = ()
     summed: tuple[bool, ...] = ()
     weight: int | None = None
+
+
+class Placing(Protocol):
+    """Says what is sent of a microbatch itself; see `evaluated`."""
+
+    def placed(self, batch: Any, words: Any) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -119,9 +125,10 @@ def step_function(
     treatments: Sequence[Treatment],
     counts: bool,
     state: Sequence[Any] = (),
+    evaluations: Placing | None = None,
 ) -> StepFunction:
     """The function of one microbatch. `treatments` has one entry for each leaf of `params`. `state` is the model's
-    state, if the loss has one.
+    state, if the loss has one. `evaluations` says what is sent of the batch itself, in place of the last gradients.
 
     `counts` says that several microbatches or replicas share a step, so that the weight also affects the metrics. If
     gradients are coded, the floating metrics are multiplied by the coefficient too, so that they can be decoded.
@@ -148,7 +155,9 @@ def step_function(
         scalar, beside = value if has_aux else (value, None)
         new, aux = beside if state else ((), beside)
         metrics = [scalar, *jax.tree_util.tree_leaves(aux)]
-        raw = [jnp.copy(jnp.asarray(g)) for g in jax.tree_util.tree_leaves(gradients)]
+        given = evaluations.placed(batch, rest[0]) if evaluations is not None else []
+        every = jax.tree_util.tree_leaves(gradients)
+        raw = [jnp.copy(jnp.asarray(g)) for g in (*every[: len(every) - len(given)], *given)]
         count: Any = None
         if weighted:
             assert weight is not None

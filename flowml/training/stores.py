@@ -30,14 +30,16 @@ from flowml.placement.links import Links
 from flowml.plan import ArraySpec, Part, StoreSpec
 from flowml.policy import Distill, Factors, Policy, check_composition
 from flowml.policy.apply import Vote, base_of, most_at_once, scales
-from flowml.policy.filters import Form, check_array
+from flowml.policy.compose import lonely
+from flowml.policy.filtering import check_ranks
+from flowml.policy.filters import Form, check_array, sum_sizes
 from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, joined, pack
 from flowml.training.couplings import Exchange, across_clocks, exchanges, lower, lower_member
 from flowml.training.distil import apart
 from flowml.training.drafts import Contributions, PartDraft, StoreDraft, coefficient_dtype, strong, value_of
 from flowml.training.factors import OuterProduct, find_outer_product, product_function, send_factors
-from flowml.training.groups import one_a_worker, reduction_of, sites_of, split
+from flowml.training.groups import alone, one_a_worker, reduction_of, sites_of, split
 from flowml.training.local import HomeUpdate, Optimizers, local_tasks
 from flowml.training.shared import check_shared
 from flowml.training.step import Treatment
@@ -68,30 +70,32 @@ class StorePlanner:
     def __post_init__(self) -> None:
         policies = {parameter_path(p): q for p, q in self.policies.items()}
         self.notes.extend(check_composition(policies, self.replicas))
+        self._warn(lonely(policies, self.replicas))
         for group, why in self._coupled:
             self._check_coupled(group, why)
-        self.notes.extend(self._scaled_but_remembered(policies))
-        self.notes.extend(self._coupling_notes())
+        self._warn(self._scaled_but_remembered(policies))
+        self._warn(self._coupling_notes(), "; give these layers the same quorum, topology and every")
+
+    def _warn(self, found: Sequence[str], fix: str = "") -> None:
+        """Say what is sound but may not be what was meant, in the plan and as warnings."""
+        for text in found:
+            self.notes.append(f"{text}.")
+            warnings.warn(f"{text}{fix}", FlowmlWarning, stacklevel=4)
 
     def _scaled_but_remembered(self, policies: Mapping[str, Policy]) -> list[str]:
-        """Warn of layers whose stale gradients are scaled, but which an optimizer remembers."""
+        """Layers whose stale gradients are scaled, but which an optimizer remembers."""
         remembers = self.optimizers.own.remembers_gradients
         if not (found := [n for i, (n, p) in enumerate(policies.items()) if scales(p.apply) and remembers([i])]):
             return []
-        warning = (
+        return [
             f"{named(found)}: stale gradients are scaled, but the optimizer remembers gradients, so a stale one acts "
             "again (momentum) or its scaling is divided out (squares); use optax.sgd without momentum, or apply='mean'"
-        )
-        warnings.warn(warning, FlowmlWarning, stacklevel=2)
-        return [warning]
+        ]
 
     def _coupling_notes(self) -> list[str]:
-        """Warn of layers that the optimizer couples across clocks."""
+        """Layers that the optimizer couples across clocks."""
         layers = list(map(layer_of, self.paths))
-        across = [note for use, _ in self.optimizers.uses(self._of_leaves) for note in across_clocks(use, layers)]
-        for note in across:
-            warnings.warn(f"{note}; give these layers the same quorum, topology and every", FlowmlWarning, stacklevel=2)
-        return [f"{note}." for note in across]
+        return [note for use, _ in self.optimizers.uses(self._of_leaves) for note in across_clocks(use, layers)]
 
     def _shared_homes(self) -> list[str]:
         """Say which layers share a home because of the optimizer."""
@@ -152,9 +156,11 @@ class StorePlanner:
         self.products = products
         graph, sent = send_factors(graph, tuple(products.values())) if products else (graph, {})
         values = {leaf: sent[raw[leaf]] if leaf in products else (v,) for leaf, v in enumerate(treated)}
-        for path, value in zip(self.paths, treated, strict=True):
+        forms = {path: Form.of(graph.values[v]) for path, v in zip(self.paths, treated, strict=True)}
+        for path, form in forms.items():
             for chain in (self.policies[path].filters, self.policies[path].pull_filters):
-                check_array(chain, Form.of(graph.values[value]), parameter_path(path))
+                check_array(chain, form, parameter_path(path))
+        check_ranks(self.policies, forms)
         outputs = (*metrics, *(v for found in values.values() for v in found))
         return replace(graph, outputs=outputs), Contributions(values, products)
 
@@ -297,7 +303,7 @@ class StorePlanner:
         for (stage, _), found in plain.items():
             values = tuple(contributions.values[group[p]][0] for p in found)
             weight = contributions.weights[graph.producer[values[0]].device] if weighted else None
-            packed = collective and len(values) + weighted > 1
+            packed = collective and len(values) + weighted > 1 and not policy.filters  # they filter each array
             parts.append(PartDraft(stage, tuple(found), values, factors=False, packed=packed, weight=weight))
         users = {stage_of[n.device] for leaf in group for n in graph.consumers.get(graph.inputs[leaf], ())}
         readers = users | {p.stage for p in parts}  # a stage pushes only what it may read: see `program.emit`
@@ -375,6 +381,7 @@ class StorePlanner:
         )
         self._check_vote(store, [s.shape for s in specs])
         sites = sites_of(store.name, store.policy, parts, replicas, self.links)
+        self._warn(alone(store.name, store.policy, sites, self.replicas))
         leaders = {r: site.replicas[0] for site in sites for r in site.replicas}
         given = self._payload_of(store, parts, [s.shape for s in specs])
         local: Local | None = None
@@ -422,8 +429,7 @@ class StorePlanner:
 
     def _check_vote(self, store: StoreDraft, shapes: Sequence[tuple[int, ...]]) -> None:
         kind = base_of(store.policy.apply)
-        note = check_vote(store.name, kind, shapes) if isinstance(kind, Vote) else None
-        self.notes += [] if note is None else [note]
+        self._warn(check_vote(store.name, kind, shapes) if isinstance(kind, Vote) else ())
 
     def _buffers(self, store: StoreDraft, specs: Sequence[ArraySpec], update: HomeUpdate) -> tuple[Buffer, ...]:
         named_leaves = zip(store.leaves, specs, strict=True)
@@ -473,7 +479,9 @@ class StorePlanner:
         payload = specs * self.microbatches if draft.factors else specs
         reduction = None
         if self._collective(policy):
-            nbytes, devices = sum(s.nbytes for s in payload), [replica[draft.stage] for replica in replicas]
+            filtered = range(len(payload) - (draft.weight is not None))
+            nbytes = max(sum_sizes(policy.summed_filters, payload, filtered))  # the largest of its sums
+            devices = [replica[draft.stage] for replica in replicas]
             if policy.sited:
                 devices = [devices[site[0]] for site in split(policy.topology, replicas, self.links)]
             reduction = reduction_of(policy.remote, nbytes, devices, self.links)

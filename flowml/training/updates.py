@@ -31,21 +31,21 @@ def proximal_step(prox: Prox, x: Any) -> Any:
     return jnp.clip(x / (1 + prox.l2) if prox.l2 else x, prox.low, prox.high)
 
 
-def check_vote(layer: str, vote: Vote, shapes: Iterable[tuple[int, ...]]) -> str | None:
-    """A note if the vote has no effect on parameters of these shapes, because so many rows win that all do.
+def check_vote(layer: str, vote: Vote, shapes: Iterable[tuple[int, ...]]) -> tuple[str, ...]:
+    """A warning if the vote has no effect on parameters of these shapes, because so many rows win that all do.
 
     Raises:
         PolicyError: for a vote for more rows than any parameter has.
     """
     most = max((shape[0] for shape in shapes if shape), default=0)
     if most > 2 * vote.rows:
-        return None
+        return ()
     has = f"its largest parameter has {most} row{'' if most == 1 else 's'}" if most else "it has only scalars"
     told = f"{layer!r}: {vote} with 2 · {vote.rows} winners has no effect, because {has}, so each of them wins"
     fix = f"give rows of at most {(most - 1) // 2}, or apply='mean'" if most > 2 else "use apply='mean'"
     if vote.rows > most:
         raise PolicyError(f"{told}; {fix}")
-    return f"{told}."
+    return (told,)
 
 
 def ballot(leaf: Any, rows: int) -> Any:

@@ -7,7 +7,7 @@ that read it. Each home therefore has the value that belongs to the gradients th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -20,24 +20,33 @@ if TYPE_CHECKING:
 
 VALUE = "(loss)"
 """The path of the value among the parameters."""
+BATCH = "(batch)"
+"""The path of the leaves of the batch among the parameters, if the optimizer evaluates the loss (`evaluated`)."""
+
+
+def is_given(path: str) -> bool:
+    """Whether a path is that of what is given to an optimizer beside the parameters."""
+    return path == VALUE or path.startswith(f"{BATCH}/")
 
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class Valued:
-    """Parameters, and the value of the loss: zero, or its gradient."""
+    """Parameters, the value of the loss and the leaves of the batch, if they are wanted: zeros, or their gradients."""
 
     params: Any
     value: Any
+    batch: tuple[Any, ...] = ()
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
-        return ((jax.tree_util.GetAttrKey("params"), self.params), (jax.tree_util.GetAttrKey(VALUE), self.value)), None
+        children, _ = self.tree_flatten()
+        return tuple(zip(map(jax.tree_util.GetAttrKey, ("params", VALUE, BATCH)), children, strict=True)), None
 
-    def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
-        return (self.params, self.value), None
+    def tree_flatten(self) -> tuple[tuple[Any, Any, tuple[Any, ...]], None]:
+        return (self.params, self.value, self.batch), None
 
     @classmethod
-    def tree_unflatten(cls, _: None, children: tuple[Any, Any]) -> Valued:
+    def tree_unflatten(cls, _: None, children: tuple[Any, Any, tuple[Any, ...]]) -> Valued:
         return cls(*children)
 
     @staticmethod
@@ -60,8 +69,13 @@ class ValuedOptimizer:
         return self.optimizer.init(params.params)
 
     def update(self, updates: Valued, state: Any, params: Valued) -> tuple[Any, Any]:
-        found, state = self.optimizer.update(updates.params, state, params.params, value=updates.value)
-        return Valued(found, jnp.zeros_like(updates.value)), state
+        found, state = self.optimizer.update(updates.params, state, params.params, **self.extra(updates, state, params))
+        return Valued(found, jnp.zeros_like(updates.value), tuple(map(jnp.zeros_like, updates.batch))), state
+
+    def extra(self, updates: Valued, state: Any, params: Valued) -> Mapping[str, Any]:
+        """What the optimizer gets beside gradients, state and parameters."""
+        del state, params
+        return {"value": updates.value}
 
 
 @jax.custom_jvp

@@ -10,6 +10,7 @@ lost.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import msgspec
 
@@ -17,7 +18,9 @@ from flowml.devices import worker_of
 from flowml.errors import UnsupportedError, named
 from flowml.plan import Part, Plan, Reduction, Site, StoreSpec, Training
 from flowml.policy import Gossip
-from flowml.policy.graphs import OwnMatrix
+from flowml.policy.graphs import NestedGraph, OwnMatrix, among
+from flowml.training.adapted import has_inside
+from flowml.training.private import PrivateOptimizer
 
 
 def without(plan: Plan, workers: Collection[str]) -> Plan:
@@ -33,6 +36,8 @@ def without(plan: Plan, workers: Collection[str]) -> Plan:
             store = _in_sites(store, training, lost)
         if store.collective:
             return _among(store, training, lost)
+        if isinstance(store.policy.topology, Gossip):
+            store = _with_graph(store, store.policy.topology, len(training.replicas), lost)
         if store.home not in gone:
             return store
         stage = next(devices.index(store.home) for devices in training.replicas if store.home in devices)
@@ -78,6 +83,13 @@ def _fewer(how: Reduction, stage: int, training: Training, live: Iterable[int]) 
     return msgspec.structs.replace(how, workers=workers, hosts=hosts)
 
 
+def _with_graph(store: StoreSpec, gossip: Gossip, replicas: int, lost: Collection[int]) -> StoreSpec:
+    """A store whose gossip is among the replicas that are left."""
+    graph = among(gossip.graph, replicas, lost)
+    topology = msgspec.structs.replace(gossip, graph=graph)
+    return msgspec.structs.replace(store, policy=msgspec.structs.replace(store.policy, topology=topology))
+
+
 def _in_sites(store: StoreSpec, training: Training, lost: Collection[int]) -> StoreSpec:
     """A store whose sites are of the replicas that are left. The first of each leads it; a site without any is gone."""
     sites: list[Site] = []
@@ -88,9 +100,11 @@ def _in_sites(store: StoreSpec, training: Training, lost: Collection[int]) -> St
     return msgspec.structs.replace(store, sites=tuple(sites))
 
 
-def check_shrinks(training: Training) -> None:
+def check_shrinks(training: Training, optimizer: Any) -> None:
     """Raise UnsupportedError if a fit of this plan cannot go on with fewer replicas."""
     why = ""
+    if has_inside(optimizer, PrivateOptimizer):
+        why = "the noise of the optimizer is for the whole batch of each step, and that of fewer replicas needs more"
     for store in training.stores:
         others = store.relayed or store.collective or store.local or not store.policy.clocked
         if store.sites and (others or isinstance(store.policy.remote, Gossip)):
@@ -103,8 +117,8 @@ def check_shrinks(training: Training) -> None:
 
 def _why_graph_stays(store: StoreSpec, gossip: Gossip) -> str:
     """Why the graph of a gossip cannot be formed anew among fewer replicas, if it cannot."""
-    if isinstance(gossip.graph, OwnMatrix):
-        return f"the mixing matrix of layer {store.name!r} is for {len(gossip.graph.rows)} replicas"
+    if isinstance(gossip.graph, NestedGraph) and isinstance(gossip.graph.local, OwnMatrix):
+        return f"the mixing matrix of layer {store.name!r} is for the {len(gossip.graph.local.rows)} replicas of a site"
     if store.policy.tracked or store.policy.mirrored:
         return f"the replicas of layer {store.name!r} know of each other's parameters what filters or changes have told"
     return ""

@@ -19,8 +19,9 @@ from flowml.data import Source
 from flowml.errors import FlowmlError, FlowmlWarning, PolicyError, SimulationError
 from flowml.numbers import whole_number
 from flowml.plan import Plan
-from flowml.policy import Coded, Policy
+from flowml.policy import Coded, Gossip, Policy
 from flowml.policy.candidates import candidates
+from flowml.policy.rhythm import ONCE
 from flowml.sim import Sites, Straggler
 from flowml_runtime.current import blocks
 from flowml_runtime.driver.progress import shown
@@ -98,7 +99,12 @@ class _Comparison:
         trials = {SYNCHRONOUS: self._trial(SYNCHRONOUS, Policy(), result, notes)}
         own_s, slowest_s = self._times(result.plan)
         offered, refused = self._offered(given, own_s)
-        left = [name for name in offered if name != SYNCHRONOUS]
+        for name, policies in offered.items():
+            if name != GIVEN and 2 * (often := _rhythm(policies)) > self._steps:
+                refused[name] = f"replicas exchange every {often} steps, of which {self._steps} hold less than two " + (
+                    f"rounds; give advise(steps={2 * often}) or more"
+                )
+        left = [name for name in offered if name != SYNCHRONOUS and name not in refused]
         with shown(lambda: f"simulating {left[0] if left else 'no more'}, {len(left)} of {len(offered)} policies left"):
             while left:
                 name = left[0]
@@ -182,6 +188,15 @@ class _Comparison:
 
 def _explained(trial: Trial, plain: Trial) -> Trial:
     return replace(trial, speed=plain.seconds / trial.seconds if trial.seconds else 1.0, why=why(trial, plain))
+
+
+def _rhythm(policies: Any) -> int:
+    """The most steps between two exchanges of a layer. One at the end alone is none."""
+    if callable(policies):
+        return 1
+    each = [policies] if isinstance(policies, Policy) else list(policies.values())
+    rounds = [p.remote.every if isinstance(p.remote, Gossip) else p.every.push for p in each]
+    return max((often for often in rounds if often < ONCE), default=1)
 
 
 def _machine(device: str, each: int) -> int:

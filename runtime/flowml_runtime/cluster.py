@@ -15,47 +15,51 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from flowml.arguments import flag, flag_or_none, seconds
 from flowml.devices import Device
-from flowml.errors import ClusterError, WorkerLostError
+from flowml.errors import ClusterError, FlowmlWarning, WorkerLostError, named
 from flowml.numbers import whole_number
 from flowml.placement import AutoPlacement, Pipeline, Placement
 from flowml.placement.links import ASSUMED, SAME_PROCESS, Links
 from flowml_runtime import wire
 from flowml_runtime.current import blocks
+from flowml_runtime.driver.member import DriverEvents
+from flowml_runtime.environment.callers import calling_level
 from flowml_runtime.environment.forks import check_owner, check_startable, is_foreign, this_process
 from flowml_runtime.environment.machine import cores, memory_bytes
 from flowml_runtime.launch.launched import LaunchedCluster, TLSFiles, shares_memory, worker_names
 from flowml_runtime.launch.options import MAX_THREAD_WORKERS, counts, refusing
 from flowml_runtime.links.prober import Prober
 from flowml_runtime.links.table import LinkTable, links_mode
-from flowml_runtime.membership.member import Membership, passing_name
+from flowml_runtime.membership import advice
+from flowml_runtime.membership.etcd_log import address_of
+from flowml_runtime.membership.member import Membership, device, passing_name
 from flowml_runtime.protocol.membership import TIMEOUT_S
+from flowml_runtime.transport.addresses import bind_towards
 from flowml_runtime.transport.endpoint import Endpoint, ThreadHub
-from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from flowml_runtime.transport.security import TLS, check_exposure, find_token
 from flowml_runtime.worker.compile_cache import CacheFolder
 
-_START_ANOTHER = "close this cluster and start another"
-"""What to do about a lost worker if the cluster started its workers itself: it cannot start one more."""
-
-_LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
-"""What to do about a lost coordinator."""
-
 NOTICE_S = 10.0
 """The longest time after which a lost worker is known to be lost."""
+SUSPENDED_S = 1.0
+"""A driver that has sent no heartbeat for so long may be lost itself."""
+AGAIN_S = 1.0
+"""After how long another is asked for again in the place of a lost worker."""
 BACK_S = 60.0
 """How long a worker that takes the place of a lost one may take to join."""
 
 _BY_REFERENCE = Links(ASSUMED[SAME_PROCESS])
-_CORE_FLOPS_PER_S = Device("").flops_per_s
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,18 @@ class Cluster:
         self._table: LinkTable | None = None
         """None if all workers are in this process."""
         self._end_worker: Callable[[str], None] | None = None
-        self._start_worker: Callable[[str], None] | None = None
-        """End a worker, and start one under its name. None if others started the workers."""
+        """End a worker. None if others started the workers."""
+        self._replace: Callable[[str], None] = lambda _: None
+        """Have another in the place of a lost worker, unless it is on its way."""
+        self.spares = self.launchers = 0
+        """How many spare workers wait to take the place of a lost one, and how many launchers may start one."""
+        self._give_notice: Callable[[str], None]
+        self.told: dict[str, str] = {}
+        """Worker -> why it is gone, as the coordinator has told."""
+        self.why_refused: Callable[[str], str] = lambda _: ""
+        """For the runtime: why a worker that is lost here counts this driver as lost, or "" if it does not."""
+        self.leaving: frozenset[str] = frozenset()
+        """The workers that have given notice: they leave as soon as others have taken over what they do."""
         self._stack = ExitStack()
         self._lock = threading.Lock()
         self._changed = threading.Condition()
@@ -108,49 +122,95 @@ class Cluster:
     @property
     def lost(self) -> tuple[str, ...]:
         """The workers that were lost, are not back, and that this cluster can start again."""
-        return () if self._start_worker is None else self.session.lost
+        return () if self._end_worker is None else self.session.lost
 
-    def have(self, devices: Sequence[Device]) -> None:
-        """These are the devices now."""
+    def have(self, devices: Sequence[Device], leaving: Collection[str] | None = None) -> None:
+        """These are the devices now, and these workers have given notice, or those that had if it is None."""
         with self._changed:
+            there = {device.worker for device in devices}
+            self.leaving = frozenset(self.leaving if leaving is None else leaving) & there
             self.session.devices = devices
             self._changed.notify_all()
 
-    def end_worker(self, worker: str) -> None:
-        """End a worker at once, as kill -9 does, to see what a program does then. Raises ClusterError if this cluster
-        did not start it."""
-        check_owner(self._owner)
-        if self._end_worker is None:
-            raise ClusterError(f"{worker} was not started by this cluster; end it where it was started")
-        self._end_worker(worker)
+    def end_worker(self, worker: str, *, notice: bool = False) -> None:
+        """End a worker at once, as kill -9 does. With `notice` it first hands over what it does. Does not wait for it.
 
-    def bring_back(self, workers: Sequence[str], timeout_s: float = BACK_S) -> None:
-        """Have workers again that were lost: start new ones under their names, or wait until others have done that.
-
-        Raises WorkerLostError if one is not there in time.
+        Raises ClusterError for a worker that is not there, or, without notice, that this cluster did not start.
         """
         check_owner(self._owner)
-        if self._end_worker is not None and self._start_worker is not None:
-            for worker in workers:
-                self._end_worker(worker)  # it may be suspended, or out of reach
-            self._wait_for_devices(lambda there: there.isdisjoint(workers), workers, "known to be lost", timeout_s)
-            for worker in workers:
-                self._start_worker(worker)
-        self._wait_for_devices(lambda there: there.issuperset(workers), workers, "there again", timeout_s)
+        if notice:
+            if worker not in (there := {device.worker for device in self.devices}):
+                raise ClusterError(f"{worker!r} is not in the cluster, whose workers are {named(sorted(there))}")
+            self._give_notice(worker)
+            return
+        if self._end_worker is None:
+            raise ClusterError(f"{worker} was not started by this cluster; end it where it was started")
+        self._check(worker)
+        self._end_worker(worker)
 
-    def notice(self, worker: str | None) -> None:
-        """For the runtime: wait until a worker with which the connection broke is known to be lost, if it is."""
-        with self._changed:
-            self._changed.wait_for(lambda: worker not in {d.worker for d in self.devices}, NOTICE_S)
+    def _check(self, worker: str) -> None:
+        """Raise ClusterError for a worker that this cluster never had, if it has started them all."""
+        known = {device.worker for device in self.devices} | {*self.session.lost}
+        if self._end_worker is not None and worker not in known:
+            raise ClusterError(f"{worker!r} is not in the cluster, whose workers are {named(sorted(known))}")
 
-    def _wait_for_devices(
-        self, holds: Callable[[set[str]], bool], workers: Sequence[str], what: str, timeout_s: float
-    ) -> None:
+    def start_worker(self, worker: str) -> None:
+        """Have a lost worker again: a spare takes its name, or its launcher starts another. Does not wait for it.
+
+        Raises ClusterError for a worker that was never there.
+        """
+        check_owner(self._owner)
+        self._check(worker)
+        self._replace(worker)
+
+    def bring_back(self, workers: str | Sequence[str], timeout_s: float = BACK_S) -> None:
+        """Have workers again that were lost: start new ones under their names, or wait until others have done that.
+
+        Raises ClusterError for a worker that was never there, WorkerLostError if one is not there in time.
+        """
+        check_owner(self._owner)
+        workers = [workers] if isinstance(workers, str) else workers
+        for worker in workers:
+            self._check(worker)
+        deadline = time.monotonic() + timeout_s
+        if self._end_worker is not None:
+            self._end_those_there(workers, timeout_s)
+        told = False
+        while missing := set(workers) - {d.worker for d in self.devices}:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise WorkerLostError(advice.not_back(missing, timeout_s, self.session.remedy), worker=min(missing))
+            if self._end_worker is None and not told and left < timeout_s - AGAIN_S:
+                told, text = True, advice.waits(missing, timeout_s, self.session.remedy, launched=self.launchers > 0)
+                warnings.warn(text, FlowmlWarning, stacklevel=calling_level())
+            for worker in missing:
+                self._replace(worker)
+            self._wait_for_devices(lambda there: there.issuperset(workers), min(AGAIN_S, left))
+
+    def _end_those_there(self, workers: Sequence[str], timeout_s: float) -> None:
+        """End the processes of those of the workers that are there: they may be suspended, or out of reach.
+
+        A process that has just taken a lost one's place is ended when its launcher knows that it has the name.
+        """
+        assert self._end_worker is not None
+        deadline = time.monotonic() + timeout_s
+        while there := {device.worker for device in self.devices}.intersection(workers):
+            if (left := deadline - time.monotonic()) <= 0:
+                which = ", ".join(sorted(there))
+                text = f"{which} did not end within {timeout_s:g} s; {self.session.remedy}"
+                raise WorkerLostError(text, worker=min(there))
+            for worker in there:
+                self._end_worker(worker)
+            self._wait_for_devices(lambda now: now.isdisjoint(workers), min(AGAIN_S, left))
+
+    def notice(self, worker: str | None, timeout_s: float | None = NOTICE_S) -> None:
+        """For the runtime: wait until a worker with which the connection broke is known to be lost, or has left."""
         with self._changed:
-            if self._changed.wait_for(lambda: holds({d.worker for d in self.devices}), timeout_s):
-                return
-        names, remedy = ", ".join(workers), self.session.remedy
-        raise WorkerLostError(f"not within {timeout_s:g} s: {names} {what}; {remedy}", worker=workers[0])
+            self._changed.wait_for(lambda: worker not in {d.worker for d in self.devices}, timeout_s)
+
+    def _wait_for_devices(self, holds: Callable[[set[str]], bool], timeout_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: holds({d.worker for d in self.devices}), timeout_s)
 
     @property
     def max_programs(self) -> int:
@@ -211,6 +271,7 @@ class Cluster:
         workers: int = 2,
         devices_per_worker: int = 1,
         *,
+        spares: int = 0,
         allow_python: bool = False,
         platform: str = "cpu",
         start_timeout_s: float = 120.0,
@@ -222,6 +283,7 @@ class Cluster:
     ) -> Cluster:
         """Start worker processes on this machine. Each worker gets an equal share of the cores and is pinned to it.
 
+        `spares` more workers wait, and take the place of lost ones at once; others are started when they have.
         `allow_python` lets plans carry Python callbacks and data sources to the workers. `deadline_s` bounds each wait
         of one worker for another; a wait that takes longer raises DeadlineError. A worker that is silent for
         `lost_after_s`, such as a suspended one, is lost; one that is busy may be silent for half a minute. `transport`
@@ -240,6 +302,7 @@ class Cluster:
             launched = LaunchedCluster(
                 workers=workers,
                 devices_per_worker=devices_per_worker,
+                spares=spares,
                 allow_python=allow_python,
                 platform=platform,
                 start_timeout_s=start_timeout_s,
@@ -249,11 +312,11 @@ class Cluster:
                 orphan_s=0.0,
             )
             stack.callback(launched.close)
-            options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, shares_memory(transport), checksum)
+            options = _Options(allow_python, deadline_s, advice.START_ANOTHER, mode, shares_memory(transport), checksum)
             cluster = cls._join(launched.address, launched.token, None, "driver", options, stack)
             cluster.launched, cluster.pids = launched, launched.pids
             cluster.session.before_loading = folder.warn
-            cluster._end_worker, cluster._start_worker = launched.end_worker, launched.start_worker
+            cluster._end_worker = launched.end_worker
             cluster._stack.callback(launched.processes.kill_stopped)  # runs first, so that nothing is sent to them
             return cluster
 
@@ -272,12 +335,12 @@ class Cluster:
         share = len(cores()) / workers / devices_per_worker
         memory = memory_bytes() // (workers * devices_per_worker)
         names = {w: [f"{w}/cpu:{d}" for d in range(devices_per_worker)] for w in worker_names(workers)}
-        devices = {w: [_device(n, "cpu", memory, share) for n in own] for w, own in names.items()}
+        devices = {w: [device(n, "cpu", memory, share) for n in own] for w, own in names.items()}
         hub = ThreadHub()
         with ExitStack() as stack:
             endpoint = hub.endpoint("driver")
             stack.callback(endpoint.close)
-            cluster = cls(endpoint, True, deadline_s, _START_ANOTHER)
+            cluster = cls(endpoint, True, deadline_s, advice.START_ANOTHER)
             started = ThreadWorkers(hub, devices)
             stack.callback(started.close)
 
@@ -290,10 +353,14 @@ class Cluster:
                 there = {d.worker for d in cluster.devices} | {name}
                 cluster.have([d for worker, own in devices.items() if worker in there for d in own])
 
+            def give_notice(name: str) -> None:
+                cluster.have(list(cluster.devices), cluster.leaving | {name})
+                started.leave(name)
+
             endpoint.start(cluster.session.on_message, on_lost)
             for name in devices:
                 start(name)
-            cluster._end_worker, cluster._start_worker = started.end, start
+            cluster._end_worker, cluster._replace, cluster._give_notice = started.end, start, give_notice
             cluster._stack = stack.pop_all()
         return cluster
 
@@ -311,7 +378,7 @@ class Cluster:
         links: str | None = None,
         checksum: bool | None = None,
     ) -> Cluster:
-        """Join the cluster whose coordinator listens at `address` ("host:port").
+        """Join the cluster whose coordinator listens at `address` ("host:port"), or is found at "etcd://host:port/prefix".
 
         `token` is the token or a file that holds it; the default is the file that FLOWML_TOKEN_FILE names. A
         coordinator on another machine requires `tls`. `deadline_s` and `links` are as in `local` and apply to the
@@ -324,9 +391,11 @@ class Cluster:
             allow_python, checksum = flag("allow_python", allow_python), flag_or_none("checksum", checksum)
         with ExitStack() as stack:
             name = f"driver-{uuid.uuid4().hex[:12]}"
-            remedy = f"start it again with `flowml worker {address}`"
-            options = _Options(allow_python, deadline_s, remedy, mode, shared, checksum)
-            cluster = cls._join(address, find_token(token), TLS.of(tls), name, options, stack, timeout_s)
+            own, files = find_token(token), TLS.of(tls)
+            options = _Options(
+                allow_python, deadline_s, advice.start_worker(address, token, files), mode, shared, checksum
+            )
+            cluster = cls._join(address, own, files, name, options, stack, timeout_s)
             cluster.outlives = True
             return cluster
 
@@ -343,18 +412,13 @@ class Cluster:
     ) -> Cluster:
         """Join a coordinator as a driver. The cluster closes `stack` when it is closed, or now if the join fails."""
         check_startable()
-        check_exposure(address, tls, token, "connect to")
-        shared = options.shared_memory
+        found, shared = address_of(address), options.shared_memory
+        check_exposure(found, tls, token, "connect to")
         endpoint = GrpcEndpoint(
-            passing_name(),
-            token,
-            bind=bind_towards(address),
-            tls=tls,
-            shared_memory=shared,
-            checksum=options.checksum,
+            passing_name(), token, bind=bind_towards(found), tls=tls, shared_memory=shared, checksum=options.checksum
         )
         stack.callback(endpoint.close)
-        driver = _Driver(Prober(endpoint))
+        driver = DriverEvents(Prober(endpoint))
         stack.callback(driver.prober.close)
         membership = Membership(
             endpoint,
@@ -362,6 +426,7 @@ class Cluster:
             driver.on_message,
             driver.on_lost,
             on_members=driver.on_members,
+            on_losses=driver.on_losses,
             on_end=lambda reason: driver.on_end(reason, membership.members),
         )
         stack.callback(membership.leave)
@@ -375,6 +440,12 @@ class Cluster:
             shared_memory=shared and tls is None,
         )
         endpoint.on_sent = driver.table.traffic.sent
+        cluster._replace, cluster._give_notice = membership.replace, membership.give_notice
+
+        def why_refused(worker: str) -> str:  # the question takes time if the worker is away, and few drivers are lost
+            return endpoint.why_refused(worker) if membership.silent_s > SUSPENDED_S else ""
+
+        cluster.why_refused = why_refused
         driver.adopt(cluster, membership)
         cluster._stack = stack.pop_all()
         return cluster
@@ -405,71 +476,14 @@ class Cluster:
     def __repr__(self) -> str:
         if self._closed:
             return "<Cluster, closed>"
-        return f"<Cluster of {', '.join(d.name for d in self.devices) or 'no workers'}>"
-
-
-class _Driver:
-    """Passes the events of a membership to its cluster, which exists only after the membership has joined."""
-
-    def __init__(self, prober: Prober) -> None:
-        self.prober = prober
-        self.table: LinkTable | None = None
-        self._cluster: Cluster | None = None
-        self._lock = threading.Lock()
-
-    def adopt(self, cluster: Cluster, membership: Membership) -> None:
-        with self._lock:
-            self._cluster = cluster
-            cluster.have(_devices(membership.members, cluster.python))
-
-    def on_members(self, members: tuple[wire.Member, ...]) -> None:
-        with self._lock:
-            if self._cluster is not None:
-                self._cluster.have(_devices(members, self._cluster.python))
-
-    def on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
-        if isinstance(message, wire.Probe | wire.Probed):
-            self.prober.on_message(peer, message)
-        elif isinstance(message, wire.Contradicted):
-            if self.table is not None:
-                self.table.contradicted(peer, message.peer)
-        elif self._cluster is not None:
-            self._cluster.session.on_message(peer, message, arrays)
-
-    def on_lost(self, peer: str, reason: str) -> None:
-        self.prober.on_lost(peer, reason)
-        if self._cluster is not None:
-            self._cluster.session.on_lost(peer, reason)
-
-    def on_end(self, reason: str, members: tuple[wire.Member, ...]) -> None:
-        """The coordinator is lost, so the cluster and its workers end."""
-        if self._cluster is not None:
-            if not self._cluster.pids:
-                self._cluster.session.remedy = _LAUNCH_AGAIN
-            self.on_members(())
-            for member in members:
-                self._cluster.endpoint.lose(member.worker, f"the coordinator was lost: {reason}")
+        spares = f" and {self.spares} spare worker{'s' * (self.spares != 1)}" if self.spares else ""
+        return f"<Cluster of {', '.join(d.name for d in self.devices) or 'no workers'}{spares}>"
 
 
 def current_cluster() -> Cluster:
-    """The cluster of the innermost `with` block of this thread or task, else that of the process; see `current`.
-
-    Raises ClusterError if there is none, or if it is simulated.
-    """
+    """The cluster of the innermost `with` block of this thread or task, else that of the process; see `current`. Raises
+    ClusterError if there is none, or if it is simulated."""
     found = blocks.current()
     if not isinstance(found, Cluster):
         raise ClusterError(f"{found!r} runs fm.Trainer only; use `with fm.Cluster.threads():`, or give cluster=")
     return found
-
-
-def _devices(members: tuple[wire.Member, ...], python: bool) -> tuple[Device, ...]:
-    """The devices of all workers, in the order of their numbers. `python` says whether the driver allows Python."""
-    workers = sorted((m for m in members if m.devices), key=lambda m: int(m.worker.rpartition(":")[2]))
-    return tuple(
-        _device(d.name, d.platform, d.memory_bytes, d.cores, python and m.python) for m in workers for d in m.devices
-    )
-
-
-def _device(name: str, platform: str, memory: int, share: float, python: bool = True) -> Device:
-    speed = {"flops_per_s": _CORE_FLOPS_PER_S * share} if platform == "cpu" else {}
-    return Device(name, platform=platform, memory_bytes=memory, python=python, **speed)

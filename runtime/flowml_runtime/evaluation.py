@@ -23,7 +23,7 @@ from flowml.plan import Plan
 from flowml.rows import swapped
 from flowml.training.step import name_of
 from flowml.training.untrained import trained_leaves
-from flowml.training.valued import VALUE
+from flowml.training.valued import is_given
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.dataflow import dataflow
 from flowml_runtime.driver.remote import Remote
@@ -187,7 +187,7 @@ def _devices(plan: Plan, params: Any) -> dict[int, str]:
         places[leaf]: store.readers[0]
         for store in training.stores
         for leaf, path in zip(store.leaves, store.paths, strict=True)
-        if path != VALUE
+        if not is_given(path)
     }
     first = len(jax.tree_util.tree_leaves(params))
     return found | {first + i: training.replicas[0][leaf.stage] for i, leaf in enumerate(training.state)}

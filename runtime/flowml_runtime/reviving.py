@@ -16,6 +16,7 @@ from jax.tree_util import tree_leaves
 
 from flowml.errors import FlowmlError, FlowmlWarning, WorkerLostError
 from flowml_runtime.driver.remote import Remote
+from flowml_runtime.membership.advice import without_remedy
 from flowml_runtime.saved import Saved, records_of, taken_from
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], 
         raise _with_hint(error, hint) from error
     record, places = found
     if during:
-        hint = f"or call {name} again: it goes on from the state saved in {record.path}, on the workers that there are"
+        hint = f"call {name} again: it goes on from the state saved in {record.path}, on the workers that there are"
         raise _with_hint(error, hint) from error
     values = taken_from(record, {i: (given[i], place) for i, place in places.items()})
     first = next(leaf for i in lost for leaf in tree_leaves(given[i]) if _is_lost(leaf))
@@ -80,10 +81,11 @@ def _is_lost(leaf: Any) -> bool:
 
 
 def _with_hint(error: FlowmlError, hint: str) -> FlowmlError:
-    """The same error with another remedy at its end."""
+    """The same error with another remedy."""
+    text = without_remedy(str(error))
     if not isinstance(error, WorkerLostError):
-        return type(error)(f"{error}; {hint}")
-    return WorkerLostError(f"{error}; {hint}", worker=error.worker, step=error.step)
+        return type(error)(f"{text}; {hint}")
+    return WorkerLostError(f"{text}; {hint}", worker=error.worker, step=error.step)
 
 
 def _saved(

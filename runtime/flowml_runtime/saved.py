@@ -134,15 +134,25 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
         path: a directory, which is made if it is not there.
         keep: how many saved trees stay there.
 
-    Returns: where the tree is. Raises TypeError for a leaf that is no array, CheckpointError if the disk refuses,
-    WorkerLostError if a value is lost.
+    Returns: where the tree is. Raises TypeError for a leaf that is no array, CheckpointError if the disk refuses or the
+    directory holds checkpoints of a fit, WorkerLostError if a value is lost.
     """
+    if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"fm.save(path={path!r}): give the name of a directory")
+    if not os.fspath(path):
+        raise ValueError("fm.save(path=''): give the name of a directory; '.' is the current one")
     directory = Path(path)
     whole_number("keep", keep, least=1)
-    pairs, _ = array_leaves(tree)
+    try:
+        pairs, _ = array_leaves(tree)
+    except ValueError as error:  # JAX sorts the keys of a dict
+        raise TypeError(
+            f"the tree cannot be saved: {str(error).splitlines()[0]}; give each dict keys of one kind, such as text"
+        ) from error
     content = msgspec.json.encode(Tree(tuple(_leaf(p, value) for p, value in pairs), hollow(tree)))
     values = [value for _, value in pairs]
     before = checkpoints.snapshots(directory)
+    _check_trees(directory, before)
     number = checkpoints.step_of(before[0]) + 1 if before else 1
     try:
         with checkpoints.writing(directory, number) as folder:
@@ -155,6 +165,18 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
         ) from error
     _note(tree, where)
     return where
+
+
+def _check_trees(directory: Path, before: Iterable[Path]) -> None:
+    """Raise CheckpointError if a directory holds something else than trees: saving one would remove it."""
+    for path in before:
+        try:
+            _tree(path)
+        except checkpoints.FormatError as error:
+            raise CheckpointError(f"no tree can be saved in {directory}: {error}; give another directory") from None
+        except CheckpointError:
+            continue  # it is damaged
+        return
 
 
 def load(
@@ -173,6 +195,8 @@ def load(
 
     Raises CheckpointError if there is none, it is damaged, or it differs from `like`: it names the leaves.
     """
+    if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"fm.load({path!r}): give the name of a directory")
     directory, read = Path(path), partial(_loaded, cluster=cluster, placement=placement, like=like)
     if checkpoints.snapshots(directory):
         found = newest(directory, read, "Loaded is")
@@ -253,7 +277,7 @@ def _tree(path: Path) -> tuple[Tree, checkpoints.Body]:
     try:
         tree = msgspec.json.decode(body.content, type=Tree)
     except msgspec.DecodeError:
-        raise CheckpointError(f"{path} holds a fit, and no tree of fm.save; read it with fm.restore") from None
+        raise checkpoints.FormatError(f"{path} holds a fit, and no tree of fm.save; read it with fm.restore") from None
     there = {entry.name for entry in body.arrays}
     lacking = [i for i in range(len(tree.leaves)) if str(i) not in there]
     if lacking:

@@ -46,15 +46,15 @@ from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import shown
 from flowml_runtime.driver.training.delays import Delays, delays_of, rows_of, workers_of
 from flowml_runtime.driver.training.feeding import MAX_SHAPES, first_batch
-from flowml_runtime.driver.training.fingerprint import fingerprint
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Asked, Callback, Last, check_items, compiling, rest_of
-from flowml_runtime.driver.training.initial import by_optimizer, first_state, own_array, warn_of_watchers
+from flowml_runtime.driver.training.initial import first_state, nonfinite_of, own_array, warn_of_watchers
 from flowml_runtime.driver.training.lasting import Losses, OnLoss, Runs, prepare
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
-from flowml_runtime.driver.training.probe import Looked, mean_warning
+from flowml_runtime.driver.training.probe import Looked, looking
 from flowml_runtime.driver.training.program import Program, discard
+from flowml_runtime.driver.training.regrouping import WithPlaces
 from flowml_runtime.driver.training.result import TrainingResult, result_of, whole_of, with_shapes
 from flowml_runtime.driver.training.resuming import saving_of, writing
 from flowml_runtime.driver.training.saving import Saving
@@ -204,18 +204,18 @@ class Trainer:
         resume: Literal["auto"] | None = None,
         on_loss: OnLoss = "raise",
         min_replicas: int | None = None,
+        replicate: int = 0,
+        replicas: Literal["elastic"] | None = None,
     ) -> TrainingResult:
         """Train from `params` and return the result. The arguments are not modified.
 
         Args:
             params: pytree of arrays, or an equinox module. What is not floating is not trained; the result has it too.
-            source: a pytree of arrays with one row per example, or an object with `len(source)` and
-                `source[indices]` -> batch pytree. Such an object stays in the caller's process; it may return the same
-                buffer each time, and examples of another shape, for 32 shapes at most, each with a program of its own.
+            source: a pytree of arrays, a row for each example, or an object with `len(source)` and `source[indices]` ->
+                batch. It stays in this process, may return the same buffer each time, and examples of up to 32 shapes.
             batch_size: the examples of a global batch, a multiple of replicas x microbatches.
             last: `"drop"` skips the examples at the end of an epoch that do not fill a batch. `"use"` makes a shorter
-                batch of them, whose replicas and microbatches count by their examples, so that the step equals one on
-                that batch.
+                batch of them, whose replicas and microbatches count by their examples: the step is one on that batch.
             epochs, steps: how long to train; give one of them.
             seed: seeds the order of each epoch (`flowml.data.epoch_order`) and the keys.
             shuffle: False visits the examples in order; `fm.Shards` and `fm.WithReplacement` are other ways.
@@ -223,18 +223,18 @@ class Trainer:
             state: the first state of the model, for a loss with `has_state`.
             callbacks: called with each step's record, in the caller's thread. The workers run at most two steps ahead
                 and then wait; a callback longer than the cluster's `deadline_s` may make them miss a deadline.
-            validation: a source, on which the loss is measured, or (source, metrics) as `evaluate` takes them. The
-                results are in the records, as "validation", and in `result.validation`. Replicas stop for as long as it
-                takes to copy what they keep to the driver, and go on while it is measured.
+            validation: a source, on which the loss is measured, or (source, metrics) as for `evaluate`. Results are in
+                the records and in `result.validation`. Replicas stop until the driver has a copy of what they keep.
             validate_every: the number of steps between two validations; the default is an epoch. One is at the end.
             progress: show a line of progress on stderr. The default is to show it if stderr is a terminal.
             checkpoint: where and how often to write snapshots, from which a later fit goes on.
             resume: `"auto"` goes on from the newest complete snapshot of `checkpoint`, or begins if there is none.
-                Epochs or steps are those of the whole fit. Values then come from the snapshot, the history begins with
-                the first new step, and the ledger counts the whole fit.
+                Epochs, steps and the ledger are those of the whole fit; the history begins with the first new step.
             on_loss: what to do when a worker is lost. `"raise"` ends the fit. `"replace"` starts it again and goes on
-                from the newest snapshot, which the driver keeps in memory; `"shrink"` goes on without its replica, if
-                at least `min_replicas` are left.
+                from the newest snapshot, in the driver; `"shrink"` goes on with the others.
+            min_replicas: the fewest replicas with which `"shrink"` goes on, and `"elastic"` begins and goes on.
+            replicate: copies of each worker's state, so that fits that go on do no step again that callbacks have seen.
+            replicas: `"elastic"` is `"shrink"` that also takes in replicas as their workers join.
 
         Raises:
             ValueError: if the batch size does not divide, the source is too small, or a batch does not fit the loss.
@@ -245,8 +245,8 @@ class Trainer:
         check_values(params, "parameter")
         self._check_state(state)
         size = batch_size, epochs, steps, seed, dealt(shuffle, self._spec.replicas, batch_size), last
-        validated = validation, validate_every
-        asked = Asked.of(source, size, callbacks, progress, validated, (checkpoint, resume), (on_loss, min_replicas))
+        lost = on_loss, min_replicas, replicate, replicas
+        asked = Asked.of(source, size, callbacks, progress, (validation, validate_every), (checkpoint, resume), lost)
         cluster = self._here()
         with self._alone(), writing(asked, cluster) as asked, heeding_interrupts() as interrupts:
             runs = self._begin(cluster, asked, params, opt_state, state, interrupts)
@@ -266,24 +266,24 @@ class Trainer:
         model = Model.of(state, self._state_rules, self._spec.replicas)
         spec = replace(self._spec, weight=by_examples) if asked.rest and self._spec.weight is None else self._spec
         batch = first_batch(data, order, batch_size, spec.replicas)
-        program, params = self._first_program(cluster, spec, params, state, batch)
-        check_items(program.training, asked.rest, asked.shuffle, simulated=isinstance(cluster, SimulatedCluster))
-        workers = kind_of(cluster)
-        about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest, workers)
+        everywhere = WithPlaces.of(cluster, spec.replicas, spec.placement) if asked.elastic else cluster
+        program, params = self._first_program(everywhere, spec, params, state, batch)
+        check_items(program.training, asked)
+        about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest, kind_of(cluster))
         saving = self._saving(cluster, program, params, opt_state, model, asked, about)
         interrupts.check()
-        losses = Losses(cluster, program, asked.on_loss, asked.min_replicas)
+        losses = Losses(cluster, program, asked.on_loss, asked.min_replicas, elastic=asked.elastic)
         looked = self._look_at_loss(program, params, data, order, batch_size)
         handle = losses.load(looked.look)
         looked.warn(stacklevel=4)
-        variant = partial(self._variant, cluster, program, structs_of(params, state))
+        saving = saving.again(handle.plan.training, asked.total) if losses.gone and handle.plan.training else saving
+        variant = partial(self._variant, everywhere, program, structs_of(params, state))
         options = self._options(cluster, program, asked)
 
         def make(handle: LoadedPlan, run: int, saving: Saving) -> Fit:
-            now = replace(options, run=run)
-            own = interrupts, saving, model.replicas
+            now, own = replace(options, run=run), (variant, interrupts)
             with paused_collector(len(cluster.devices)):
-                return Fit(cluster.session, handle, data, now, program.compiled, variant, *own)
+                return Fit(cluster.session, handle, data, now, program.compiled, *own, saving, model.replicas)
 
         return Runs(program, make, make(handle, options.run, saving), losses)
 
@@ -342,7 +342,7 @@ class Trainer:
 
     def _plan_of(self, params: Any) -> Plan | None:
         """The newest plan for parameters of this structure, on the cluster in use."""
-        leaves, session = len(trained_leaves(params)) + ("value" in self._wants), self._here().session
+        leaves, session = len(trained_leaves(params)), self._here().session
         mine = [p for p in self._programs.values() if p.session is session]
         return next((p.compiled.plan for p in reversed(mine) if p.parameters == leaves), None)
 
@@ -368,7 +368,7 @@ class Trainer:
             shuffle=asked.shuffle,
             delays=rows_of(self._delays, workers, asked.seed, program.next_step - run),
             check_replicas=self._check_replicas,
-            on_nonfinite=self._on_nonfinite,
+            on_nonfinite=nonfinite_of(program.spec.optimizer, self._on_nonfinite),
             progress=asked.progress,
             rest=asked.rest,
         )
@@ -389,20 +389,20 @@ class Trainer:
         state = first_state(optimizer, outer, params, opt_state)
         warn_of_watchers(state, self._on_nonfinite, stacklevel=4)
         if asked.checkpoint is not None:
-            about = msgspec.structs.replace(about, update=fingerprint(by_optimizer(optimizer, outer, state), params))
-        trees = params, state, program.spec.untrained
-        saving = saving_of(asked, program.training, trees, model, about)
+            about = msgspec.structs.replace(about, update=program.update_name(state, params))
+        saving = saving_of(asked, program.training, (params, state, program.spec.untrained), model, about)
         if asked.validation is not None:
             saving.validation = self._validation(cluster, program, asked)
+        saving.copies = asked.copies
         saving.keeps = asked.on_loss != "raise" or asked.kept is not None
         return saving
 
     def _look_at_loss(self, program: Program, params: Any, source: Source, order: Any, batch_size: int) -> Looked:
         """What looks whether the average of the loss over replicas and microbatches is the loss of the batch, once."""
         if source.examples < batch_size or self._looked or self._spec.has_state or not program.session.arithmetic:
-            return Looked(lambda: None)
+            return Looked()
         self._looked = True
-        return Looked(partial(mean_warning, program.spec, program.compiled.plan, params, source, order, batch_size))
+        return looking(program.spec, program.compiled.plan, params, source, order, batch_size)
 
     def _told(
         self, cluster: TrainingCluster, result: TrainingResult, asked: Asked, params: Any, state: Any

@@ -94,6 +94,26 @@ def test_equal_tasks_share_one_executable() -> None:
     assert len(fm.compile(fn, X, devices=TWO).executables) == 2
 
 
+def test_what_an_update_reads_is_not_computed_before_its_gradient_comes() -> None:
+    """The decayed momentum and the slope of `tanh` are parts of the tasks that read them, as in one executable."""
+
+    def step(params: Any, momentum: Any, x: jax.Array) -> Any:
+        def loss(params: Any) -> jax.Array:
+            with fm.layer("a"):
+                y = jnp.tanh(x @ params["a"])
+            with fm.layer("b"):
+                return jnp.mean(jnp.tanh(y @ params["b"]) ** 2)
+
+        gradients = jax.grad(loss)(params)
+        momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, gradients)
+        return jax.tree.map(lambda p, m: p - 0.1 * m, params, momentum), momentum
+
+    params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
+    plan = fm.compile(step, params, params, X, devices=TWO, placement=SPLIT)
+    first, _, last = plan.tasks
+    assert [len(t.outputs) for t in (first, last)] == [1, 2], "an activation; a parameter and its momentum"
+
+
 def test_shapes_suffice() -> None:
     plan = fm.compile(chain, jax.ShapeDtypeStruct((4, 8), jnp.bfloat16), devices=TWO, placement=SPLIT)
     assert {t.dtype for t in plan.transfers} == {"bfloat16"}

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.experimental
 import jax.numpy as jnp
@@ -57,6 +58,13 @@ def rematerialised(x: jax.Array) -> jax.Array:
     return jax.grad(lambda v: jax.checkpoint(scanned)(v).sum())(x)
 
 
+def checked(x: jax.Array) -> jax.Array:
+    def body(v: jax.Array) -> jax.Array:
+        return eqx.error_if(v, v[0] > 9, "too large")  # equinox compiles the callback by itself
+
+    return jax.lax.cond(x[0] > 0, body, jnp.sin, eqx.error_if(x, x[0] < 0, "negative"))
+
+
 REFUSALS: dict[str, tuple[Callable[..., Any], str]] = {
     "callback in a scan": (
         scanned,
@@ -73,6 +81,14 @@ REFUSALS: dict[str, tuple[Callable[..., Any], str]] = {
     "pure callback in a loop": (
         looped,
         rf"^looped uses jax\.pure_callback inside while at \S*{HERE}.*\), which calls Python",
+    ),
+    "callback of a library": (
+        checked,
+        rf"^checked uses jax\.pure_callback inside cond at \S*{HERE}checked\), which calls Python",
+    ),
+    "callback of a library in a branch": (
+        lambda x: jax.lax.scan(lambda c, _: (checked(c), None), x, length=2),
+        rf"uses jax\.pure_callback inside cond .*inside scan at \S*{HERE}.*(checked|body)\), which calls Python",
     ),
     "callback in a remat body": (
         rematerialised,

@@ -88,3 +88,21 @@ def test_bad_numbers_say_what_to_give(cluster: fm.Cluster) -> None:
         boost(x[:, :1], y, cluster, split="features")
     with pytest.raises(ValueError, match="depth"):
         boost(x, y, cluster, depth=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "settings", "text"),
+    [
+        (np.ones(6), np.ones(6), {}, r"x has the shape \(6,\); give a row for each example"),
+        (np.ones((6, 3)), np.ones(5), {}, r"y has the shape \(5,\); give one label for each of the 6 rows"),
+        (np.ones((6, 3)), np.ones((6, 1)), {}, r"y has the shape \(6, 1\)"),
+        (np.ones((6, 3)), np.full(6, 0.5), {}, "label 0.5, and loss='logistic' has 0 and 1; give those, or loss='sq"),
+        (np.full((6, 3), np.nan), np.ones(6), {"loss": "squared"}, "x holds NaN or infinity"),
+        ([["a"] * 3] * 6, np.ones(6), {}, "x holds what is no number"),
+    ],
+)
+def test_examples_that_do_not_fit_together_say_so(
+    cluster: fm.Cluster, x: Any, y: Any, settings: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        boost(x, y, cluster, **settings)

@@ -17,7 +17,8 @@ import flowml as fm
         ([[1.5, -0.5], [-0.5, 1.5]], "W[0, 1] is -0.5; give 0 where two replicas exchange nothing, and a share from 0"),
         ([[float("nan"), 1.0], [1.0, 0.0]], "W[0, 0] is nan; give 0 where two replicas exchange nothing"),
         ([[0.5, 0.6], [0.5, 0.4]], "row 0 of W adds up to 1.1 instead of 1"),
-        ([[1.0, 0.0], [0.0, 1.0]], "no path leads from replica 0 to replica 1, so they would never agree; add edges"),
+        ([[1.0, 0.0], [0.0, 1.0]], "average with itself alone and nothing be exchanged; give an entry above 0 to each"),
+        ([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.0, 0.5, 0.5]], "no path leads from replica 0 to replica 1, so they wo"),
     ],
 )
 def test_a_matrix_that_makes_no_sense_is_refused_with_the_fix(matrix: list[list[float]], fix: str) -> None:

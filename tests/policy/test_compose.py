@@ -7,6 +7,7 @@ import pytest
 from flowml import policies
 from flowml.errors import PolicyError
 from flowml.policy import DEFAULT_PATTERN, Gossip, Policy, Quorum, Ring, Tree, check_composition, resolve
+from flowml.policy.compose import lonely
 
 PATHS = ("params/conv1/kernel", "params/conv1/bias", "params/fc1/kernel", "head/w")
 
@@ -55,8 +56,30 @@ def test_one_replica_has_nothing_to_add_up() -> None:
 
 
 def test_a_quorum_that_cannot_drop_is_remarked_upon_once() -> None:
-    notes = check_composition({"a": policies.quorum(0.75), "b": Policy(), "c": Policy(quorum=Quorum(2))}, replicas=2)
-    assert notes == ("'a': Quorum(0.75) of 2 can never drop", "'c': Quorum(2) of 2 can never drop")
+    share, count = policies.quorum(0.75), Policy(quorum=Quorum(2))
+    notes = check_composition({"a": share, "b": Policy(), "c": count, "d": share}, replicas=2)
+    assert notes == ("a, d: Quorum(0.75) of 2 can never drop", "c: Quorum(2) of 2 can never drop")
+    for full in (Policy(quorum=Quorum(2, limit_s=9.0)), policies.speculate()):
+        assert check_composition({"a": full}, replicas=2) == ()
+
+
+def test_a_share_below_one_replica_is_refused_where_gradients_are_applied_on_arrival() -> None:
+    with pytest.raises(PolicyError, match=r"'a': Quorum\(0.2\) .* of 3 replicas .* less than one; give softsync\(3\)"):
+        check_composition({"a": policies.softsync(5)}, replicas=3)
+    for sound in (policies.softsync(3), policies.quorum(0.2), policies.adam_epoch(0.2)):
+        check_composition({"a": sound}, replicas=3)
+    check_composition({"a": policies.softsync(5)}, replicas=1)  # no other waits for its share
+
+
+def test_one_replica_that_would_average_alone_is_told() -> None:
+    once = policies.average_once()
+    (warning,) = lonely({"a": once, "b": once}, 1)
+    assert warning.startswith("a, b (once, weights): one replica has no other to average with")
+    assert lonely({"a": once}, 2) == lonely({"a": policies.local_sgd(4)}, 1) == lonely({"a": Policy()}, 1) == ()
+    for policy in (once, policies.local_sgd(4), policies.adam_convolution(4)):
+        (note,) = check_composition({"a": policy}, 1)
+        assert "no other to average with" in note
+    assert check_composition({"a": policies.diloco(4)}, 1) == ()
 
 
 def test_somebody_has_to_train() -> None:

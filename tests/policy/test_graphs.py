@@ -13,17 +13,21 @@ from flowml.policy.graphs import (
     CompleteGraph,
     ExponentialGraph,
     Graph,
+    NestedGraph,
     OwnMatrix,
     RandomPairs,
     RingGraph,
     TorusGraph,
+    among,
     as_graph,
     check_members,
     gap,
     matrix,
     own_matrix,
     partner,
+    readers,
     renormalised,
+    sites_of,
     spectral_gap,
 )
 
@@ -155,7 +159,7 @@ def test_any_doubly_stochastic_matrix_of_a_connected_graph_is_taken(
     weights = birkhoff(seed, members)
     reach = np.linalg.matrix_power(weights, members) > 0
     if not reach.all():
-        with pytest.raises(PolicyError, match="no path leads from replica 0"):
+        with pytest.raises(PolicyError, match=r"no path leads from replica 0|with itself alone"):
             own_matrix(weights)
         return
     graph = own_matrix(weights)
@@ -189,7 +193,8 @@ def test_a_matrix_whose_sums_differ_from_one_is_refused(seed: int, members: int,
         ([[0.5, 0.4], [0.5, 0.5]], "row 0 of W adds up to 0.9"),
         ([[1.5, -0.5], [-0.5, 1.5]], r"W\[0, 1\] is -0.5"),
         ([[float("nan"), 1], [1, 0]], r"W\[0, 0\] is nan"),
-        ([[1.0, 0.0], [0.0, 1.0]], "no path leads from replica 0 to replica 1"),
+        ([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.0, 0.5, 0.5]], "no path leads from replica 0 to replica 1"),
+        ([[1.0, 0.0], [0.0, 1.0]], "nothing be exchanged"),
         ([[0.0, 1.0], [1.0, 0.0]], "passes parameters around"),
         ([[0, 1, 0], [0, 0, 1], [1, 0, 0]], "passes parameters around"),
     ],
@@ -219,3 +224,43 @@ def test_graphs_travel() -> None:
     with pytest.raises(msgspec.ValidationError, match="doubly stochastic"):
         msgspec.json.decode(b'{"type": "matrix", "rows": [[0.5, 0.4], [0.5, 0.5]]}', type=Graph)
     assert isinstance(as_graph([[1.0]]), OwnMatrix)
+
+
+@given(st.data(), st.integers(2, 8), st.integers(2, 4), st.integers(0, 20))
+def test_rounds_of_sites_are_doubly_stochastic_and_reach_all(
+    data: st.DataObject, members: int, often: int, turn: int
+) -> None:
+    flat = st.sampled_from([as_graph(name) for name in ("ring", "torus", "exponential", "complete", "random_pairs")])
+    sites = data.draw(st.integers(1, members))
+    graph = NestedGraph(data.draw(flat), data.draw(flat), sites, often)
+    check_members(graph, members)
+    weights = matrix(graph, members, turn)
+    np.testing.assert_allclose(weights.sum(0), 1)
+    np.testing.assert_allclose(weights.sum(1), 1)
+    for r in range(members):
+        assert readers(graph, r, members, turn) == tuple(i for i in range(members) if weights[i, r] and i != r)
+    leaders = {site[0] for site in sites_of(sites, members)}
+    if (turn + 1) % often == 0:  # only leaders take part
+        assert all(weights[r, r] == 1 for r in range(members) if r not in leaders)
+    through = np.eye(members)
+    for n in range(40 * often):
+        through = matrix(graph, members, n) @ through
+    assert (through > 0).all()
+    gone = data.draw(st.sets(st.integers(0, members - 1), max_size=members - 1))
+    left = among(graph, members, gone)
+    check_members(left, members - len(gone))
+    np.testing.assert_allclose(matrix(left, members - len(gone), turn).sum(0), 1)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.data())
+def test_those_that_are_left_of_a_matrix_average(seed: int, members: int, data: st.DataObject) -> None:
+    weights = birkhoff(seed, members)
+    assume((np.linalg.matrix_power(weights, members) > 0).all())
+    gone = data.draw(st.sets(st.integers(0, members - 1), max_size=members - 1))
+    check_members(among(own_matrix(weights), members, gone), members - len(gone))
+
+
+def test_the_gap_of_sites_is_that_of_their_rounds() -> None:
+    nested = NestedGraph(as_graph("complete"), as_graph("complete"), 2, 2)
+    assert 0 < gap(nested, 4) < 1
+    assert gap(NestedGraph(as_graph("complete"), as_graph("complete"), 1, 2), 4) == pytest.approx(1.0)

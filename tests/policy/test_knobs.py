@@ -35,6 +35,13 @@ NAN = float("nan")
         lambda: policies.softsync(0),
         lambda: policies.softsync(NAN),
         lambda: policies.softsync("2"),  # pyright: ignore[reportArgumentType]
+        lambda: policies.softsync(float("inf")),
+        lambda: policies.deep_compression(1),
+        lambda: policies.deep_compression(2),
+        lambda: policies.skeleton(2),
+        lambda: policies.skeleton(1.5),
+        lambda: policies.backup_workers(0.5),  # pyright: ignore[reportArgumentType]
+        lambda: policies.ensemble_compression(None, None, 1, 1, None),
         lambda: policies.deadline(2.0),
         lambda: policies.deadline(0.5, grace=-1),
         lambda: policies.backup_workers(0),

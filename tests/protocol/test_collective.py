@@ -30,6 +30,7 @@ from flowml_runtime.protocol.collective import (
     choose,
     direct,
     doubling,
+    gather,
     hierarchical,
     ring,
     tree,
@@ -43,12 +44,12 @@ Values = np.ndarray[Any, Any]
 def schedules(draw: st.DrawFn) -> Schedule:
     hosts = draw(st.lists(st.integers(0, 3), min_size=1, max_size=9))
     ranks = len(hosts)
-    kind = draw(st.sampled_from(["hierarchical", "ring", "direct", "doubling", "tree"]))
+    kind = draw(st.sampled_from(["hierarchical", "ring", "direct", "doubling", "tree", "gather"]))
     if kind == "hierarchical":
         return hierarchical(tuple(hosts))
     if kind == "tree":
         return tree(ranks, draw(st.integers(1, 4)))
-    return {"ring": ring, "direct": direct, "doubling": doubling}[kind](ranks)
+    return {"ring": ring, "direct": direct, "doubling": doubling, "gather": gather}[kind](ranks)
 
 
 @dataclass
@@ -66,6 +67,7 @@ class World:
     """Ranks joined by links that keep their order; which link delivers next is up to `random`."""
 
     def __init__(self, schedule: Schedule, values: list[Values], *, pieces: int, window: int, random: Random) -> None:
+        self.schedule = schedule
         self.layout = Layout(len(values[0]), pieces, schedule.chunks)
         self.ranks = [Rank(AllReduce(schedule, r, pieces, "bucket 0", window), own) for r, own in enumerate(values)]
         self.links: dict[tuple[int, int], deque[Received]] = {}
@@ -73,7 +75,7 @@ class World:
         self.sent = [0] * len(values)
 
     def run(self) -> list[Values]:
-        """Start and deliver in any order until nothing is left to be done; the result of each rank."""
+        """Start and deliver in any order until nothing is left to be done; the result of each rank that has one."""
         while choices := [r for r in self.ranks if not r.started] + [k for k, link in self.links.items() if link]:
             chosen = self.random.choice(choices)
             if isinstance(chosen, Rank):
@@ -82,7 +84,7 @@ class World:
             else:
                 self._step(chosen[1], self.links[chosen].popleft())
         assert [r.done for r in self.ranks] == [1] * len(self.ranks), "deadlock"
-        return [self._result(r) for r in self.ranks]
+        return [self._result(r) for r in (self.ranks[:1] if self.schedule.one_way else self.ranks)]
 
     def _step(self, number: int, event: Started | Received) -> None:
         rank = self.ranks[number]
@@ -211,6 +213,20 @@ def machine(window: int = WINDOW, pieces: int = 8) -> AllReduce:
 def test_what_cannot_be_is_refused_with_peer_bucket_and_step(event: Received, text: str) -> None:
     with pytest.raises(ProtocolError, match=text):
         machine(window=2).step(event)
+
+
+def test_a_rank_that_only_sends_may_be_far_ahead_of_another() -> None:
+    """It is told nothing, so that it has sent its last piece before a slow rank sends its first."""
+    m = AllReduce(gather(3), 0, 64, "bucket 0")
+    for piece in range(64):
+        assert m.step(Received(1, piece, 0, "fast")) == []
+        m.validate()
+    m.step(Started())
+    done = [action for piece in range(64) for action in m.step(Received(2, piece, 0, "slow"))]
+    assert [action.piece for action in done if isinstance(action, Combine)] == list(range(64))
+    assert isinstance(done[-1], Done)
+    with pytest.raises(ProtocolError, match="'gather' has 64 pieces"):
+        AllReduce(gather(3), 0, 64, "bucket 0").step(Received(1, 64, 0, "x"))
 
 
 def test_nothing_comes_twice() -> None:

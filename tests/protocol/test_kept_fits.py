@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from flowml_runtime.protocol.training.kept_fits import (
+    AGAIN_S,
     MOST_ORPHANS,
     Action,
     Answer,
@@ -15,9 +16,12 @@ from flowml_runtime.protocol.training.kept_fits import (
     Event,
     Exported,
     KeptFits,
+    Leave,
     Released,
     Tick,
     Wake,
+    Write,
+    Written,
 )
 
 
@@ -83,6 +87,71 @@ def test_a_fit_without_a_driver_is_kept_for_a_while() -> None:
     at_once.step(Completed("a", "fit", "1"))
     at_once.step(DriverLost("a"))
     assert not at_once.parts
+
+
+def orphaned(orphan_s: float = 10.0) -> Worker:
+    """One that keeps two snapshots of a fit without a driver, the first of which is complete."""
+    worker = Worker(orphan_s)
+    worker.step(Claim("a", "fit", 1, directory="/there", keep=3))
+    worker.step(Completed("a", "fit", "1"))
+    worker.step(Exported("a", "fit", "2"))
+    worker.step(DriverLost("a"))
+    return worker
+
+
+def write(*, again: bool = False) -> Write:
+    return Write("fit", ("1", "2"), "/there", 3, ("a",), again)
+
+
+def test_what_no_driver_has_taken_is_written_and_then_dropped() -> None:
+    worker = orphaned()
+    assert worker.step(Tick(), 10.0) == [write()]
+    assert worker.machine.writes
+    assert worker.step(Tick(), 99.0) == []
+    assert worker.step(Written("fit", whole=True), 99.0) == [Drop("fit", "1"), Drop("fit", "2")]
+    assert not worker.machine.writes
+
+
+def test_a_part_stays_until_the_others_have_written_theirs_but_not_for_ever() -> None:
+    worker = orphaned()
+    worker.step(Tick(), 10.0)
+    assert worker.step(Written("fit", whole=False), 11.0) == [Wake(11.0 + AGAIN_S)]
+    assert worker.parts == {("fit", "1"), ("fit", "2")}
+    assert worker.step(Tick(), 11.0 + AGAIN_S) == [write(again=True)]
+    worker.step(Written("fit", whole=False), 99.0)
+    assert not worker.parts
+
+
+def test_a_driver_that_comes_while_a_fit_is_written_has_it() -> None:
+    worker = orphaned()
+    worker.step(Tick(), 10.0)
+    assert worker.owner("b") == ""
+    assert worker.step(Written("fit", whole=True), 11.0) == []
+    assert worker.parts == {("fit", "1"), ("fit", "2")}
+    assert worker.step(DriverLost("b"), 12.0) == [Wake(22.0)], "a claim without a directory"
+    worker.step(Tick(), 22.0)
+    assert not worker.parts
+
+
+def test_a_worker_that_leaves_writes_at_once() -> None:
+    worker = orphaned(orphan_s=600.0)
+    assert worker.step(Leave(), 1.0) == [write()]
+    worker.step(Written("fit", whole=False), 2.0)
+    assert not worker.parts, "it ends"
+    late = Worker(600.0)
+    late.step(Claim("a", "fit", 1, directory="/there"))
+    late.step(Completed("a", "fit", "1"))
+    assert late.step(Leave(), 1.0) == [], "it has a driver"
+    assert late.step(Released("a", "fit", over=False), 2.0) == [Write("fit", ("1",), "/there", 1, (), again=False)]
+
+
+def test_a_disk_that_hangs_bounds_what_is_kept() -> None:
+    worker = Worker()
+    for i in range(3 * MOST_ORPHANS):
+        worker.step(Claim("a", f"fit {i}", 1, directory="/there"))
+        worker.step(Completed("a", f"fit {i}", "1"))
+        worker.step(Released("a", f"fit {i}", over=False), float(i))
+    assert len(worker.parts) == 2 * MOST_ORPHANS
 
 
 def test_few_fits_without_a_driver_are_kept() -> None:

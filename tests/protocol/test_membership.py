@@ -21,6 +21,7 @@ from flowml_runtime.protocol.membership import (
     ProcessExited,
     Received,
     Rename,
+    Restart,
     Send,
     Tick,
     Working,
@@ -35,7 +36,7 @@ CPU = wire.DeviceInfo(name="cpu:0", platform="cpu", memory_bytes=10, cores=1.0)
 def join(name: str = "", life: int = 1, at: str = "h:1", **changes: object) -> wire.Join:
     fields = {"worker": name, "address": at, "incarnation": life, "protocol": PROTOCOL, "version": VERSION}
     fields["process"] = PROCESS
-    return wire.Join(**{**fields, "devices": () if name.startswith("driver") else (CPU,), **changes})  # type: ignore[arg-type]
+    return wire.Join(**{**fields, "devices": () if name.startswith(("driver", "spare")) else (CPU,), **changes})  # type: ignore[arg-type]
 
 
 def cluster(**options: object) -> Coordinator:
@@ -102,6 +103,22 @@ def test_who_does_not_fit_is_refused_with_the_reason(changes: dict[str, object],
     reason = refusal(machine.step(Received("joining-9", asked)))
     assert [s for s in said if s not in reason] == []
     assert [m.worker for m in machine.members] == ["worker:0"]
+
+
+def test_notice_is_logged_and_told_once_and_the_next_life_has_given_none() -> None:
+    machine = admitted(cluster(), "driver", "worker:0", "worker:1")
+    notice = Received("driver", wire.Notice(worker="worker:1"))
+    first, *rest = machine.step(notice)
+    assert first == Append(Joined(machine.members[-1], PROCESS))
+    assert {p: [m.worker for m in v.members if m.leaving] for p, v in views(rest).items()} == {
+        peer: ["worker:1"] for peer in ("driver", "worker:0", "worker:1")
+    }
+    assert machine.step(notice) == []
+    for nobody in ("driver", "worker:7"):
+        assert machine.step(Received("worker:0", wire.Notice(worker=nobody))) == []
+    machine.step(Received("worker:1", wire.Leave(worker="worker:1")))
+    machine.step(Received("joining-9", join("worker:1", life=2, at="h:9")))
+    assert [m.worker for m in machine.members if m.leaving] == []
 
 
 def test_a_full_cluster_refuses() -> None:
@@ -267,6 +284,68 @@ def test_a_worker_whose_name_was_logged_and_not_told_gets_the_same_name() -> Non
     assert logged(actions) == []
 
 
+def test_a_spare_takes_the_place_of_a_lost_worker() -> None:
+    machine = admitted(cluster(), "driver", "worker:0", "spare-a", "spare-b")
+    machine.step(ConnectionLost("worker:0", "gone"))
+    asked = Received("driver", wire.Replace(worker="worker:0"))
+    assert machine.step(asked) == [Send("spare-a", wire.Replace(worker="worker:0", after=1))]
+    assert machine.step(asked) == [], "it is on its way"
+    machine.step(ConnectionLost("spare-a", "gone"))
+    assert machine.step(asked) == [Send("spare-b", wire.Replace(worker="worker:0", after=1))]
+    actions = machine.step(Received("spare-b", join("worker:0", life=2, at="h:3")))
+    assert logged(actions) == [Left(("spare-b",)), Joined(machine.members[-1], PROCESS)]
+    assert Rename("spare-b", "worker:0") in actions
+    assert views(actions)["driver"].lost == (("spare-b", "it took the place of worker:0"),)
+    assert {m.worker: m.incarnation for m in machine.members} == {"driver": 1, "worker:0": 2}
+    assert machine.step(asked) == [], "it is there"
+    machine.validate()
+
+
+def test_a_spare_that_comes_second_stays_a_spare() -> None:
+    machine = admitted(cluster(), "driver", "worker:0", "spare-a")
+    machine.step(ConnectionLost("worker:0", "gone"))
+    machine.step(Received("driver", wire.Replace(worker="worker:0")))
+    machine.step(Received("joining-9", join("worker:0", life=2, at="h:9")))
+    actions = machine.step(Received("spare-a", join("worker:0", life=3, at="h:2")))
+    assert [a.message.worker for a in actions if isinstance(a, Send) and isinstance(a.message, wire.Welcome)] == [
+        "spare-a"
+    ]
+    assert sorted(m.worker for m in machine.members) == ["driver", "spare-a", "worker:0"]
+    machine.step(ConnectionLost("worker:0", "gone"))
+    assert machine.step(Received("driver", wire.Replace(worker="worker:0"))) == [
+        Send("spare-a", wire.Replace(worker="worker:0", after=2))
+    ]
+
+
+def test_without_a_spare_a_launcher_or_the_owner_starts_another() -> None:
+    machine = admitted(cluster(), "driver", "worker:0")
+    asked = Received("driver", wire.Replace(worker="worker:0"))
+    assert machine.step(asked) == [], "it is not lost"
+    machine.step(ConnectionLost("worker:0", "gone"))
+    assert machine.step(asked) == [Restart("worker:0")]
+    machine.step(Received("joining-9", join("launcher-1", devices=(), at="h:9")))
+    assert machine.step(asked) == [Send("launcher-1", wire.Replace(worker="worker:0", after=1))]
+    assert machine.step(Received("driver", wire.Replace(worker="driver"))) == []
+
+
+def test_a_restarted_coordinator_waits_for_its_spares() -> None:
+    """The one before may have asked a spare, which is on its way: two would take one place."""
+    machine, log = cluster(away_s=60.0), list[Record]()
+    for number, name in enumerate(["driver", "worker:0", "spare-a"]):
+        log += logged(machine.step(Received(f"joining-{number}", join(name, at=f"h:{number}"))))
+    log += logged(machine.step(ConnectionLost("worker:0", "gone")))
+    machine, _ = restarted(machine, log, 0.0)
+    machine.step(Received("driver", join("driver", at="h:0")))
+    asked = Received("driver", wire.Replace(worker="worker:0"))
+    assert machine.step(asked) == []
+    assert Rename("spare-a", "worker:0") in machine.step(Received("spare-a", join("worker:0", life=2, at="h:2")))
+
+
+def test_a_full_cluster_lets_its_spares_take_places() -> None:
+    machine = admitted(cluster(max_members=2), "worker:0", "spare-a")
+    assert Rename("spare-a", "worker:1") in machine.step(Received("spare-a", join("worker:1", life=2, at="h:1")))
+
+
 def test_members_are_told_that_the_cluster_ends() -> None:
     machine = admitted(cluster(), "driver", "worker:0")
     assert machine.step(Close("it was closed")) == [
@@ -314,8 +393,26 @@ class Membership(RuleBasedStateMachine):
         for action in actions:
             if isinstance(action, Send) and isinstance(action.message, wire.Welcome):
                 worker = action.message.worker
+                if not worker.startswith("worker"):
+                    continue
                 latest = self.lives.get(worker, -1)
-                assert life > latest or (life == latest and worker not in self.left) or worker == "driver"
+                assert life > latest or (life == latest and worker not in self.left)
+                self.lives[worker] = life
+                self.left.discard(worker)
+
+    @rule(port=SMALL)
+    def offers(self, port: int) -> None:
+        self.take(Received(f"joining-{port}", join("spare-a", 0, f"h:{port}")))
+
+    @rule(worker=st.sampled_from(["worker:0", "worker:1"]), takes=st.booleans())
+    def is_missed(self, worker: str, takes: bool) -> None:
+        for action in self.take(Received("driver", wire.Replace(worker=worker))):
+            if isinstance(action, Send) and takes:
+                at = next(m.address for m in self.machine.members if m.worker == action.peer)
+                life = action.message.after + 1  # type: ignore[union-attr]
+                self.take(Received(action.peer, join(worker, life, at)))
+                assert {m.worker: m.incarnation for m in self.machine.members}[worker] == life
+                assert action.peer not in {m.worker for m in self.machine.members}
                 self.lives[worker] = life
                 self.left.discard(worker)
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flowml import policies
 from flowml.policy import UNBOUNDED, Deadline, Fold, Policy, Quorum
+from flowml_runtime import wire
 from flowml_runtime.protocol.training import ledger
+from flowml_runtime.protocol.training.actions import Received
 from flowml_tools.faults.campaign import check_rest
 from flowml_tools.faults.checker import check
+from flowml_tools.faults.history import Turn
 from flowml_tools.faults.layout import MICROBATCHES, make
 from flowml_tools.faults.world import World
 
@@ -85,6 +88,11 @@ def test_a_sum_of_all_replicas_is_one_contribution_and_needs_no_decision() -> No
         [(0, clock, value, pytest.approx(1 / (3 * steps * MICROBATCHES)))]
         for clock, value, steps in zip((1, 3, 4), expected, (2, 2, 1), strict=True)
     ]
+
+
+def about(turn: Turn) -> object:
+    """The message that a machine has received in a turn."""
+    return turn.event.message if isinstance(turn.event, Received) else None
 
 
 SYNC, ASYNC = policies.synchronous(), policies.asynchronous()
@@ -161,9 +169,30 @@ def test_every_composition_ends_and_keeps_its_promises(
         assert summary.used == (clocks * replicas if run.terms.aligned else run.work.total_items)
 
 
+def test_a_stage_gets_an_item_again_before_it_has_used_its_first_batch() -> None:
+    """The first stage has given the item up and begun others. The batch of the new grant is one more."""
+    run = make(COMPOSITIONS["requeue"], replicas=2, stages=3, clocks=10, items=6, speeds=(4, 20), twice=0.5, seed=5182)
+    assert check_all(run).requeued > 0
+
+
+class SlowBatches:
+    """What the driver feeds a worker takes very long. Implements `network.Tamper`."""
+
+    def delays(self, source: str, to: str, message: object) -> tuple[float, ...]:
+        return (1e6 if isinstance(message, wire.Batch) and to == "worker:3" else 0.1,)
+
+
+def test_a_step_that_is_given_up_does_not_wait_for_its_batch() -> None:
+    run = make([policies.quorum(0.5)] * 2, replicas=2, clocks=4, under=SlowBatches())
+    assert check_all(run).used >= 4
+    retired = [f.at for f in run.history.facts if isinstance(f, Turn) and isinstance(about(f), wire.Retired)]
+    assert max(retired) < 1e6
+
+
 @pytest.mark.parametrize("name", ["sync", "every", "rhythms", "quorum every", "bounded", "mixed", "stale quorum every"])
 @settings(max_examples=15, deadline=None)
 @given(victim=st.integers(1, 3), when=st.floats(0, 60), seed=st.integers(0, 2**32))
+@example(victim=2, when=59.45820216403237, seed=2428028403)  # its last words come after the run is over
 def test_the_rest_goes_on_without_a_lost_replica(name: str, victim: int, when: float, seed: int) -> None:
     rules = COMPOSITIONS[name]
     run = make(rules, replicas=4, clocks=12, seed=seed, homes_on=0)

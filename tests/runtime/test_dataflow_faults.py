@@ -330,7 +330,8 @@ def test_a_lost_worker_comes_with_advice_that_can_be_followed() -> None:
         f = fm.dataflow(_across, cluster=cluster)
         f(X)
         os.kill(launched.pids["worker:1"], signal.SIGKILL)
-        with pytest.raises(WorkerLostError, match=f"; start it again with `flowml worker {launched.address}`$"):
+        command = f"`flowml worker {launched.address} --token-file FILE`"
+        with pytest.raises(WorkerLostError, match=f"; start another with {command}$"):
             while True:
                 f(X)
 

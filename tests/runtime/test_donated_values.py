@@ -14,6 +14,7 @@ import flowml as fm
 from flowml.errors import ClusterError
 from flowml_runtime.driver.remote import Remote
 from flowml_runtime.driver.steps import Steps
+from flowml_runtime.execution.kept import value_of
 from tests.conftest import wait_until
 
 SIDE = 64
@@ -80,7 +81,7 @@ def addresses(cluster: fm.Cluster, state: Any) -> set[int]:
     (worker,) = session._local.values()
     names = [x.number for x in jax.tree_util.tree_leaves(state) if isinstance(x, Remote) and x.nbytes > 4096]
     (cells,) = [[mine[n] for n in names] for mine in worker._keeping.kept._cells.values() if mine]
-    return {cell.value.unsafe_buffer_pointer() for cell in cells}
+    return {value_of(cell).unsafe_buffer_pointer() for cell in cells}
 
 
 def test_an_argument_of_another_shape_is_refused_by_its_name(cluster: fm.Cluster) -> None:

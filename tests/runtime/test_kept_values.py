@@ -407,11 +407,16 @@ def test_handles_of_another_or_a_closed_cluster_are_refused(
     here = fm.dataflow(lambda x: x + 1, cluster=threads_cluster)
     with pytest.raises(ClusterError, match=r"is on another cluster; pass its value: fetch\(\)"):
         here(value)
+    there = fm.dataflow(lambda x: x + 1, cluster=other_cluster)
+    there(1.0)
     other_cluster.close()
     with pytest.raises(ClusterError, match="its cluster is closed"):
         value.fetch()
     with pytest.raises(ClusterError, match="its cluster is closed"):
         here(value)
+    for program in (there, fm.dataflow(jnp.sin, cluster=other_cluster)):
+        with pytest.raises(ClusterError, match=r"^the cluster is closed; start another"):
+            program(1.0)
 
 
 def test_put_refuses_what_it_cannot_place(threads_cluster: fm.Cluster) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import flowml as fm
+from flowml_runtime.execution.kept import value_of
 from tests.conftest import wait_until
 
 SHAPE = (64, 8)
@@ -125,8 +126,8 @@ def address(cluster: fm.Cluster, handle: Any) -> int:
     """Where the worker has a kept value."""
     session: Any = cluster.session
     (worker,) = session._local.values()
-    value = next(mine[handle.number].value for mine in worker._keeping.kept._cells.values() if handle.number in mine)
-    return value.unsafe_buffer_pointer()
+    cell = next(mine[handle.number] for mine in worker._keeping.kept._cells.values() if handle.number in mine)
+    return value_of(cell).unsafe_buffer_pointer()
 
 
 def test_a_donated_input_that_passes_through_is_not_copied(one: fm.Cluster) -> None:

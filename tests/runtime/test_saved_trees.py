@@ -96,7 +96,7 @@ def test_the_newest_complete_tree_is_loaded(tmp_path: Path) -> None:
     with pytest.warns(fm.FlowmlWarning, match=r"changed or is damaged.* Loaded is step-0+3"):
         assert int(fm.load(tmp_path)["n"]) == 2
     (tmp_path / "empty").mkdir()
-    with pytest.raises(fm.CheckpointError, match="cannot be read"):
+    with pytest.raises(fm.CheckpointError, match="there is no checkpoint at"):
         fm.load(tmp_path / "empty")
 
 
@@ -107,9 +107,16 @@ def test_other_trees_and_leaves_are_refused(tmp_path: Path) -> None:
     text = str(error.value)
     assert "leaf 'b', float32[3], is only there; leaf 'c', float32[3], is only here" in text
     assert "leaf 'w' is float32[2, 3] there and float32[2, 4] here" in text
+    with pytest.raises(
+        TypeError, match=r"^the tree cannot be saved: [^\n]*; give each dict keys of one kind, such as text$"
+    ):
+        fm.save({"a": 1, 3: 1}, tmp_path)
+    for use in (fm.restore, fm.load):
+        with pytest.raises(TypeError, match=r"\(3\): give the name of a directory"):
+            use(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="save: leaf 'x'"):
         fm.save({"x": "text"}, tmp_path)
-    with pytest.raises(fm.CheckpointError, match="does not hold a fit"):
+    with pytest.raises(fm.CheckpointError, match=r"holds a tree of fm.save, and no fit"):
         fm.restore(tmp_path)
     checkpoints.write(tmp_path / "fit", 1, b"{}", {}, keep=1)
     with pytest.raises(fm.CheckpointError, match="holds a fit, and no tree"):

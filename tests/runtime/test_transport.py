@@ -297,6 +297,25 @@ def test_a_restarted_peer_is_welcome_and_its_earlier_life_is_not() -> None:
         endpoint.close()
 
 
+def test_a_successor_may_have_the_address_of_a_lost_peer() -> None:
+    a, first = Peer(GrpcEndpoint("a", TOKEN)).start(), Peer(GrpcEndpoint("b", TOKEN)).start()
+    place = {"b": first.endpoint.address}
+    a.endpoint.know(place, {"b": first.endpoint.incarnation})
+    a.endpoint.send("b", wire.Leave(worker="a"))
+    assert first.received()[0] == "a"
+    first.endpoint.close()
+    a.endpoint.lose("b", "it was killed")
+    second = Peer(GrpcEndpoint("b", TOKEN, bind=place["b"])).start()
+    a.endpoint.know(place, {"b": first.endpoint.incarnation})
+    assert a.endpoint.has_lost("b", first.endpoint.incarnation)
+    a.endpoint.know(place, {"b": second.endpoint.incarnation})
+    assert not a.endpoint.has_lost("b", second.endpoint.incarnation)
+    a.endpoint.send("b", wire.Leave(worker="a", reason="again"))
+    assert second.received()[1].reason == "again"
+    for endpoint in (a.endpoint, second.endpoint):
+        endpoint.close()
+
+
 def test_a_receiver_that_fails_ends_the_stream_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
     a, b = Peer(GrpcEndpoint("a", TOKEN)).start(), Peer(GrpcEndpoint("b", TOKEN))
 
@@ -345,6 +364,30 @@ def test_a_slow_receiver_holds_its_sender_back_and_its_loss_lets_go() -> None:
     a.endpoint.lose("b", "stuck")
     assert error.wait(WAIT_S)
     go_on.set()
+    a.endpoint.close()
+    b.endpoint.close()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["grpc", "shared memory"])
+def test_what_a_receiver_does_not_take_waits(shared: bool) -> None:
+    a, b = (Peer(GrpcEndpoint(name, TOKEN, shared_memory=shared)) for name in ("a", "b"))
+    taken, go_on, megabyte = threading.Event(), threading.Event(), numbers(2**20)
+
+    def stuck(*_: object) -> None:
+        taken.set()
+        go_on.wait(WAIT_S)
+
+    a.start()
+    b.endpoint.start(stuck, lambda *_: None)
+    a.endpoint.know({"b": b.endpoint.address})
+    assert a.endpoint.waiting("b") == 0
+    assert a.endpoint.waiting("nobody") == 0
+    for _ in range(30):
+        a.endpoint.send("b", value([megabyte]), [megabyte])
+    assert taken.wait(WAIT_S)
+    assert a.endpoint.waiting("b") > 2**20
+    go_on.set()
+    wait_until(lambda: a.endpoint.waiting("b") == 0, "all is taken")
     a.endpoint.close()
     b.endpoint.close()
 

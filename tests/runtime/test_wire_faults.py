@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import queue
+import random
 import signal
 import subprocess
 import sys
@@ -91,9 +92,10 @@ def no_memory_stays(nothing_stays: None) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_memory_stays")
-def test_a_connection_that_is_cut_in_the_middle_of_a_message_is_told_on_both_sides() -> None:
+@pytest.mark.parametrize("fault", ["cut", "reset"])
+def test_a_connection_that_is_cut_in_the_middle_of_a_message_is_told_on_both_sides(fault: Fault) -> None:
     array = np.ones(LARGE // 4, np.float32)
-    with faulty("cut", MIDDLE) as (a, b, proxy):
+    with faulty(fault, MIDDLE) as (a, b, proxy):
         a.endpoint.send("b", value(array), [array])
         assert proxy.reached.wait(WAIT_S)
         assert b.lost.get(timeout=QUICK_S) == ("a", "its connection broke")
@@ -117,6 +119,54 @@ def test_a_flipped_bit_is_refused_and_both_sides_name_the_edge() -> None:
             assert "Value (edge 3 for worker:1/cpu:0, step 7)" in reason
         assert b.messages.empty()
         del array
+
+
+def test_bytes_in_another_order_are_refused() -> None:
+    array = np.arange(LARGE // 4, dtype=np.float32)
+    with faulty("swap", MIDDLE, array[MIDDLE // 4 : MIDDLE // 4 + 8].tobytes(), checksum=True) as (a, b, _):
+        a.endpoint.send("b", value(array), [array])
+        for inbox in (b, a):
+            assert "checksum of frame" in inbox.lost.get(timeout=QUICK_S)[1]
+        assert b.messages.empty()
+
+
+def test_what_is_late_arrives_whole_and_in_order() -> None:
+    """Each piece that is relayed is held up for another while, in both directions."""
+    rng, array = random.Random(3), np.arange(100_000, dtype=np.float32)
+    with ExitStack() as stack:
+        a, b = Inbox("a", checksum=True), Inbox("b")
+        for inbox in (a, b):
+            stack.callback(inbox.endpoint.close)
+        proxy = stack.enter_context(Proxy(b.endpoint.address, delay=lambda: rng.expovariate(200)))
+        a.endpoint.know({"b": proxy.address})
+        for step in range(20):
+            a.endpoint.send("b", value(array, step), [array])
+        received = [b.messages.get(timeout=WAIT_S) for _ in range(20)]
+        assert [message.step for message, _ in received] == list(range(20))
+        assert all(np.array_equal(arrays[0], array) for _, arrays in received)
+        assert a.lost.empty() and b.lost.empty()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_wherever_a_bit_is_flipped_nothing_that_arrives_is_changed(seed: int) -> None:
+    """Also in names, numbers and lengths of messages, and in what gRPC adds. A connection may break or wait then, and
+    heartbeats end it; a changed message never arrives."""
+    rng = random.Random(seed)
+    array = np.asarray([rng.random() for _ in range(300)])
+    with faulty("flip", rng.randrange(2_000, 60_000), checksum=True) as (a, b, proxy):
+        step = 0
+        with suppress(WorkerLostError):
+            while not proxy.reached.is_set():
+                a.endpoint.send("b", value(array, step), [array])
+                step += 1
+            for _ in range(20):
+                a.endpoint.send("b", value(array, step), [array])
+                step += 1
+        with suppress(queue.Empty):
+            b.lost.get(timeout=0.3)
+        received = [b.messages.get() for _ in range(b.messages.qsize())]
+        assert [m for m, _ in received] == [value(array, n) for n in range(len(received))]
+        assert all(np.array_equal(arrays[0], array) for _, arrays in received)
 
 
 def test_without_a_checksum_a_flipped_bit_goes_unnoticed() -> None:

@@ -100,6 +100,16 @@ def test_what_cannot_train_the_model_is_refused_with_its_reason() -> None:
         advice(STEADY, policies={"cut": wrong}, steps=8)
 
 
+def test_rounds_that_the_steps_do_not_hold_are_refused_and_rows_are_in_the_order_of_their_times() -> None:
+    tried = {"seldom": fm.policies.diloco(32), "often": fm.policies.local_sgd(4), "wide": fm.policies.quorum(0.75)}
+    found = advice(fm.sim.LogNormal(0.1, 0.3), policies=tried, steps=16)
+    assert found.refused["seldom"].endswith(
+        "every 32 steps, of which 16 hold less than two rounds; give advise(steps=64) or more"
+    )
+    rows = [line.split()[0] for line in str(found).splitlines()[3:6]]
+    assert rows == [t.name for t in sorted(found.trials, key=lambda trial: trial.seconds)]
+
+
 def test_sites_get_gaia() -> None:
     table = {("a", "b"): (0.1, 1e6)}
     network = fm.sim.Sites(table, {"a": 4, "b": 4})

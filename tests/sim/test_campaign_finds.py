@@ -12,8 +12,10 @@ from flowml_runtime.protocol.training.actions import Wake
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_tools.faults.campaign import check_rest
 from flowml_tools.faults.checker import check
+from flowml_tools.faults.draws import check_drawn
 from flowml_tools.faults.history import Turn
 from flowml_tools.faults.layout import make
+from flowml_tools.faults.rarer import rarer
 from flowml_tools.faults.world import World
 
 
@@ -98,3 +100,34 @@ def test_an_apply_that_outlives_its_run_changes_nothing_of_the_next() -> None:
         run = make([Policy(staleness=UNBOUNDED)], replicas=3, stages=1, clocks=4, seed=seed, homes=homes)
         run.interrupt(1.0 + seed / 4)
         check_all(run)
+
+
+@pytest.mark.parametrize("ended_s", [4.7, 4.72, 4.74, 4.76, 4.78, 4.8])
+def test_a_worker_that_fails_while_its_fit_is_ended_fails_nothing_of_the_next(ended_s: float) -> None:
+    """Its limit was over before it heard of the end, and the fit after that took its report for one of its own."""
+    run = make(
+        [Policy(quorum=Quorum(1.0, limit_s=0.3))],
+        replicas=2,
+        stages=1,
+        clocks=4,
+        speeds=(0.1, 50),  # a report of the limit that is over comes at 4.8 s
+        network=fm.sim.Network(0.05, 1e9),
+    )
+    run.interrupt(ended_s)
+    run.go()
+    assert check(run.history) == []
+
+
+def test_rarer_values_are_drawn_for_the_sites_that_there_are() -> None:
+    """One site was to be two in turn, which ended a campaign in place of a seed."""
+    rule = Policy(topology=fm.Hierarchy(ParameterServer(), fm.Gossip("torus"), 1))
+    for seed in range(40):
+        check_drawn(rarer((rule,), 6, seed), 6)
+
+
+def test_rules_of_sites_are_drawn_for_the_sites_that_there_are() -> None:
+    """A home that applies each four thirds of the contributions of one site ended a campaign in place of a seed."""
+    topology = fm.Hierarchy(ParameterServer(), ParameterServer(), 1)
+    rule = Policy(topology=topology, staleness=1, quorum=Quorum(0.75, late="fold"))
+    with pytest.raises(fm.PolicyError, match="less than one"):
+        check_drawn((rule,), 6)

@@ -41,7 +41,7 @@ def test_all_tasks_share_a_delay_so_that_a_cut_leaves_out_the_same_microbatches(
     threads_cluster: fm.Cluster, arithmetic: bool
 ) -> None:
     """Tasks that take no time of their own, such as additions, pause on real workers too."""
-    delays, rule = {"worker:3": 1.0}, fm.policies.drop_compute(0.25)  # after 0.2 s of five tasks, or 0.286 s of seven
+    delays, rule = {"worker:3": 3.0}, fm.policies.drop_compute(0.75)  # after 0.6 s of five tasks, or 0.857 s of seven
     left_out: list[int] = []
     sim = fm.SimulatedCluster(4, fm.sim.Constant(1e-3), fm.sim.Network(1e-4, 1e9), arithmetic=arithmetic)
     for cluster in (threads_cluster, sim):

@@ -73,6 +73,17 @@ def others() -> set[int]:
     return children()
 
 
+def test_processes_may_send_each_other_more_than_a_pipe_holds() -> None:
+    """In a window of many workers with a large latency both do so at once, and none may wait for the other to read."""
+    workers, models = 3000, (fm.sim.LogNormal(0.1, 1.0), fm.sim.Network(0.5, 1e9))
+    source = {"x": np.zeros((workers, 4), np.float32)}
+    cluster = fm.SimulatedCluster(workers, *models, arithmetic=False, jobs=2)
+    policies = fm.policies.local_sgd(20)
+    trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, replicas=workers, policies=policies)
+    result = trainer.fit(PARAMS, source, batch_size=workers, steps=20, progress=False)
+    assert result.ledger.used == 20 * workers
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_any_number_of_processes_does_the_same(name: str) -> None:
     assert known(fit(3, POLICIES[name])) == known(fit(1, POLICIES[name]))

@@ -26,6 +26,7 @@ def simulated(workers: int, machines: Any = UNEVEN, **options: Any) -> fm.Simula
     return fm.SimulatedCluster(workers, machines, FAST, **{"arithmetic": True, **options})
 
 
+@pytest.mark.filterwarnings("ignore:mlp_loss is not convex", "ignore:.*all replicas are in one site")
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_simulated_fit_goes_on_bit_by_bit(tmp_path: Path, name: str) -> None:
     assert_goes_on(case(simulated(4), tmp_path, POLICIES[name]))

@@ -107,3 +107,13 @@ def test_the_trace_hash_covers_times_and_labels() -> None:
     assert len(different) == 5
     assert hashed((1, 5), (1, 6)) == hashed((1, 6), (1, 5)) != hashed((1, 5), (1, 5))
     assert hashed((1, 5)) != hashed((1, 5), (1, 6), (1, 6))
+
+
+def test_what_waits_for_a_link_is_counted_in_bytes_and_nothing_waits_within_a_worker() -> None:
+    case = Case(Network(latency_s=0.5, bytes_per_s=100))
+    case.send(0, 1, 300, "a")
+    case.send(3, 3, 300, "itself")
+    assert case.wires.waiting("worker:0", "worker:1") == 300
+    assert case.wires.waiting("worker:3", "worker:3") == 0
+    case.run()
+    assert case.wires.waiting("worker:0", "worker:1") == 0

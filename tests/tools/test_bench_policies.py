@@ -67,10 +67,11 @@ def test_a_share_of_nothing_has_no_ratio(found: dict[tuple[str, ...], Row]) -> N
     assert report({"policies": list(found.values())})
 
 
-def test_threads_take_the_virtual_time() -> None:
-    (row,) = policies.on_threads("synchronous()", policies.compositions()["synchronous()"], 16)
+@pytest.mark.parametrize("kind", policies.KINDS)
+def test_real_workers_take_the_virtual_time(kind: str) -> None:
+    row = policies.on_workers(kind, "synchronous()", policies.compositions()["synchronous()"], 16)
     assert row.ratio == pytest.approx(1, abs=0.25)
-    assert "synchronous() on threads, pauses of 60 ms: a step took" in policies.render("policies", [*BARE, row])
+    assert f"synchronous() on {kind}, pauses of 60 ms: a step took" in policies.render("policies", [*BARE, row])
 
 
 BARE = policies.described("x", [policies.Fitted([(1.0, 0.1)], 0.9, dict.fromkeys(policies.LAYERS, 1.0), 0.0, 0.0)], {})

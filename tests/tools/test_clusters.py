@@ -145,6 +145,7 @@ def test_a_launched_cluster_serves_scripts_and_takes_more_workers(flowml, start_
 
     joined = start_flowml("worker", address, *options)
     read_until(joined.stdout, "joined")
+    read_until(launched.stdout, "worker:1 has joined")
     for pid in (joined.pid, tree(launched)[0].pid):  # raw, as glibc takes the variable apart where it lies
         assert b"mmap_threshold" in Path(f"/proc/{pid}/environ").read_bytes()
     count = script("import flowml_runtime.cluster as c\nprint(len(c.current_cluster().devices))\n")
@@ -288,3 +289,20 @@ def test_what_launch_prints_connects_with_tls_too(start_flowml, tmp_path: Path) 
     assert subprocess.check_output([sys.executable, "-c", code], env=environment(), text=True, timeout=60) == "2\n"
     interrupt(process)
     assert process.wait(timeout=20) == 130
+
+
+def test_a_worker_leaves_by_the_command_and_by_sigterm_and_ends_with_status_0(flowml, start_flowml) -> None:
+    _, address, token_file = launch(start_flowml, "-n", "1")
+    options = ("--token-file", token_file)
+    for leaves in ("command", "sigterm"):
+        joined = start_flowml("worker", address, *options)
+        name = read_until(joined.stdout, "joined as").split()[2].rstrip(";")
+        if leaves == "command":
+            done = flowml("worker", address, *options, "--leave", name, check=True)
+            assert done.stdout == f"{name} hands over what it does\n{name} has left\n"
+        else:
+            joined.terminate()
+        assert joined.wait(20) == 0
+    done = flowml("worker", address, *options, "--leave", "worker:9")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"flowml: error: 'worker:9' is not in the cluster, whose workers are worker:0\n", done.stderr)

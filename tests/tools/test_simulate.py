@@ -50,12 +50,28 @@ def test_a_script_trains_in_virtual_time_and_its_fits_are_described(script: str)
     assert flowml(*models, script, "20").stdout == ended.stdout
 
 
+def test_the_goodput_on_spot_machines_is_printed_side_by_side(script: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    trace.write_text('{"metadata": {"gap_seconds": 300}, "data": [0, 4, 4, 3, 1, 0, 2, 4]}')
+    models = ("--workers", "4", "--compute", "constant:1", "--network", "1e-3,1e9", "--no-arithmetic")
+    ended = flowml(*models, "--spot", f"{trace},20,5,10", script, "8")
+    assert ended.returncode == 0, ended.stderr
+    told = ended.stdout[ended.stdout.index("on spot machines: ") :]
+    rows = re.findall(r"^  (\S.*?) +(\S+) examples/s +(\d+)%$", told, flags=re.M)
+    assert [name for name, _, _ in rows] == ["all machines", "synchronous restart", "elastic", "decoupled"]
+    whole, restarted, elastic, decoupled = (float(rate) for _, rate, _ in rows)
+    assert 0 < restarted < elastic < whole
+    assert 0 < decoupled < whole
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (("--compute", "constant:1", "--seed=-1"), "'-1' is not a whole number of at least 0"),
         (("--compute", "weibull:1,2"), "names no model; there are constant, exponential, lognormal, pareto"),
         (("--compute", "lognormal:0.1"), "'0.1' is not 2 numbers, such as 0.1,0.3"),
+        (("--compute", "constant:1", "--spot", "no.json,1,x"), "'1,x' is not 2 numbers, such as 30,5,10"),
+        (("--compute", "constant:1", "--spot", "no.json"), "no.json cannot be read"),
         (("--compute", "constant:-1"), "Constant"),
         (("--compute", "recorded:no.json"), "argument --compute: no.json cannot be read: No such file or directory"),
         (("--compute", "constant:1", "--stragglers", "0.5,0.1"), "argument --stragglers: Straggler: factor=0.5 makes"),
@@ -107,7 +123,10 @@ def test_a_script_that_trains_nothing_is_an_error(tmp_path: Path) -> None:
     path.write_text("print('done')\n")
     ended = flowml("--workers", "2", "--compute", "constant:1", str(path))
     assert ended.stdout == "done\n" and ended.returncode == 2
-    assert "has trained nothing on the simulated cluster; call fit() of an fm.Trainer" in ended.stderr
+    assert (
+        "has trained nothing on the simulated cluster; call fit() of an fm.Trainer without cluster=, and"
+        in ended.stderr
+    )
 
 
 def test_advise_ranks_other_policies_after_each_fit(script: str) -> None:

@@ -109,31 +109,18 @@ PRIVATE: dict[str, Callable[[], Any]] = {
 }
 """Those that take the gradient of each example: `test_private` trains them."""
 
-LOSS = "an update evaluates the loss again"
-REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
-    "WrappedSchedule": (lambda: optax.schedules.WrappedSchedule(optax.constant_schedule(RATE)), "it is a schedule", ""),
-    "contrib.hutchinson_estimator_diag_hessian": (
-        lambda: _then(contrib.hutchinson_estimator_diag_hessian()),
-        LOSS,
-        r"obj_fn must be provided .* write the loop with fm.dataflow: optimizer.update\(.* obj_fn=lambda p: loss\(",
-    ),
-    "contrib.sophia": (
-        lambda: contrib.sophia(RATE, update_interval=2),
-        LOSS,
-        r"obj_fn must be provided .* write the loop with fm.dataflow",
-    ),
-    "scale_by_backtracking_linesearch": (
-        lambda: optax.chain(optax.sgd(RATE), optax.scale_by_backtracking_linesearch(3)),
-        LOSS,
-        r"'value_fn'.* write the loop with fm.dataflow: .*value=value, grad=gradients, value_fn=lambda p: loss\(",
-    ),
-    "scale_by_zoom_linesearch": (
-        lambda: optax.chain(optax.sgd(RATE), optax.scale_by_zoom_linesearch(3)),
-        LOSS,
-        r"'value_fn'.* write the loop with fm.dataflow",
-    ),
+EVALUATING: dict[str, Callable[[], Any]] = {
+    "contrib.hutchinson_estimator_diag_hessian": lambda: _then(contrib.hutchinson_estimator_diag_hessian()),
+    "contrib.sophia": lambda: contrib.sophia(RATE, update_interval=2),
+    "scale_by_backtracking_linesearch": lambda: optax.chain(optax.sgd(RATE), optax.scale_by_backtracking_linesearch(3)),
+    "scale_by_zoom_linesearch": lambda: optax.chain(optax.sgd(RATE), optax.scale_by_zoom_linesearch(3)),
 }
-"""Optimizers that a Trainer refuses: how to build them, why, and what the error says."""
+"""Those that evaluate the loss within an update."""
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "WrappedSchedule": (lambda: optax.schedules.WrappedSchedule(optax.constant_schedule(RATE)), "it is a schedule"),
+}
+"""What a Trainer refuses: how to build it, and why."""
 
 
 def _public(module: ModuleType) -> Iterable[tuple[str, Any]]:
@@ -162,7 +149,7 @@ def built(name: str) -> Any:
     if name in REFUSED:
         return REFUSED[name][0]()
     short = name.removeprefix("contrib.")
-    if (make := PRIVATE.get(name) or MORE.get(name) or ALONE.get(short)) is not None:
+    if (make := PRIVATE.get(name) or EVALUATING.get(name) or MORE.get(name) or ALONE.get(short)) is not None:
         return make()
     parameters = inspect.signature(FOUND[name]).parameters.values()
     needed = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
@@ -175,4 +162,4 @@ def built(name: str) -> Any:
 
 VALUED = sorted({n for n in FOUND if "polyak" in n or "momo" in n} | {"contrib.reduce_on_plateau"})
 """Those that want the value of the loss."""
-NAMES = sorted(set(FOUND) - set(REFUSED) - set(APART) - set(PRIVATE) - set(VALUED))
+NAMES = sorted(set(FOUND) - set(REFUSED) - set(APART) - set(PRIVATE) - set(EVALUATING) - set(VALUED))

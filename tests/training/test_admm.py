@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import optax
 import pytest
 
 import flowml as fm
-from tests.training.reference import assert_close
+from flowml_runtime.driver.training import convexity
+from tests.training.reference import BATCH, assert_close, data, mlp, mlp_loss
 
 REPLICAS, ROWS, COLUMNS = 3, 20, 6
 RNG = np.random.default_rng(3)
@@ -109,3 +111,22 @@ def test_what_consensus_cannot_do_is_refused(knobs: dict[str, Any], nearest: str
 def test_a_rho_that_pulls_nowhere_is_refused(rho: Any) -> None:
     with pytest.raises(fm.PolicyError, match="rho"):
         fm.Consensus(rho)
+
+
+def test_a_loss_that_is_not_convex_is_told_before_the_fit(threads_cluster: fm.Cluster) -> None:
+    for policy, why in ((fm.policies.admm(1.0), "consensus ADMM"), (fm.policies.average_once(), "may be worse")):
+        trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads_cluster, replicas=2, policies=policy)
+        with pytest.warns(fm.FlowmlWarning, match=f"mlp_loss is not convex: .*{why}"):
+            trainer.fit(mlp(), data(), batch_size=BATCH, steps=1)
+
+
+def test_parameters_that_are_too_many_for_its_vectors_are_not_looked_at(
+    threads_cluster: fm.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convexity, "MOST_BYTES", 0)
+    trainer = fm.Trainer(
+        mlp_loss, optax.sgd(0.1), cluster=threads_cluster, replicas=2, policies=fm.policies.average_once()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.fit(mlp(), data(), batch_size=BATCH, steps=1)

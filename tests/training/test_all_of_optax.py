@@ -20,8 +20,7 @@ import pytest
 
 import flowml as fm
 from flowml.data import epoch_order
-from flowml.errors import UnsupportedError
-from tests.training.optimizers import APART, FOUND, MORE, NAMES, PRIVATE, REFUSED, VALUED, built
+from tests.training.optimizers import APART, EVALUATING, FOUND, MORE, NAMES, PRIVATE, REFUSED, VALUED, built
 from tests.training.test_coupled_fits import simulated
 
 STEPS, BATCH, EXAMPLES, WIDTH = 4, 8, 24, 4
@@ -117,36 +116,35 @@ def _compare(got: Any, wanted: Any, rtol: float, atol: float) -> None:
         np.testing.assert_allclose(have, want, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
-def _own_step(name: str, optimizer: Any) -> Callable[..., Any]:
-    """A step of the loop that the error of a Trainer tells to write."""
-    evaluates = "linesearch" in name
+def _given(name: str, value: Any, gradients: Any, loss: Any) -> dict[str, Any]:
+    if "linesearch" in name:
+        return {"value": value, "grad": gradients, "value_fn": loss}
+    return {"obj_fn": loss} if name in EVALUATING else {}
 
+
+def _own_step(name: str, optimizer: Any) -> Callable[..., Any]:
     def step(kept: Any, batch: Any) -> Any:
         params, state = kept
-        value, gradients = jax.value_and_grad(_loss)(params, batch)
-        given: dict[str, Any] = {}
-        if evaluates:
-            given = {"value": value, "grad": gradients, "value_fn": lambda params: _loss(params, batch)}
-        else:
-            given = {"obj_fn": lambda params: _loss(params, batch)}
-        updates, state = optimizer.update(gradients, state, params, **given)
+
+        def loss(params: Any) -> Any:
+            return _loss(params, batch)
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradients, state, params, **_given(name, value, gradients, loss))
         return (optax.apply_updates(params, updates), state), value
 
     return step
 
 
-REASONS = sorted(set(REFUSED) - {"WrappedSchedule"})
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", REASONS)
-def test_what_a_trainer_refuses_runs_in_an_own_loop(threads_cluster: fm.Cluster, name: str) -> None:
+@pytest.mark.parametrize("name", EVALUATING)
+def test_those_that_evaluate_the_loss_equal_the_plain_loop(threads_cluster: fm.Cluster, name: str) -> None:
+    """In a fit, and in a loop of one's own, where each is at its place."""
     params, optimizer = _params([name]), built(name)
+    places = {"*in:*": "worker:0", "*out:*": "worker:1"}
     trainer = fm.Trainer(_loss, optimizer, cluster=simulated(), replicas=2)
-    with pytest.raises(UnsupportedError, match=REFUSED[name][2]):
-        trainer.fit(params, _source(), batch_size=BATCH, steps=STEPS, progress=False)
+    result = trainer.fit(params, _source(), batch_size=BATCH, steps=STEPS, progress=False)
     step = _own_step(name, optimizer)
-    places = {"in:*": "worker:0", "out:*": "worker:1"}
     mine = fm.dataflow(step, cluster=threads_cluster, placement=places, keep=0)
     kept, wanted, plain = (params, optimizer.init(params)), (params, optimizer.init(params)), jax.jit(step)
     for batch in _batches():
@@ -154,6 +152,7 @@ def test_what_a_trainer_refuses_runs_in_an_own_loop(threads_cluster: fm.Cluster,
         np.testing.assert_allclose(value, expected, rtol=1e-4)
     assert len({leaf.device for leaf in jax.tree.leaves(kept[0])}) == 2
     _compare(jax.tree.map(lambda leaf: leaf.fetch(), kept), wanted, rtol=2e-3, atol=2e-4)
+    _compare((result.params, result.opt_state), wanted, rtol=2e-3, atol=2e-4)
 
 
 def test_what_is_no_optimizer_is_refused() -> None:
@@ -168,5 +167,5 @@ def test_what_is_no_optimizer_is_refused() -> None:
 
 
 def test_the_tables_name_what_optax_has() -> None:
-    missing = {*REFUSED, *APART, *PRIVATE, *MORE} - set(FOUND)
+    missing = {*REFUSED, *APART, *PRIVATE, *EVALUATING, *MORE} - set(FOUND)
     assert not missing, "these are in no module any more"

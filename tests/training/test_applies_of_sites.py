@@ -123,6 +123,7 @@ ADMM: dict[str, Any] = {"payload": fm.Delta(), "apply": fm.Consensus(0.5), "ever
     ],
     ids=lambda v: v.describe() if isinstance(v, fm.Policy) else "",
 )
+@pytest.mark.filterwarnings("ignore:.*is not convex")
 def test_each_equals_the_loop_on_both_clocks(
     threads_cluster: fm.Cluster, policy: fm.Policy, loop: Callable[[], Any]
 ) -> None:

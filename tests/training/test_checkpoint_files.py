@@ -8,8 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,17 @@ def test_damage_is_one_error(tmp_path: Path, name: str) -> None:
         checkpoints.read(newest)
 
 
-def fitted(cluster: fm.Cluster, path: Path, steps: int, **more: Any) -> fm.TrainingResult:
+def fitted(cluster: fm.Cluster, path: Path, steps: int, *, keep: int = 3, **more: Any) -> fm.TrainingResult:
     trainer = fm.Trainer(mlp_loss, optax.sgd(0.1, momentum=0.9), cluster=cluster)
-    checkpoint = fm.Checkpoint(path, every_steps=2)
+    checkpoint = fm.Checkpoint(path, every_steps=2, keep=keep)
     options: dict[str, Any] = {"batch_size": BATCH, "steps": steps, "progress": False, "checkpoint": checkpoint}
     return trainer.fit(mlp(), data(), **options, **more)
 
 
 def test_a_fit_goes_on_from_the_newest_complete_snapshot(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
     whole = fitted(threads_cluster, tmp_path / "whole", 8)
-    fitted(threads_cluster, tmp_path / "stopped", 6)
+    fitted(threads_cluster, tmp_path / "stopped", 4)  # the end of a fit is always saved
+    fitted(threads_cluster, tmp_path / "stopped", 6, resume="auto")
     newest = checkpoints.snapshots(tmp_path / "stopped")[0]
     flip(newest / checkpoints.DATA, 9)
     with pytest.warns(fm.FlowmlWarning, match=r"step-000000000006 was changed or is damaged.* goes on from step-0+4"):
@@ -127,7 +129,39 @@ def test_a_fit_goes_on_from_the_newest_complete_snapshot(threads_cluster: fm.Clu
     assert "since step" not in whole.table()
     assert_same(resumed.params, whole.params)
     assert fm.restore(tmp_path / "stopped").step == 8
-    assert fm.restore(newest).step == 6  # it was written again
+    assert not [p for p in newest.parent.iterdir() if p.name.startswith(".damaged")]
+
+
+def test_a_damaged_snapshot_takes_no_place_of_those_that_are_kept(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    """A fit that goes on from an older one has fewer steps than the damaged one when it writes its first."""
+    fitted(threads_cluster, tmp_path, 4)
+    fitted(threads_cluster, tmp_path, 8, resume="auto")
+    (tmp_path / "step-000000000999").mkdir()
+    flip(tmp_path / "step-000000000008" / checkpoints.DATA, 9)
+    kept = [p.name for p in checkpoints.snapshots(tmp_path) if checkpoints.step_of(p) < 8]
+    with pytest.warns(fm.FlowmlWarning) as told:
+        resumed = fitted(threads_cluster, tmp_path, 7, resume="auto", keep=1)
+    assert ["step-000000000999 cannot be read" in str(told[0].message), "or is damaged" in str(told[1].message)] == [
+        1,
+        1,
+    ]
+    assert resumed.resumed_at == int(kept[0][5:])
+    assert fm.restore(tmp_path).step == 7
+    assert [p.name for p in checkpoints.snapshots(tmp_path)] == ["step-000000000007"]
+
+
+def test_a_tree_is_not_saved_over_a_fit(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    fitted(threads_cluster, tmp_path / "fit", 4)
+    there = checkpoints.snapshots(tmp_path / "fit")
+    with pytest.raises(fm.CheckpointError, match=r"holds a fit, and no tree .* give another directory"):
+        fm.save({"x": np.ones(3)}, tmp_path / "fit")
+    assert checkpoints.snapshots(tmp_path / "fit") == there
+    fm.save({"x": np.ones(3)}, tmp_path / "tree")
+    with pytest.raises(fm.CheckpointError, match=r"holds a tree of fm.save, and no fit; read it with fm.load"):
+        fitted(threads_cluster, tmp_path / "tree", 8, resume="auto")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(fm.CheckpointError, match="there is no checkpoint at"):
+        fm.restore(tmp_path / "empty")
 
 
 def test_a_fit_does_not_begin_anew_where_all_snapshots_are_damaged(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
@@ -277,7 +311,159 @@ def test_a_kill_while_writing_leaves_the_snapshots_before(tmp_path: Path) -> Non
     assert not list(tmp_path.glob(".writing-*")), "what a killed process has left is removed"
 
 
+def test_a_slow_disk_slows_no_step(
+    threads_cluster: fm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first write hangs until many more checkpoints were due. The fit goes on, and the newest one is written."""
+    hangs, on, sync, steps, seen = threading.Event(), threading.Event(), os.fsync, 60, list[int]()
+
+    def slow(number: int) -> None:
+        hangs.set()
+        assert on.wait(120)
+        sync(number)
+
+    def note(record: dict[str, Any]) -> None:
+        seen.append(record["step"])
+        if record["step"] == steps - 10 and hangs.is_set():
+            on.set()
+
+    monkeypatch.setattr(os, "fsync", slow)
+    result = fitted(threads_cluster, tmp_path, steps, callbacks=[note])
+    assert on.is_set(), "steps went on while the disk hung"
+    assert seen == list(range(steps))
+    assert_same(fm.restore(tmp_path).params, result.params)
+    found = [checkpoints.step_of(path) for path in checkpoints.snapshots(tmp_path)]
+    assert found[0] == steps
+    assert len(found) <= 3
+
+
+TEAR = """
+import errno, io, os, sys
+from pathlib import Path
+import numpy as np
+from flowml_runtime.environment import checkpoints
+
+folder, how = Path(sys.argv[1]), sys.argv[2]
+made = 0
+
+def at_this(file=None, data=None):
+    "Ends the process at the chosen change, or has the disk refuse it. Half of what is written is there."
+    global made
+    made += 1
+    if made != chosen:
+        return
+    if file is not None:
+        file.write(memoryview(data).cast("B")[: len(data) // 2])
+        file.flush()
+    if how == "kill":
+        os._exit(9)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+class Torn(io.BufferedWriter):
+    def write(self, data):
+        if len(data):
+            at_this(super(), data)
+        return super().write(data)
+
+def torn_open(path, mode="r", *rest, **more):
+    if mode in ("wb", "xb"):
+        return Torn(io.FileIO(path, mode.replace("b", "")))
+    return io.open(path, mode, *rest, **more)
+
+def watched(name):
+    real = getattr(os, name)
+    def change(*given, **more):
+        at_this()
+        return real(*given, **more)
+    setattr(os, name, change)
+
+Path.open = torn_open
+for name in ("fsync", "rename", "mkdir", "rmdir", "unlink"):
+    watched(name)
+
+chosen = 0
+
+def arrays(step):
+    return {"a": np.full(1000, step), "b": np.full((3, 5), step, np.int8)}
+"""
+"""Ends a process, or has the disk refuse, at the change `chosen` that it makes on the disk."""
+
+CUT = (
+    f"{TEAR}\n"
+    + """
+for step in (1, 2):
+    checkpoints.write(folder, step, b"{}", arrays(step), keep=2)
+chosen, last = 1, 2
+while True:
+    made, step = 0, last + 1
+    pid = os.fork()
+    if pid == 0:
+        try:
+            checkpoints.write(folder, step, b"{}", arrays(step), keep=2)
+        except OSError:
+            os._exit(7)
+        os._exit(0)
+    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert ended in (0, 7, 9), ended
+    found = checkpoints.snapshots(folder)
+    steps = [checkpoints.step_of(path) for path in found]
+    assert steps[0] in (last, step), (chosen, steps)
+    assert len(steps) >= 2, (chosen, steps)
+    for path in found[:2]:
+        _, there = checkpoints.read(path)
+        assert {int(x) for array in there.values() for x in array.ravel()} == {checkpoints.step_of(path)}, chosen
+    last = steps[0]
+    if ended == 0 and chosen > 5:
+        break
+    chosen += 1
+print(chosen - 1)
+"""
+)
+
+
+@pytest.mark.parametrize("how", ["kill", "refuse"])
+def test_whichever_change_on_the_disk_is_the_last_an_old_or_a_new_snapshot_is_whole(tmp_path: Path, how: str) -> None:
+    """Each write (torn in the middle), fsync, rename and removal in turn is the last that a process makes, or fails."""
+    command = [sys.executable, "-c", CUT, str(tmp_path), how]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert told.returncode == 0, told.stderr
+    assert int(told.stdout) >= 10, "so many changes make a snapshot"
+
+
+def test_each_flipped_bit_and_each_cut_is_found(tmp_path: Path) -> None:
+    """Of a whole snapshot: what is read is what was written, or it is an error."""
+    newest = written(tmp_path)[0]
+    content, arrays = checkpoints.read(newest)
+    for name in (checkpoints.DATA, checkpoints.MANIFEST):
+        path, whole = newest / name, (newest / name).read_bytes()
+        found = 0
+        for at in range(len(whole)):
+            flip(path, at)
+            found += is_refused(newest, content, arrays)
+            path.write_bytes(whole[:at])
+            assert is_refused(newest, content, arrays), f"{name} is cut after {at} bytes"
+            path.write_bytes(whole)
+        assert found >= sum(a.nbytes for a in arrays.values()), "all but what is between the arrays"
+    assert not is_refused(newest, content, arrays)
+
+
+def is_refused(path: Path, content: bytes, arrays: Mapping[str, Any]) -> bool:
+    try:
+        again, found = checkpoints.read(path)
+    except fm.CheckpointError:
+        return True
+    assert again == content
+    assert found.keys() == arrays.keys()
+    assert all(np.array_equal(found[name], array) for name, array in arrays.items())
+    return False
+
+
 def test_arguments_that_make_no_sense() -> None:
+    for nowhere in (lambda: fm.Checkpoint(""), lambda: fm.save({"n": 1}, "")):
+        with pytest.raises(ValueError, match=r"give the name of a directory; '.' is the current one"):
+            nowhere()
+    with pytest.raises(fm.CheckpointError, match=r"there is no checkpoint at .*nowhere; see whether that is its name"):
+        fm.restore("nowhere")
     for options, words in (
         ({"every_steps": 2, "every_s": 1.0}, "and not both"),
         ({"every_steps": 0}, "every_steps"),

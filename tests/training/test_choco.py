@@ -154,7 +154,10 @@ def test_bytes_without_arithmetic_are_those_with_it() -> None:
 @pytest.mark.parametrize(
     ("knobs", "reason"),
     [
-        ({"topology": fm.Gossip("random_pairs")}, "one that is drawn anew has missed those before; give graph='ring'"),
+        (
+            {"topology": fm.Gossip("random_pairs")},
+            "one that is not a neighbour in all rounds has missed some; give graph='ring'",
+        ),
         ({"apply": fm.Outer()}, "lag behind them; leave apply out"),
         ({"topology": fm.Gossip(pull=1.5)}, r"give a pull in \(0, 1\]"),
         ({"filters": (fm.filters.kkt(0.1),)}, "its condition is on gradients"),

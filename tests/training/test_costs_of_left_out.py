@@ -10,7 +10,11 @@ from flowml.policy.waits import Waits, side_by_side, waits
 from tests.training.test_straggler_costs import simulated
 
 SITES = fm.Hierarchy(fm.ParameterServer(), fm.ParameterServer(), 2, quorum=fm.Quorum(0.75))
-POLICIES = {"quorum": fm.policies.quorum(0.75), "quorums in sites": fm.Policy(topology=SITES)}
+POLICIES = {
+    "quorum": fm.policies.quorum(0.75),
+    "half": fm.policies.quorum(0.5),
+    "quorums in sites": fm.Policy(topology=SITES),
+}
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -63,6 +63,7 @@ def test_the_expectation_of_filtered_factors_is_their_product() -> None:
         assert np.abs(total / runs - a.T @ delta).max() < 0.5
 
 
+@pytest.mark.filterwarnings("ignore:.*is not convex")
 def test_reports_with_error_feedback_reach_the_same_consensus(threads_cluster: fm.Cluster) -> None:
     def admm(**knobs: Any) -> fm.Policy:
         return fm.Policy(every=2, payload=fm.Delta(), apply=fm.Consensus(0.5), **knobs)

@@ -182,8 +182,11 @@ def test_digits_are_learnt_from_one_percent(kind: str, request: pytest.FixtureRe
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: fm.Policy(topology=fm.Ring(), filters=(fm.filters.top_k(0.1),)), "add up raw arrays"),
-        (lambda: fm.Policy(topology=fm.AllReduce(), filters=(fm.filters.compress(),)), "add up raw arrays"),
+        (lambda: fm.Policy(topology=fm.Ring(), filters=(fm.filters.top_k(0.1),)), "replicas add up arrays by elements"),
+        (
+            lambda: fm.Policy(topology=fm.AllReduce(), filters=(fm.filters.compress(),)),
+            r"bytes of compress\(\) are no numbers",
+        ),
         (lambda: fm.Policy(payload=fm.Factors(), filters=(fm.filters.top_k(0.1),)), "payload=flowml.Gradient"),
         (lambda: fm.Policy(filters=(fm.filters.quantise(8), fm.filters.top_k(0.1))), "has no effect"),
         (lambda: fm.Policy(filters=fm.filters.top_k(0.1)), "give a tuple of filters"),

@@ -115,7 +115,10 @@ def no_loco_loop(every: int, inner: Any, outer: Any, pull: float) -> list[list[A
     return seen
 
 
-@pytest.mark.parametrize("outer", [None, optax.sgd(0.5, momentum=0.5)], ids=["default", "own"])
+OUTERS = {"default": None, "own": optax.sgd(0.5, momentum=0.5), "of three arrays a parameter": optax.adam(0.05)}
+
+
+@pytest.mark.parametrize("outer", OUTERS.values(), ids=OUTERS)
 def test_no_loco_is_its_loop(cluster: fm.Cluster, outer: Any) -> None:
     inner, pull = optax.adam(0.02), 0.8
     result = fit(cluster, fm.policies.no_loco(3, outer, pull), inner, placement=fm.Pipeline(1))

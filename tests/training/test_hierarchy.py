@@ -195,3 +195,22 @@ def test_a_site_without_members_is_refused(threads_cluster: fm.Cluster) -> None:
             fm.Policy(topology=fm.Hierarchy(REDUCE, fm.Gossip(np.eye(3) / 2 + 1 / 6), 2)),
             optax.sgd(0.1),
         )
+
+
+@pytest.mark.parametrize("staleness", [0, fm.UNBOUNDED])
+def test_a_large_layer_in_a_site_with_a_slow_replica(staleness: float) -> None:
+    """The others send the leader all pieces of a gradient before the slow one sends its first."""
+    params, source = {"w": jnp.ones(1_500_000)}, {"x": np.ones((15, 1), np.float32)}
+    topology = fm.Hierarchy(fm.ParameterServer(), fm.ParameterServer(), sites=1)
+    policy = fm.Policy(topology=topology, staleness=staleness)
+    with fm.Cluster.threads(workers=3) as cluster:
+        trainer = fm.Trainer(
+            lambda p, b: jnp.mean(b["x"]) * jnp.mean(p["w"]),
+            optax.sgd(1e5),
+            cluster=cluster,
+            replicas=3,
+            policies=policy,
+            delays={"worker:2": 0.1},
+        )
+        result = trainer.fit(params, source, batch_size=15, steps=3)
+    np.testing.assert_allclose(result.params["w"][:3], 1 - 3 * 1e5 / 1_500_000, rtol=1e-4)

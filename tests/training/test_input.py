@@ -74,14 +74,21 @@ def test_layouts_and_lengths(
 
 POLICIES: list[tuple[dict[str, Any], str]] = [
     ({"conv*": fm.Policy()}, r"policies\['conv\*'\] matches no parameter; there are: fc0/bias, fc0/kernel"),
+    ({"fc0": fm.Policy()}, r"there are: fc0/bias, .*; give 'fc0/\*' for those of layer 'fc0'"),
     ({"fc*": "sync"}, r"policies\['fc\*'\] is 'sync', of type str; give a flowml.Policy or one of flowml.policies"),
 ]
 
 
-@pytest.mark.parametrize(("policies", "message"), POLICIES, ids=["pattern", "value"])
+@pytest.mark.parametrize(("policies", "message"), POLICIES, ids=["pattern", "layer", "value"])
 def test_policies(threads_cluster: fm.Cluster, policies: dict[str, Any], message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         fit(threads_cluster, policies=policies, replicas=2)
+
+
+def test_a_pattern_of_integers_only(threads_cluster: fm.Cluster) -> None:
+    filtered = fm.Policy(filters=(fm.filters.top_k(0.1),))
+    with pytest.raises(PolicyError, match=r"'ids'\] matches only .* not trained \(ids\): .* no rule or filter applies"):
+        fit(threads_cluster, params={**mlp(), "ids": jnp.arange(3)}, policies={"ids": filtered}, replicas=2)
 
 
 @pytest.mark.parametrize(

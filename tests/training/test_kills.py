@@ -114,12 +114,6 @@ TAKEOVER_S = 10.0
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[fm.Cluster]:
-    with closing(fm.Cluster.local(workers=REPLICAS)) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
 def launched() -> Iterator[LaunchedCluster]:
     """With a coordinator in a process of its own."""
     with closing(LaunchedCluster(workers=REPLICAS, state="")) as launched:
@@ -133,9 +127,9 @@ def connected(launched: LaunchedCluster) -> Iterator[fm.Cluster]:
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: fm.Cluster) -> dict[str, fm.TrainingResult]:
+def whole(processes: fm.Cluster) -> dict[str, fm.TrainingResult]:
     """Fits without a kill."""
-    return {policy: fit(cluster, policy) for policy in EXACT}
+    return {policy: fit(processes, policy) for policy in EXACT}
 
 
 def doom(cluster: fm.Cluster, worker: str, at: Ending) -> None:
@@ -163,24 +157,38 @@ def count(cluster: fm.Cluster, policy: str, path: Path | None = None, **options:
 
 def check(found: fm.TrainingResult, policy: str, path: Path, whole: dict[str, fm.TrainingResult]) -> None:
     """Nothing that was acknowledged is lost, and nothing was applied twice."""
-    assert [record["step"] for record in found.history] == list(range(STEPS))
     assert fm.restore(path).step == STEPS
     assert_same(fm.restore(path).params, found.params)
-    ledger = found.ledger
-    assert ledger.used + ledger.dropped + ledger.folded + ledger.unseen == EXAMPLES
-    assert ledger.outstanding == 0
+    check_steps(found, STEPS)
     if policy in EXACT:
-        same = whole[policy]
-        assert_same((found.params, found.opt_state), (same.params, same.opt_state))
-        assert found.ledger == same.ledger
-        return
+        check_same(found, whole[policy])
+    else:
+        check_weights(found, policy)
+
+
+def check_steps(found: fm.TrainingResult, steps: int) -> None:
+    """Each step has one record, and each work item one fate."""
+    assert [record["step"] for record in found.history] == list(range(steps))
+    ledger = found.ledger
+    assert ledger.used + ledger.dropped + ledger.folded + ledger.unseen == steps * REPLICAS
+    assert ledger.outstanding == 0
+
+
+def check_same(found: fm.TrainingResult, whole: fm.TrainingResult) -> None:
+    """It is, to the bit, what a fit without a kill is."""
+    assert_same((found.params, found.opt_state), (whole.params, whole.opt_state))
+    assert found.ledger == whole.ledger
+
+
+def check_weights(found: fm.TrainingResult, policy: str) -> None:
+    """What the ledger calls used was applied once in each layer, and nothing else was."""
     layers = [np.asarray(found.params[layer]["w"]) for layer in "abc"]
     for weights in layers:
         np.testing.assert_array_equal(weights, layers[0], "all layers have the same items")
-    applied = layers[0][layers[0] != 0]
+    applied, ledger = layers[0][layers[0] != 0], found.ledger
     assert len(applied) == ledger.used + ledger.folded, "what was acknowledged was applied, and nothing else"
     if policy == "asynchronous":
-        assert ledger.used == EXAMPLES
+        assert ledger.used == len(layers[0])
         np.testing.assert_array_equal(applied, applied[0], "each once")
     else:
         counts = [record["replicas"] for record in found.history]
@@ -198,7 +206,7 @@ def chosen(*, coordinator: bool) -> Any:
 @chosen(coordinator=False)
 @pytest.mark.filterwarnings("ignore:worker.. was lost")
 def test_a_kill(
-    cluster: fm.Cluster,
+    processes: fm.Cluster,
     whole: dict[str, fm.TrainingResult],
     policy: str,
     role: str,
@@ -206,10 +214,10 @@ def test_a_kill(
     tmp_path: Path,
 ) -> None:
     victim = ROLES[role]
-    doom(cluster, victim, at)
-    pid = cluster.pids[victim]
-    found = (fit if policy in EXACT else count)(cluster, policy, tmp_path, on_loss="replace")
-    assert cluster.pids.get(victim) != pid, f"it has not come to the point {at}"
+    doom(processes, victim, at)
+    pid = processes.pids[victim]
+    found = (fit if policy in EXACT else count)(processes, policy, tmp_path, on_loss="replace")
+    assert processes.pids.get(victim) != pid, f"it has not come to the point {at}"
     if at.message not in ("Retired", "StoreValue"):
         assert [loss.workers for loss in found.losses] == [(victim,)]
     check(found, policy, tmp_path, whole)

@@ -1,12 +1,15 @@
 """A driver is killed in the middle of a fit on workers that outlive it. Another one goes on with what they keep.
 
 The fits that are killed write no checkpoint before their end, so all that is left of them is on the workers. `make
-kills` ends a driver at each point, and `make test` at one under each policy.
+kills` ends a driver at each point, and `make test` at one under each policy. If no driver comes, the workers write the
+last checkpoint.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import select
 import signal
 import subprocess
 import sys
@@ -16,7 +19,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import flowml as fm
@@ -28,7 +33,7 @@ from flowml_runtime.launch.launched import LaunchedCluster
 from flowml_runtime.transport.ending import Ending, Ends
 from tests.training.reference import assert_same
 from tests.training.test_kills import ALL, CLOCKED, EVERY_POLICY, EXACT, EXAMPLES, count, points
-from tests.training.test_lost_and_replaced import REPLICAS, STEPS, fit
+from tests.training.test_lost_and_replaced import BATCH, REPLICAS, STEPS, data, fit
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP_AT = 10
@@ -71,7 +76,20 @@ def whole(launched: LaunchedCluster) -> dict[str, fm.TrainingResult]:
 def train(cluster: fm.Cluster, policy: str, path: Path, **options: Any) -> fm.TrainingResult:
     """A fit that writes no checkpoint before its end."""
     options["checkpoint"] = fm.Checkpoint(path)
+    if policy == "untrained":
+        return with_rows(cluster, **options)
     return (fit if policy in EXACT else count)(cluster, policy, **options)
+
+
+def with_rows(cluster: fm.Cluster, **options: Any) -> fm.TrainingResult:
+    """A fit of parameters of which some are not trained."""
+
+    def loss(params: Any, batch: Any) -> Any:
+        return jnp.mean((batch["x"][:, params["rows"]] @ params["w"] - batch["y"][:, :1]) ** 2)
+
+    trainer = fm.Trainer(loss, optax.adam(1e-2), cluster=cluster, replicas=REPLICAS)
+    params = {"w": jnp.ones((2, 1)), "rows": jnp.asarray([3, 1])}
+    return trainer.fit(params, data(), batch_size=BATCH, steps=STEPS, progress=False, **options)
 
 
 def drive(address: str, token: str, policy: str, path: str, *at: str) -> None:
@@ -88,7 +106,7 @@ def drive(address: str, token: str, policy: str, path: str, *at: str) -> None:
             ends = Ends(Ending(*at[:3], int(at[3])))  # type: ignore[arg-type]
             ends.watch_sent(cluster.endpoint)  # type: ignore[arg-type]
             cluster.session.on_message = ends.watch_taken(cluster.session.on_message)  # type: ignore[method-assign]
-        train(cluster, policy, Path(path), callbacks=[] if at else [callback])
+        train(cluster, policy, Path(path), callbacks=[] if at else [callback], resume="auto")
 
 
 def command(launched: LaunchedCluster, policy: str, path: Path, at: str = "") -> dict[str, Any]:
@@ -136,18 +154,143 @@ def test_a_suspended_driver_is_refused_when_it_wakes_up(tmp_path: Path) -> None:
             old.send_signal(signal.SIGCONT)
             _, told = old.communicate(timeout=60)
         assert old.returncode == 1
-        assert told.splitlines()[-1].startswith(b"flowml.errors."), told
+        assert re.fullmatch(
+            r"flowml.errors.WorkerLostError: this process was suspended or cut off, and worker:\d counts this driver "
+            r"as lost \(no heartbeat for 1 s\); another driver may have taken the fit over; connect to the cluster "
+            r'again, and call fit\(resume="auto"\)',
+            told.decode().splitlines()[-1],
+        ), told
         assert sorted(p.name for p in tmp_path.iterdir()) == before
         assert_fates(found, "asynchronous", None)
 
 
-def test_after_a_while_nothing_is_kept_and_the_workers_are_free(tmp_path: Path) -> None:
-    with closing(LaunchedCluster(workers=REPLICAS, orphan_s=1e-3)) as launched:
-        started = command(launched, "asynchronous", tmp_path, "after send Completed 8")
-        assert subprocess.run(**started, timeout=100, check=False).returncode == -signal.SIGKILL
+LAST = "after send Completed 8"
+"""A driver that ends here has told all workers twice that a snapshot is complete."""
+
+
+def lose_driver(launched: LaunchedCluster, policy: str, path: Path, at: str = LAST) -> None:
+    done = subprocess.run(**command(launched, policy, path, at), timeout=100, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def written(path: Path, after: int = 0) -> int:
+    """The step of the first snapshot in a directory after this one, once it is there."""
+    deadline = time.monotonic() + 30.0
+    while True:
+        steps = [checkpoints.step_of(p) for p in checkpoints.snapshots(path)]
+        if steps and steps[0] > after:
+            return steps[0]
+        assert time.monotonic() < deadline, sorted(path.iterdir())
+
+
+def manifests(path: Path) -> dict[str, bytes]:
+    """What the snapshots in a directory hold, with checksums."""
+    return {p.name: (p / checkpoints.MANIFEST).read_bytes() for p in checkpoints.snapshots(path)}
+
+
+def terminate(launched: LaunchedCluster, *workers: str) -> None:
+    """Have workers hand over and leave, and wait until their processes have ended."""
+    handles = [os.pidfd_open(launched.pids[worker]) for worker in workers]
+    for handle in handles:
+        signal.pidfd_send_signal(handle, signal.SIGTERM)
+    for handle in handles:
+        assert select.select([handle], [], [], 60.0)[0]
+        os.close(handle)
+
+
+@pytest.fixture(scope="module")
+def brief() -> Iterator[LaunchedCluster]:
+    """Workers that wait for the next driver for a moment only."""
+    with closing(LaunchedCluster(workers=REPLICAS, orphan_s=1e-3)) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("policy", [*EXACT, "asynchronous", "untrained"])
+def test_if_no_driver_comes_the_workers_write_the_last_checkpoint(
+    launched: LaunchedCluster, brief: LaunchedCluster, whole: dict[str, fm.TrainingResult], policy: str, tmp_path: Path
+) -> None:
+    lose_driver(brief, policy, tmp_path)
+    step = written(tmp_path)
+    assert 0 < step < STEPS
+    restored = fm.restore(tmp_path)
+    with fm.Cluster.connect(launched.address, launched.token) as cluster:  # its workers know nothing of this fit
+        found = train(cluster, policy, tmp_path, resume="auto")
+        if policy == "untrained":
+            np.testing.assert_array_equal(restored.params["rows"], [3, 1])
+            same = train(cluster, policy, tmp_path / "whole")
+            assert_same((found.params, found.opt_state), (same.params, same.opt_state))
+            return
+    assert found.resumed_at == step
+    assert [record["step"] for record in found.history] == list(range(step, STEPS))
+    assert_fates(found, policy, whole.get(policy))
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".last")]
+
+
+def test_workers_that_must_end_write_the_last_checkpoint(
+    launched: LaunchedCluster, whole: dict[str, fm.TrainingResult], tmp_path: Path
+) -> None:
+    with closing(LaunchedCluster(workers=REPLICAS)) as ending:
+        lose_driver(ending, "synchronous", tmp_path)
+        assert not checkpoints.snapshots(tmp_path)
+        terminate(ending, *ending.pids)
+    step = written(tmp_path)
+    with fm.Cluster.connect(launched.address, launched.token) as cluster:
+        found = train(cluster, "synchronous", tmp_path, resume="auto")
+    assert found.resumed_at == step
+    assert_fates(found, "synchronous", whole["synchronous"])
+
+
+def test_a_driver_takes_what_one_worker_has_written_and_others_keep(
+    whole: dict[str, fm.TrainingResult], tmp_path: Path
+) -> None:
+    with closing(LaunchedCluster(workers=REPLICAS + 1)) as launched:
+        lose_driver(launched, "synchronous", tmp_path)
+        terminate(launched, "worker:1")
+        assert not checkpoints.snapshots(tmp_path), "its part is not taken for the whole"
         with fm.Cluster.connect(launched.address, launched.token) as cluster:
-            found = train(cluster, "asynchronous", tmp_path, resume="auto")
-    assert found.resumed_at == 0
+            found = train(cluster, "synchronous", tmp_path, resume="auto")
+    assert found.resumed_at > 0
+    assert_fates(found, "synchronous", whole["synchronous"])
+
+
+def test_if_a_worker_is_killed_before_its_part_is_written_the_older_checkpoint_stays(
+    launched: LaunchedCluster, whole: dict[str, fm.TrainingResult], tmp_path: Path
+) -> None:
+    with closing(LaunchedCluster(workers=REPLICAS)) as ending:
+        with fm.Cluster.connect(ending.address, ending.token) as cluster:
+            train(cluster, "synchronous", tmp_path, steps=2)
+        lose_driver(ending, "synchronous", tmp_path)
+        os.kill(ending.pids["worker:1"], signal.SIGSTOP)
+        terminate(ending, *(ending.pids.keys() - {"worker:1"}))
+        os.kill(ending.pids["worker:1"], signal.SIGKILL)
+    assert len(list(tmp_path.glob(".last-*/part*.json"))) == REPLICAS - 1
+    assert fm.restore(tmp_path).step == 2
+    with fm.Cluster.connect(launched.address, launched.token) as cluster:
+        found = train(cluster, "synchronous", tmp_path, resume="auto")
+    assert found.resumed_at == 2
+    assert_fates(found, "synchronous", whole["synchronous"])
+    assert not list(tmp_path.glob(".last-*")), "what was left is removed"
+
+
+def test_a_driver_that_wakes_up_after_the_workers_have_written_changes_nothing(
+    launched: LaunchedCluster, tmp_path: Path
+) -> None:
+    with closing(LaunchedCluster(workers=REPLICAS, lost_after_s=1.0, orphan_s=1e-3)) as brief:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(**command(brief, "asynchronous", tmp_path), **pipes) as old:
+            assert old.stdout is not None
+            assert old.stdout.readline() == b"is here\n"
+            old.send_signal(signal.SIGSTOP)
+            step = written(tmp_path)
+            before = manifests(tmp_path)
+            old.send_signal(signal.SIGCONT)
+            _, told = old.communicate(timeout=60)
+        assert b"this process was suspended or cut off" in told.splitlines()[-1], told
+    assert manifests(tmp_path) == before
+    assert not list(tmp_path.glob(".writing-*"))
+    with fm.Cluster.connect(launched.address, launched.token) as cluster:
+        found = train(cluster, "asynchronous", tmp_path, resume="auto")
+    assert found.resumed_at == step
     assert_fates(found, "asynchronous", None)
 
 

@@ -130,6 +130,7 @@ LEFT_OUT: dict[str, str] = {
 """Policies with buffers for each replica -> what a fit with other replicas does without."""
 
 
+@pytest.mark.filterwarnings("ignore:mlp_loss is not convex", "ignore:.*all replicas are in one site")
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_buffers_of_replicas_go_on_with_other_replicas(threads_cluster: fm.Cluster, tmp_path: Path, name: str) -> None:
     policies = POLICIES[name]

@@ -62,6 +62,28 @@ def test_a_put_pattern_that_earlier_ones_shadow_is_refused(threads_cluster: fm.C
 def test_a_vote_for_more_rows_than_a_layer_has_is_refused() -> None:
     with pytest.raises(fm.PolicyError, match=r"'fc2': Vote\(rows=6\) .* largest parameter has 5 rows, .* at most 2"):
         plan({"fc2": fm.Policy(apply=fm.Vote(6))})
-    (note,) = (n for n in plan({"fc2": fm.Policy(apply=fm.Vote(3))}).notes if "Vote" in n)
+    with pytest.warns(fm.FlowmlWarning, match=r"Vote.* no effect"):
+        (note,) = (n for n in plan({"fc2": fm.Policy(apply=fm.Vote(3))}).notes if "Vote" in n)
     assert "no effect" in note
     assert not any("Vote" in n for n in plan({"fc2": fm.Policy(apply=fm.Vote(2))}).notes)
+
+
+def test_a_rank_that_makes_no_matrix_smaller_is_refused() -> None:
+    with pytest.raises(fm.PolicyError, match=r"low_rank\(3\).* 'fc1/w', 6 x 5, are smaller than it up to rank 2; give"):
+        plan(fm.policies.power_sgd(3))
+    plan({"fc1/*": fm.policies.power_sgd(2), "fc2": fm.policies.power_sgd(1)})
+    plan(fm.policies.power_sgd(2))  # of 'fc2', 5 x 3, the factors are not smaller, and it is sent as it is
+
+
+def test_no_patterns_are_no_policies() -> None:
+    assert plan({}).training == plan(None).training
+
+
+def test_changes_between_sites_need_two() -> None:
+    with pytest.raises(fm.PolicyError, match=r"gaia\(sites=1\): .* give 2 sites or more"):
+        fm.policies.gaia(0.01, sites=1)
+    with pytest.raises(fm.PolicyError, match=r"give 2 sites or more"):
+        fm.policies.gaia(0.01, sites=((0, 1),))
+    alone = fm.Policy(fm.Hierarchy(fm.AllReduce(), fm.Gossip("complete"), sites=1), 1, payload=fm.Delta())
+    with pytest.warns(fm.FlowmlWarning, match="all replicas are in one site, so nothing is exchanged between sites"):
+        plan(alone)

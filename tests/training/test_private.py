@@ -13,7 +13,7 @@ from optax import contrib
 
 import flowml as fm
 from flowml.data import epoch_order
-from flowml.errors import UnsupportedError
+from flowml.errors import UnsupportedError, WorkerError
 from flowml.training.step import item_key
 from tests.training.optimizers import PRIVATE
 from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
@@ -113,6 +113,15 @@ def test_a_later_fit_has_the_noise_of_its_batch(threads_cluster: fm.Cluster) -> 
     results = [trainer.fit(mlp(), data(), batch_size=n, steps=1, progress=False).params for n in (8, BATCH)]
     again = fit(threads_cluster, steps=1).params
     assert_same(results[1], again)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_fit(threads_cluster: fm.Cluster) -> None:
+    """Without its replica the mean is of fewer examples, and the noise would be too little for them."""
+    source = data()
+    source["x"][0] = np.nan
+    trainer = fm.Trainer(mlp_loss, DPSGD, cluster=threads_cluster, replicas=2)
+    with pytest.raises(WorkerError, match=r"the gradient of layer .* holds NaN or infinity"):
+        trainer.fit(mlp(), source, batch_size=BATCH, steps=2, shuffle=False, progress=False)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -107,6 +107,12 @@ PLANS: dict[str, dict[str, Any]] = {
 
 CASES = [(kind, plan) for kind in ("threads_cluster", "process_cluster") for plan in PLANS]
 CASES.remove(("process_cluster", "everything"))  # which has two workers
+CASES += [("simulated", "two stages"), ("simulated", "everything")]
+
+
+@pytest.fixture
+def simulated() -> fm.SimulatedCluster:
+    return fm.SimulatedCluster(4, fm.sim.LogNormal(0.1, 0.5), fm.sim.Network(1e-3, 1e6))
 
 
 @pytest.mark.parametrize(("kind", "plan"), CASES)

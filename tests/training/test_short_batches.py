@@ -57,7 +57,15 @@ def fit(
     return trainer.fit(mlp(), source, batch_size=BATCH, epochs=EPOCHS, last=last, progress=False)
 
 
-@pytest.mark.parametrize(
+def coded(code: Any) -> dict[str, Any]:
+    return {"replicas": 4, "policies": fm.Policy(quorum=fm.Coded(1, code)), "microbatches": 2}
+
+
+def portions(each: int) -> dict[str, Any]:
+    return {"replicas": 2, "policies": fm.policies.speculate(each)}
+
+
+FITS = pytest.mark.parametrize(
     ("kind", "examples", "options"),
     [
         ("arrays", 77, {}),
@@ -68,13 +76,37 @@ def fit(
         ("arrays", 77, {"replicas": 2, "policies": fm.policies.all_reduce()}),
         ("arrays", 20, {"replicas": 2}),
         ("object", 20, {"replicas": 2}),
+        ("arrays", 80, coded("cyclic")),
+        ("object", 80, coded("fractional")),
+        ("arrays", 77, portions(2)),
+        ("object", 80, portions(3)),
     ],
 )
+
+
+@FITS
 def test_a_fit_equals_the_plain_loop(threads_cluster: fm.Cluster, kind: str, examples: int, options: Any) -> None:
+    assert_equals_the_plain_loop(threads_cluster, kind, examples, options)
+
+
+@FITS
+def test_a_simulated_fit_equals_the_plain_loop(kind: str, examples: int, options: Any) -> None:
+    simulated = fm.SimulatedCluster(4, fm.sim.LogNormal(0.1, 0.5), fm.sim.Network(1e-4, 1e9))
+    assert_equals_the_plain_loop(simulated, kind, examples, options)
+
+
+@pytest.mark.parametrize("arithmetic", [True, False])
+def test_a_simulated_short_step_takes_its_share_of_the_time(arithmetic: bool) -> None:
+    simulated = fm.SimulatedCluster(1, fm.sim.Constant(0.24), fm.sim.Network(1e-9, 1e15), arithmetic=arithmetic)
+    result = fit(simulated, 36)
+    assert result.virtual_seconds == pytest.approx(EPOCHS * (0.24 + 0.12), rel=1e-3)
+
+
+def assert_equals_the_plain_loop(cluster: Any, kind: str, examples: int, options: Any) -> None:
     source = Rows(data(examples)) if kind == "object" else None
-    result = fit(threads_cluster, examples, source, **options)
+    result = fit(cluster, examples, source, **options)
     params, losses, _ = plain(examples)
-    assert_close(result.params, params, 2e-5)
+    assert_close(result.params, params, 5e-5 if "policies" in options else 2e-5)
     np.testing.assert_allclose([record["loss"] for record in result.history], losses, rtol=1e-5)
     assert result.ledger.seen == ((EPOCHS, examples),)
     assert result.ledger.examples == EPOCHS * examples
@@ -102,11 +134,9 @@ def test_what_does_not_divide_is_refused(threads_cluster: fm.Cluster) -> None:
         fit(threads_cluster, 77, replicas=2, microbatches=2)
     with pytest.raises(ValueError, match="has 1 examples, which do not divide into 2 work items"):
         fit(threads_cluster, 73, replicas=2)
-    with pytest.raises(fm.UnsupportedError, match="with a code all batches have one size"):
-        fit(threads_cluster, 77, replicas=2, policies=fm.policies.coded(1))
-    simulated = fm.SimulatedCluster(2, fm.sim.Constant(0.1), fm.sim.Network(1e-4, 1e9))
-    with pytest.raises(fm.UnsupportedError, match="simulated workers run batches of one size"):
-        fit(simulated, 77)
+    wanted = "has 5 examples, which do not divide into 4 equal microbatches .* leaves a multiple of 4"
+    with pytest.raises(ValueError, match=wanted):
+        fit(threads_cluster, 77, replicas=4, policies=fm.Policy(quorum=fm.Coded(1, "cyclic")))
     with pytest.raises(ValueError, match="last='keep'"):
         fit(threads_cluster, 77, last="keep")
 

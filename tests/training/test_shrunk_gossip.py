@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 import jax
@@ -16,18 +14,15 @@ from flowml import filters
 from flowml.data import epoch_order
 from flowml.errors import UnsupportedError
 from flowml.policy import Gossip
-from flowml.policy.graphs import matrix
+from flowml.policy.graphs import NestedGraph, RingGraph, among, matrix, own_matrix
 from tests.training.reference import BATCH, EXAMPLES, assert_close, data, mlp, mlp_loss
 from tests.training.test_gossip import OWN, averaged, mean
 
 WORKERS, STEPS = 4, 9
+NESTED = NestedGraph(RingGraph(), own_matrix([[0.7, 0.3], [0.3, 0.7]]), ((0, 1), (2, 3)), 2)
+PAIR = Gossip([[0.9, 0.1], [0.1, 0.9]])
+SITES_OF_TWO = fm.Policy(topology=fm.Hierarchy(PAIR, Gossip("ring", every=2), 2))
 SOURCE = data()
-
-
-@pytest.fixture(scope="module")
-def threads() -> Iterator[fm.Cluster]:
-    with closing(fm.Cluster.threads(workers=WORKERS)) as cluster:
-        yield cluster
 
 
 def shares(step: int, left: int) -> list[Any]:
@@ -52,11 +47,11 @@ def loop(gossip: Gossip, left: int, inner: Any) -> Any:
     return mean(own)
 
 
-@pytest.mark.parametrize("graph", ["ring", "exponential", "complete", "random_pairs", "torus"])
+@pytest.mark.parametrize("graph", ["ring", "exponential", "complete", "random_pairs", "torus", OWN, NESTED], ids=str)
 @pytest.mark.parametrize("every", [1, 3])
-def test_the_graph_is_formed_anew_among_those_that_are_left(threads: fm.Cluster, graph: str, every: int) -> None:
+def test_the_graph_is_formed_anew_among_those_that_are_left(threads: fm.Cluster, graph: Any, every: int) -> None:
     """Two workers end at the first step, before there is a snapshot, so that the fit begins anew without them."""
-    policy, inner = fm.policies.gossip(graph, every), optax.sgd(0.1)
+    policy, inner = fm.Policy(topology=Gossip(graph), every=every), optax.sgd(0.1)
     ends = {0: "worker:0", 1: "worker:2"} if every == 3 else {0: "worker:0"}
 
     def end(record: dict[str, Any]) -> None:
@@ -65,7 +60,7 @@ def test_the_graph_is_formed_anew_among_those_that_are_left(threads: fm.Cluster,
 
     trainer = fm.Trainer(mlp_loss, inner, cluster=threads, replicas=WORKERS, policies=policy)
     try:
-        with pytest.warns(fm.FlowmlWarning, match="was left out with its replica"):
+        with pytest.warns(fm.FlowmlWarning, match="left out with (its|their) replica"):
             found = trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=STEPS, callbacks=[end], on_loss="shrink")
     finally:
         threads.bring_back(threads.lost)
@@ -73,14 +68,15 @@ def test_the_graph_is_formed_anew_among_those_that_are_left(threads: fm.Cluster,
     left = WORKERS - len(ends)
     assert found.ledger.used == left * STEPS
     assert found.ledger.outstanding == 0
+    gone = {int(worker.rpartition(":")[2]) for worker in ends.values()}
     assert isinstance(policy.remote, Gossip)
-    assert_close(found.params, loop(policy.remote, left, inner))
+    assert_close(found.params, loop(Gossip(among(policy.remote.graph, WORKERS, gone), every), left, inner))
 
 
 @pytest.mark.parametrize(
     ("policy", "why"),
     [
-        (fm.policies.gossip(OWN), "the mixing matrix of layer .* is for 4 replicas"),
+        (SITES_OF_TWO, "the mixing matrix of layer .* is for the 2 replicas of a site"),
         (fm.policies.choco([filters.quantise(8)]), "know of each other's parameters"),
     ],
 )

@@ -148,8 +148,9 @@ def test_a_replica_that_is_left_out_changes_nothing_when_it_wakes_up(cluster: fm
 
 
 @pytest.mark.parametrize("transport", ["auto", "grpc"])
-def test_two_processes_of_one_name(transport: str) -> None:
+def test_two_processes_of_one_name(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others start a worker again whose first process is only suspended. Both run until the end of the fit."""
+    monkeypatch.setattr(LaunchedCluster, "_on_restart", lambda *_: None)  # the launcher, which would kill the first
     with (
         closing(LaunchedCluster(workers=REPLICAS, lost_after_s=LOST_AFTER_S, transport=transport)) as launched,
         fm.Cluster.connect(launched.address, launched.token, transport=transport) as cluster,
@@ -175,3 +176,5 @@ def test_two_processes_of_one_name(transport: str) -> None:
 def test_a_time_that_cannot_be() -> None:
     with pytest.raises(ClusterError, match="lost_after_s=0"):
         fm.Cluster.local(workers=1, lost_after_s=0)
+    with pytest.raises(ClusterError, match=r"lost_after_s=1e-06: .* give at least 0.1 seconds"):
+        fm.Cluster.local(workers=1, lost_after_s=1e-6)

@@ -87,16 +87,79 @@ def test_each_pair_equals_the_loop_that_defines_it(threads_cluster: fm.Cluster, 
 
 @pytest.mark.parametrize(
     ("local", "remote"),
-    [*product(UNSOUND, (*REMOTE, *UNSOUND)), *product(LOCAL, UNSOUND[1:])],
+    [
+        *product(UNSOUND[:1], (*REMOTE, UNSOUND[1])),
+        *product(UNSOUND[1:], (*REMOTE, *UNSOUND)),
+        *product(LOCAL, UNSOUND[1:]),
+    ],
     ids=lambda t: type(t).__name__,
 )
 def test_other_pairs_are_refused_with_the_reason(local: Any, remote: Any) -> None:
     why = {
-        fm.Gossip: "its replicas hold equal parameters",
+        fm.Gossip: "parameters of their own, so the gradient of none stands",
         fm.SharedMemory: "no step at whose end the site has",
     }.get(type(local), "share no memory")
+    why = "share no memory" if (local, remote) == UNSOUND else why
     with pytest.raises(fm.PolicyError, match=f"is not sound: .*{why}.*; give "):
         fm.Hierarchy(local, remote)
+
+
+@pytest.mark.parametrize("sites", SITES, ids=["uneven", "even"])
+def test_a_gossip_of_sites_that_gossip_equals_its_loop(threads_cluster: fm.Cluster, sites: Any) -> None:
+    """Every third round leaders average with each other, and in the others all replicas of a site do."""
+    nested = fm.Hierarchy(fm.Gossip("complete"), fm.Gossip(GRAPH, every=3), sites)
+    policy, params = fm.Policy(topology=nested), layers(2)
+    assert policy.describe() == "gossip complete in sites, gossip 2x2 matrix every 3 between"
+    assert (
+        str(policy.topology)
+        == f"Hierarchy(local=Gossip('complete'), remote=Gossip(2x2 matrix, every=3), sites={sites})"
+    )
+    inside, between = np.eye(4), np.eye(4)
+    for site in sites:
+        inside[np.ix_(site, site)] = 1 / len(site)
+    leaders = [site[0] for site in sites]
+    between[np.ix_(leaders, leaders)] = GRAPH
+    own = [params] * 4
+    for step in range(7):
+        steps = [jax.grad(loss)(p, share(step % STEPS, r)) for r, p in enumerate(own)]
+        mixed = [averaged(row, own) for row in (between if step % 3 == 2 else inside)]
+        own = [jax.tree.map(lambda p, g: p - RATE * g, p, g) for p, g in zip(mixed, steps, strict=True)]
+    expected, found = averaged([0.25] * 4, own), []
+    for cluster in (threads_cluster, fm.SimulatedCluster(4, fm.sim.Constant(0.1), FAST)):
+        trainer = fm.Trainer(loss, optax.sgd(RATE), cluster=cluster, replicas=4, policies=policy)
+        found.append(trainer.fit(params, SOURCE, batch_size=BATCH, steps=7, shuffle=False))
+        for name, value in found[-1].params.items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-5)
+    assert found[0].traffic == found[1].traffic
+    assert any(not np.allclose(own[0][name], own[1][name]) for name in params)
+
+
+@pytest.mark.parametrize(
+    ("local", "remote", "sites", "reason"),
+    [
+        (fm.Gossip(), fm.Gossip(), 2, "give the gossip between sites every=2"),
+        (fm.Gossip(every=2), fm.Gossip(every=3), 2, "give the gossip between sites every=4"),
+        (fm.Gossip(), fm.Gossip(every=2), None, "give sites=2"),
+        (fm.Gossip(), fm.Gossip(every=2, pull=0.5), 2, "give both the same pull"),
+    ],
+)
+def test_two_gossips_that_are_not_the_rounds_of_one_are_refused(
+    local: fm.Gossip, remote: fm.Gossip, sites: Any, reason: str
+) -> None:
+    with pytest.raises(fm.PolicyError, match=reason):
+        fm.Hierarchy(local, remote, sites)
+
+
+@pytest.mark.parametrize(("sites", "rows"), [(3, GRAPH), (2, [[1 / 3] * 3] * 3)])
+def test_a_graph_of_sites_for_another_number_of_sites_or_replicas_is_refused(sites: int, rows: Any) -> None:
+    with pytest.raises(fm.PolicyError, match="rows, but there are"):
+        fm.Trainer(
+            loss,
+            optax.sgd(RATE),
+            cluster=fm.SimulatedCluster(4, fm.sim.Constant(0.1), FAST),
+            replicas=4,
+            policies=fm.Policy(topology=fm.Hierarchy(fm.Gossip(), fm.Gossip(rows, every=2), sites)),
+        ).fit(layers(1), SOURCE, batch_size=BATCH, steps=1)
 
 
 def in_sites(params: Any, sites: Any, payload: Any, every: int, steps: int, inner: Any) -> Any:

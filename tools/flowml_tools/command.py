@@ -35,7 +35,7 @@ def positive(text: str) -> int:
 
 
 def natural(text: str) -> int:
-    """An argparse type for seeds."""
+    """An argparse type for seeds, and for counts of which 0 is one."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
@@ -52,6 +52,16 @@ def seconds(text: str) -> float:
     return value
 
 
+def lost_after(text: str) -> float:
+    """An argparse type for how long a member may be silent."""
+    from flowml_runtime.protocol.membership import LEAST_LOST_AFTER_S, TOO_SOON
+
+    value = seconds(text)
+    if value < LEAST_LOST_AFTER_S:
+        raise argparse.ArgumentTypeError(f"{text}: {TOO_SOON}")
+    return value
+
+
 def seconds_or_none(text: str) -> float:
     """An argparse type for times, of which 0 is one."""
     return 0.0 if text == "0" else seconds(text)
@@ -63,6 +73,11 @@ def address(text: str) -> str:
     if not (host and colon and port.isdecimal() and int(port) < 65536):
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, e.g. 127.0.0.1:7070")
     return text
+
+
+def coordinator(text: str) -> str:
+    """An argparse type for the HOST:PORT of a coordinator, or its place in etcd."""
+    return text if text.startswith(("etcd://", "etcds://")) else address(text)
 
 
 def add_offer(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +93,13 @@ def add_offer(parser: argparse.ArgumentParser) -> None:
         default=600.0,
         metavar="SECONDS",
         help="how long a worker keeps the newest snapshot of a fit whose driver was lost (default 600)",
+    )
+    parser.add_argument(
+        "--notice",
+        type=seconds,
+        default=25.0,
+        metavar="SECONDS",
+        help="how long a worker may take to hand over after SIGTERM, before it leaves anyway (default 25)",
     )
 
 
@@ -111,7 +133,7 @@ def add_lost_after(parser: argparse.ArgumentParser) -> None:
     """Add the argument that says when a silent worker is lost."""
     parser.add_argument(
         "--lost-after",
-        type=seconds,
+        type=lost_after,
         default=5.0,
         metavar="SECONDS",
         help="how long a worker may be silent before it is lost (default 5)",

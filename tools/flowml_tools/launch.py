@@ -17,6 +17,7 @@ from flowml_tools.command import (
     add_transport,
     announce,
     count,
+    natural,
     positive,
     read_token,
     tls,
@@ -25,12 +26,20 @@ from flowml_tools.command import (
 SUMMARY = "start a cluster and print how to connect to it"
 DESCRIPTION = """\
 Start a coordinator and N workers on this machine, print the lines that connect to them and that join more workers, and
-run until Ctrl-C. The token is written to a file that only its owner can read, and never printed.
+run until Ctrl-C. A line tells of each worker that joins, is lost, is replaced or leaves. The token is written to a
+file that only its owner can read, and never printed.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--workers", type=positive, default=1, metavar="N", help="workers to start (default 1)")
+    parser.add_argument(
+        "--spares",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="workers that wait to take the place of lost ones (default 0)",
+    )
     parser.add_argument("--on", choices=["local"], default="local", help="where the workers run (default local)")
     add_bind(parser)
     parser.add_argument("--token-file", type=Path, metavar="F", help="use the token in F, or write a new one there")
@@ -51,12 +60,14 @@ def main(arguments: argparse.Namespace) -> int:
     with _token(arguments.token_file) as (token, path):
         from flowml_runtime.launch.launched import LaunchedCluster
 
-        print(f"starting {count(arguments.workers, 'worker')}", file=sys.stderr)
+        spares = f" and {count(arguments.spares, 'spare')}" if arguments.spares else ""
+        print(f"starting {count(arguments.workers, 'worker')}{spares}", file=sys.stderr)
         cluster = LaunchedCluster(
             arguments.bind,
             arguments.workers,
             secured,
             token,
+            spares=arguments.spares,
             devices_per_worker=arguments.devices,
             allow_python=arguments.allow_python,
             platform=arguments.platform,
@@ -64,10 +75,12 @@ def main(arguments: argparse.Namespace) -> int:
             checksum=arguments.checksum,
             lost_after_s=arguments.lost_after,
             orphan_s=arguments.orphan,
+            notice_s=arguments.notice,
             state=arguments.state,
         )
         try:
             announce(cluster.address, path, secured)
+            cluster.news.tell(lambda line: print(line, flush=True))
             cluster.wait()  # no deadline: it runs until it is stopped, and a signal ends the wait
         finally:
             cluster.close()

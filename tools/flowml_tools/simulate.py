@@ -13,12 +13,15 @@ from flowml_tools.script import script
 if TYPE_CHECKING:
     from flowml.sim import ComputeModel, NetworkModel
     from flowml_runtime.driver.training.result import TrainingResult
+    from flowml_runtime.sim.cluster import SimulatedCluster
+    from flowml_tools.spot import Spot
 
 SUMMARY = "run a script under virtual time, on a simulated cluster"
 DESCRIPTION = """\
 Run FILE.py like `python FILE.py ARGS`. Every fm.Trainer without a cluster of its own trains on a simulated one: the
 same code, with the times of models. After each fit its virtual time, bytes, work items and late workers are printed.
-With --advise other policies are simulated too, and ranked by the time to as many examples.
+With --advise other policies are simulated too, and ranked by the time to as many examples. With --spot the goodput on
+machines that come and go is printed: of synchronous training that is restarted, of elastic and of decoupled training.
 
   --compute     constant:SECONDS | exponential:SHIFT,MEAN | lognormal:MEAN,SIGMA | pareto:SCALE,ALPHA | recorded:TRACE
                 seconds that a step of one replica computes, such as lognormal:0.1,0.3. TRACE is a file that
@@ -27,6 +30,8 @@ With --advise other policies are simulated too, and ranked by the time to as man
   --network     LATENCY,BYTES_PER_S[,UPLINK[,DOWNLINK]] of each pair of workers, such as 1e-3,60e6; UPLINK and DOWNLINK
                 bound what a worker sends and receives at a time. Or regions:TABLE.csv[:REGION=WORKERS,...]; without
                 numbers the workers are spread over all regions of the table
+  --spot        TRACE.json[,GAP_S[,NOTICE_S[,RESTART_S]]]: a record of spot machines, replayed with intervals of GAP_S
+                (30). Machines give notice NOTICE_S (5) before they go; a restart of all takes RESTART_S (10)
 
 Options of flowml go before FILE.py, or all of them directly after it. The other arguments go to the script.
 """
@@ -37,8 +42,8 @@ MODELS = {
     "pareto": ("Pareto", 2),
 }
 """Name -> model of `flowml.sim`, and the number of its arguments."""
-FLAGS = ("--no-arithmetic", "--advise")
-OPTIONS = ("--workers", "--compute", "--stragglers", "--network", "--seed", "--jobs", *FLAGS)
+FLAGS = ("--no-arithmetic", "--compiled", "--advise")
+OPTIONS = ("--workers", "--compute", "--stragglers", "--network", "--seed", "--jobs", "--spot", *FLAGS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +59,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", type=network, default="1e-4,1e9", metavar="NETWORK", help="the links (1e-4,1e9)")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the models (0)")
     parser.add_argument("--jobs", type=positive, metavar="N", help="processes that simulate (1, or cores if that pays)")
+    parser.add_argument("--spot", type=spot, metavar="TRACE.json", help="after each fit, the goodput on spot machines")
     parser.add_argument("--no-arithmetic", action="store_true", help="clocks and bytes only: losses are NaN")
+    parser.add_argument("--compiled", action="store_true", help="as machine code; the first time compiles it")
     parser.add_argument("--advise", action="store_true", help="after each fit, rank other policies on these machines")
 
 
@@ -89,6 +96,7 @@ def main(arguments: argparse.Namespace) -> int:
         seed=options.seed,
         arithmetic=not options.no_arithmetic,
         jobs=options.jobs,
+        compiled=options.compiled,
     )
     fits: list[str] = []
 
@@ -97,20 +105,32 @@ def main(arguments: argparse.Namespace) -> int:
         print(fits[-1], flush=True)
 
     cluster.on_result = on_result
-    if options.advise:
-        from flowml_runtime.advise import advise
-
-        cluster.on_fit = lambda trainer, params, batch, state: print(
-            f"\n{advise(trainer, params, batch, cluster=cluster, state=state)}", flush=True
-        )
+    cluster.on_fit = _on_fit(options, cluster)
     with cluster:
         run_script(path, args)
     if not fits:
         raise CommandError(
-            f"{options.file} has trained nothing on the simulated cluster; call fit() of an fm.Trainer that has no "
-            "cluster of its own"
+            f"{options.file} has trained nothing on the simulated cluster; call fit() of an fm.Trainer without "
+            "cluster=, and outside of blocks such as `with fm.Cluster.local(...)`, in which it trains on real workers"
         )
     return 0
+
+
+def _on_fit(options: argparse.Namespace, cluster: SimulatedCluster) -> Callable[[Any, Any, Any, Any], None] | None:
+    """What to print after each fit, if anything."""
+    if not options.advise and options.spot is None:
+        return None
+    if options.spot is not None:
+        options.spot.churn(options.workers)  # a record that makes no sense is refused before anything runs
+    from flowml_runtime.advise import advise
+
+    def tell(trainer: Any, params: Any, batch: Any, state: Any) -> None:
+        if options.advise:
+            print(f"\n{advise(trainer, params, batch, cluster=cluster, state=state)}", flush=True)
+        if options.spot is not None:
+            print(f"\n{options.spot.compared(trainer, params, batch, state, cluster)}", flush=True)
+
+    return tell
 
 
 def described(result: TrainingResult, workers: int) -> str:
@@ -167,6 +187,18 @@ def network(text: str) -> Callable[[int], NetworkModel]:
     count = max(2, min(4, text.count(",") + 1))
     made = _made(lambda: flowml.sim.Network(*_numbers(count, "1e-3,60e6")(text)))
     return lambda workers: made
+
+
+def spot(text: str) -> Spot:
+    """An argparse type for records of spot machines, such as `trace.json,30,5`."""
+    from flowml_tools.spot import Spot
+
+    path, *rest = text.split(",")
+    if len(rest) > 3:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not TRACE.json and at most 3 numbers, such as trace.json,30,5,10"
+        )
+    return Spot(path, *_numbers(len(rest), "30,5,10")(",".join(rest)) if rest else ())
 
 
 def _members(text: str) -> dict[str, int]:

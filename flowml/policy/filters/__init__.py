@@ -38,6 +38,10 @@ from flowml.policy.filters.chain import wire_forms as wire_forms
 from flowml.policy.filters.dense import BLOCK, LowRank, Quantise
 from flowml.policy.filters.lossless import Compress, KeyCache
 from flowml.policy.filters.sparse import KKT, RandomK, RandomSkip, Significance, TopK
+from flowml.policy.filters.sums import Talk as Talk
+from flowml.policy.filters.sums import add_up as add_up
+from flowml.policy.filters.sums import is_additive as is_additive
+from flowml.policy.filters.sums import sum_sizes as sum_sizes
 from flowml.signatures import worded
 
 AnyFilter = Significance | KKT | TopK | RandomK | RandomSkip | LowRank | Quantise | KeyCache | Compress

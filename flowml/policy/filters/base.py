@@ -19,7 +19,7 @@ array. It takes subnormal numbers as zero, because XLA may.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import msgspec
@@ -81,6 +81,20 @@ class Form(NamedTuple):
         return self.size * self.dtype.itemsize
 
 
+class Added(NamedTuple):
+    """What a replica knows after a sum of filtered arrays.
+
+    Attributes:
+        own: decodes what this replica has added.
+        total: decodes the total. The bits are the same on every machine.
+        state: the state for the next push, which is the same on all replicas.
+    """
+
+    own: Callable[[], Array]
+    total: Callable[[], Array]
+    state: Array | None = None
+
+
 class Context(NamedTuple):
     """What an encoder knows of a push besides its value.
 
@@ -103,6 +117,11 @@ class Context(NamedTuple):
     def rng(self) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed)))
 
+    def uniform(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Numbers in [-1, 1), the same for equal seeds in all versions of NumPy, which may change distributions."""
+        raw = np.random.Philox(np.random.SeedSequence(self.seed)).random_raw(math.prod(shape))
+        return ((raw >> np.uint64(11)) * 2.0**-52 - 1).astype(dtype).reshape(shape)
+
 
 class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the filters. `feedback` is the share of what the chain loses that is added to the next value; 0: none.
@@ -115,6 +134,7 @@ class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=T
         first: whether it needs an array as it is, and so must be the first filter.
         compares: whether it compares values with parameters.
         remembers: whether its parts have a meaning only together with those of earlier pushes.
+        additive: whether replicas with one seed can add up what they encode; see `sums`.
     """
 
     feedback: float = 0.0
@@ -126,6 +146,7 @@ class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=T
     first: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.feedback and self.lossless:
@@ -168,6 +189,14 @@ class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=T
     ) -> tuple[Array, Array | None]:
         """Like `decode`, with a buffer of the receiver that lives between pushes. Most filters need none."""
         return self.decode(parts, form, run), memory
+
+    def add_up(self, value: Array, state: Array | None, context: Context) -> Generator[Array, Array, Added]:
+        """An additive filter's part in the sum of an array: yields what this replica adds, and is sent the total."""
+        raise NotImplementedError
+
+    def summed(self, form: Form) -> tuple[Form, ...]:
+        """What an additive filter adds in each sum."""
+        return tuple(part for part in self.layout(form) or () if part.role == "values")
 
     def count(self, parts: Sequence[Array], form: Form) -> int:
         """The length of the part after `parts`, for a part whose length only its values decide."""

@@ -71,6 +71,12 @@ def sent_size(chain: Chain, payload: Sequence[ArraySpec], filtered: Collection[i
     return sum(x.nbytes for x in forms) + rest, all(x.exact for x in forms)
 
 
+def encoded_by(chain: Chain, form: Form) -> Filter | None:
+    """The first filter that encodes an array of `form`; None if it is sent as it is."""
+    head = _head(chain, 0, form)
+    return None if head is None else head.filter
+
+
 def feeds_back(chain: Chain) -> bool:
     """Whether the chain keeps what it loses."""
     return any(f.feedback for f in chain)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import msgspec
@@ -12,7 +13,7 @@ import numpy as np
 from flowml.arguments import flag
 from flowml.errors import PolicyError
 from flowml.numbers import whole
-from flowml.policy.filters.base import Array, Context, Filter, Form, Role, Run, magnitudes, on_numpy, wide
+from flowml.policy.filters.base import Added, Array, Context, Filter, Form, Role, Run, magnitudes, on_numpy, wide
 
 BITS = (8, 4, 2, 1)
 BLOCK = 256
@@ -86,6 +87,7 @@ class LowRank(Filter, frozen=True):
     call: ClassVar[str] = "low_rank"
     gives: ClassVar[frozenset[Role]] = frozenset({"values"})
     first: ClassVar[bool] = True
+    additive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +111,21 @@ class LowRank(Filter, frozen=True):
 
     def decode(self, parts: Sequence[Array], form: Form, run: Run = on_numpy) -> Array:
         return run(product, *map(wide, parts), exact=False).astype(form.dtype, copy=False).reshape(form.shape)
+
+    def add_up(self, value: Array, state: Array | None, context: Context) -> Generator[Array, Array, Added]:
+        matrix = wide(value).reshape(_matrix(value.shape))
+        rows, columns = matrix.shape
+        basis = orthonormal(context.uniform((columns, self.rank), matrix.dtype)) if state is None else state
+        spare = partial(context.uniform, dtype=matrix.dtype)
+        left = orthonormal(wide((yield (matrix @ basis).astype(value.dtype))), spare((rows, self.rank)))
+        own = (matrix.T @ left).astype(value.dtype)
+        right = yield own
+
+        def decoded(right: Array) -> Array:
+            return outer_product(left, wide(right)).astype(value.dtype, copy=False).reshape(value.shape)
+
+        after = orthonormal(wide(right), spare((columns, self.rank)))
+        return Added(partial(decoded, own), partial(decoded, right), after)
 
 
 def quantised(flat: Any, noise: Any, *, bits: int, block: int, fitted: bool = False, xp: Any) -> tuple[Any, Any]:
@@ -195,9 +212,60 @@ def power_step(matrix: Any, basis: Any, *, xp: Any) -> tuple[Any, Any, Any]:
     return left, right, after
 
 
+def orthonormal(columns: Array, spare: Array | None = None) -> Array:
+    """Orthonormal columns that span these, and a `spare` one in place of each that depends on those before it.
+
+    Gram-Schmidt, with elementwise operations and sums in pairs alone: the bits do not depend on the machine, as those
+    of a QR decomposition do.
+    """
+    rows = np.array(columns.T, order="C")  # a copy: the columns may be others' too
+    for i in range(len(rows)):
+        row = _orthogonal(rows[i], rows[:i])
+        if row is None and spare is not None:
+            row = _orthogonal(np.ascontiguousarray(spare[:, i]), rows[:i])
+        rows[i] = 0 if row is None else row
+    return np.ascontiguousarray(rows.T)
+
+
+def _orthogonal(row: Array, others: Array) -> Array | None:
+    """The part of a row that is orthogonal to others, of length 1; None if it is nothing but rounding errors."""
+    largest = np.max(np.abs(row), initial=0)
+    if largest == 0:
+        return None
+    row = row / largest  # its square does not overflow
+    size = _length(row)
+    for _ in range(2):  # the second time for what rounding has left
+        for other in others:
+            row = row - other * _dot(other, row)
+    left = _length(row)
+    return None if left <= 64 * np.finfo(row.dtype).eps * size else row / left
+
+
+def _dot(a: Array, b: Array) -> Any:
+    return _sums((a * b)[None], np)[0]
+
+
+def _length(row: Array) -> Any:
+    return np.sqrt(_dot(row, row))
+
+
+def outer_product(left: Array, right: Array) -> Array:
+    """The matrix of two factors, added up column by column: the bits do not depend on the machine."""
+    total = left[:, :1] * right[:, 0]
+    for i in range(1, left.shape[1]):
+        total += left[:, i : i + 1] * right[:, i]
+    return total
+
+
 def product(left: Any, right: Any, *, xp: Any) -> Any:
     """The matrix of two factors."""
     return xp.matmul(left, right.T)
+
+
+def most_rank(shape: tuple[int, ...]) -> int:
+    """The largest rank with which the factors of an array are smaller than it; 0 if there is none."""
+    rows, columns = _matrix(shape)
+    return max(0, (rows * columns - 1) // (rows + columns))
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

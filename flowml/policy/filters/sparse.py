@@ -8,7 +8,8 @@ ascending order, or a bit for each element where that takes less. The receiver t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -16,6 +17,7 @@ import numpy as np
 
 from flowml.errors import PolicyError
 from flowml.policy.filters.base import (
+    Added,
     Array,
     Context,
     EncodingError,
@@ -238,10 +240,19 @@ class _Seeded(Filter, frozen=True):
         return Form((1,), _SEED, "codes"), Form((form.size if count is None else count,), form.dtype, exact=exact)
 
     def encode(self, value: Array, state: Array | None, context: Context) -> tuple[list[Array], Array | None]:
-        flat, seed = wide(value).reshape(-1), _seed(context)
-        chosen = flat[self.positions(_draws(seed, flat.size))]
-        chosen = chosen if context.feedback else chosen * self.scale(flat.size)
-        return [seed, chosen.astype(value.dtype, copy=False)], None
+        seed = _seed(context)
+        return [seed, self._chosen(value, self.positions(_draws(seed, value.size)), context)], None
+
+    def _chosen(self, value: Array, positions: Array, context: Context) -> Array:
+        chosen = wide(value).reshape(-1)[positions]
+        chosen = chosen if context.feedback else chosen * self.scale(value.size)
+        return chosen.astype(value.dtype, copy=False)
+
+    def add_up(self, value: Array, state: Array | None, context: Context) -> Generator[Array, Array, Added]:
+        positions, form = self.positions(_draws(_seed(context), value.size)), Form(value.shape, value.dtype)
+        own = self._chosen(value, positions, context)
+        total = yield own
+        return Added(partial(_scatter, positions, own, form), partial(_scatter, positions, total, form))
 
     def scale(self, size: int) -> float:
         raise NotImplementedError
@@ -260,6 +271,7 @@ class RandomK(_Seeded, frozen=True):
     share: int | float
 
     call: ClassVar[str] = "random_k"
+    additive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ import numpy as np
 
 from flowml.errors import CheckpointError, FlowmlWarning
 from flowml.numbers import whole_number
-from flowml.training.valued import VALUE
+from flowml.training.valued import BATCH, VALUE
 from flowml_runtime.driver.training.snapshots import NONE, TREES, Key, Leaf, Snapshot
 from flowml_runtime.environment import checkpoints
 
@@ -43,6 +43,8 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"Checkpoint(path={self.path!r}): give the name of a directory")
+        if not os.fspath(self.path):
+            raise ValueError("Checkpoint(path=''): give the name of a directory; '.' is the current one")
         if self.every_steps is not None and self.every_s is not None:
             raise ValueError("Checkpoint: give every_steps or every_s, and not both")
         if self.every_steps is not None:
@@ -107,6 +109,8 @@ def restore(path: str | os.PathLike[str]) -> Restored:
 
     Raises CheckpointError if there is none, or it is damaged.
     """
+    if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"fm.restore({path!r}): give the name of a directory")
     directory = Path(path)
     if checkpoints.snapshots(directory):
         found = newest(directory)
@@ -117,8 +121,9 @@ def restore(path: str | os.PathLike[str]) -> Restored:
     params, opt_state, state = (
         _paths(snapshot, what, leaves) for what, leaves in zip(TREES, snapshot.trees, strict=True)
     )
-    if content.params and content.params[-1].path == (("attr", VALUE),):
-        params = [(path[1:], value) for path, value in params if path != (("attr", VALUE),)]
+    given = [[("attr", name)] for name in (VALUE, BATCH)]
+    if any([*leaf.path] == given[0] for leaf in content.params):
+        params = [(path[1:], value) for path, value in params if [*path[:1]] not in given]
     rest = _paths(snapshot, "", content.untrained)
     above = {path[:i] for path, _ in rest for i in range(len(path) + 1)}
     params = nested([*rest, *(found for found in params if found[0] not in above)])

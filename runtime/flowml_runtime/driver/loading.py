@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -86,8 +86,16 @@ class Sending(Protocol):
     def devices(self) -> tuple[Device, ...]: ...
 
 
-def send(endpoint: Sender, plan_id: str, loading: Loading, captured: Captured, session: Sending) -> Captures:
-    """Send a plan to its workers. Returns the arrays that it closes over, which are there before it.
+def send(
+    endpoint: Sender,
+    plan_id: str,
+    loading: Loading,
+    captured: Captured,
+    session: Sending,
+    rehearsing: Collection[str] = (),
+) -> Captures:
+    """Send a plan to its workers, which run it once if they are `rehearsing`. Returns the arrays that it closes over,
+    which are there before it.
 
     Raises WorkerLostError for a worker that is lost meanwhile, and what `Captured.of` raises.
     """
@@ -99,6 +107,7 @@ def send(endpoint: Sender, plan_id: str, loading: Loading, captured: Captured, s
             pieces = {w: list(messages(plan_id, plan, w, workers, session.deadline_s, captures)) for w in some}
             for worker in some:
                 for message, data in pieces[worker]:
+                    message = msgspec.structs.replace(message, rehearse=worker in rehearsing)
                     endpoint.send(worker, message, [data], LOAD_DEADLINE_S)
     except WorkerLostError as lost:
         text = f"{lost.worker} was lost before it had plan {plan.name!r}: {lost}; {session.remedy}"

@@ -33,15 +33,15 @@ def run_kept(
     """
     names = [b.number if type(b) is Remote else 0 for b in buffers]
     step = handle.steps.skip()
-    cells = local.take(names)
-    if cells is None:
+    taken = local.take(names)
+    if taken is None:
         return None
     if kept:
         kept[0].made_here(local.value)
     if handle.overwrites:
         handle.donate(f"step {step} of {handle.plan.name}", buffers)
     try:
-        return local.keep(step, buffers, names, cells, first)
+        return local.keep(step, buffers, taken, first)
     except StepFault as fault:
         error = _error(handle, step, fault, remedy)
         if kept:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Callable
 from typing import TypeVar
+
+from flowml_runtime import service
 
 T = TypeVar("T")
 
@@ -20,6 +23,12 @@ class RealTime:
 
     def next(self, inbox: queue.SimpleQueue[T], until: float) -> T:
         return inbox.get(timeout=max(0.0, min(LOOK_UP_S, until - time.monotonic())))
+
+    def begin_fit(self, *, goes_on: bool) -> None:
+        """Nothing depends on when a fit begins."""
+
+    def beside(self, name: str, act: Callable[[], None], failed: Callable[[str], None]) -> None:
+        service.start(name, act, failed)
 
     def simulated(self) -> None:
         return None

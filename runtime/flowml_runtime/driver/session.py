@@ -145,8 +145,10 @@ class Session:
         with self._lock:
             self._local[worker.name] = worker
 
-    def load(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> LoadedPlan:
-        """Make every worker of the plan compile its part. Calls `meanwhile`, and returns when all have compiled.
+    def load(
+        self, plan: Plan, meanwhile: Callable[[], None] = lambda: None, rehearsing: Collection[str] = ()
+    ) -> LoadedPlan:
+        """Make the workers of a plan compile their part, and the `rehearsing` run it once. Calls `meanwhile`, waits.
 
         Raises PlacementError for a device that does not exist, WorkerError if a worker cannot load its
         part, WorkerLostError if one dies meanwhile, DeadlineError if they take too long.
@@ -171,7 +173,7 @@ class Session:
             self._residents.make_room(self._dataflow_plans(), self.max_programs - 1)
         try:
             with own_calls.offered(plan_id, plan):
-                captures = shipping.send(self.endpoint, plan_id, loading, self._captured, self)
+                captures = shipping.send(self.endpoint, plan_id, loading, self._captured, self, rehearsing)
                 meanwhile()
                 if workers:
                     loading.wait()  # no deadline: the wait itself is bounded by LOAD_DEADLINE_S
@@ -217,7 +219,10 @@ class Session:
             raise
 
     def explained(self, error: PlacementError, name: str) -> FlowmlError:
-        """The error to raise for `error`. If `name` cannot be placed because workers were lost, it says so."""
+        """The error to raise for `error`. If `name` cannot be placed because the cluster is closed, or workers were
+        lost, it says so."""
+        if self._closed:
+            return cluster_closed()
         gone = self._missing()
         if not gone or (error.worker is not None and error.worker not in gone):
             return error

@@ -4,6 +4,7 @@
     PATH/step-000000000400/manifest.json    {"checksum": of the body, "body": {"format", "content", "arrays": [...]}}
     PATH/.fit                               locked by the fit that writes there
     PATH/.identity                          the name of the fit for workers that outlive their driver
+    PATH/.last-*                            what these write when no driver comes, see `last_checkpoints`
 
 A snapshot is written into a directory of another name. Its files are on the disk (fsync) before the directory gets its
 name, in one step, and before an older snapshot is removed. So a directory `step-...` is complete, whenever the process
@@ -19,6 +20,8 @@ import re
 import secrets
 import shutil
 import socket
+import threading
+import time
 import warnings
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,10 +45,16 @@ _Offset = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _NAME = re.compile(r"step-(\d{12})")
 _FILE = re.compile(r"[a-z]+\d*\.bin")
 _UNFINISHED = re.compile(r"\.(?:writing|damaged)-\d{12}-(\d+)")
+LAST = ".last-"
+WORKERS = "workers"
+"""Who has a lock, in place of a driver: workers that complete a last checkpoint. They have it for a moment."""
+PATIENCE_S = 10.0
+AGAIN_S = 0.02
 
 
 class FormatError(CheckpointError):
-    """A snapshot that another version of flowml has written. It is not damaged, so an older one does not replace it."""
+    """A snapshot of another version of flowml, or of something else. It is not damaged, so an older one does not
+    replace it."""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -97,20 +106,27 @@ def writing(directory: Path, step: int) -> Generator[Path]:
 
 def complete(folder: Path, content: bytes, entries: Sequence[Entry], keep: int) -> Path:
     """Make the snapshot in a folder of `writing` complete, whose arrays are in files there."""
-    directory, number = folder.parent, folder.name.split("-")[1]
+    directory, number = folder.parent, int(folder.name.split("-")[1])
+    target = named(folder, number, content, entries)
+    _remove(directory, keep)
+    return target
+
+
+def named(folder: Path, step: int, content: bytes, entries: Sequence[Entry]) -> Path:
+    """Have a folder with all files of a snapshot on the disk under the name of a snapshot."""
+    directory = folder.parent
+    body = msgspec.json.encode(Body(FORMAT, msgspec.Raw(content), tuple(entries)))
+    write_file(folder / MANIFEST, msgspec.json.encode(_Manifest(_checksum(body), msgspec.Raw(body))))
+    (folder / TOKEN).unlink(missing_ok=True)
+    sync(folder)
     holder = _holder(directory / LOCK)[:2]
     if holder[0] and holder != _here():
         raise CheckpointError(f"process {holder[0]} on {holder[1]} has taken {directory} over, as this one was lost")
-    body = msgspec.json.encode(Body(FORMAT, msgspec.Raw(content), tuple(entries)))
-    _write_file(folder / MANIFEST, msgspec.json.encode(_Manifest(_checksum(body), msgspec.Raw(body))))
-    (folder / TOKEN).unlink(missing_ok=True)
-    _sync(folder)
-    target = directory / f"step-{number}"
+    target = directory / f"step-{step:012d}"
     if target.exists():  # it is damaged, else the fit would have gone on from it
-        target.rename(directory / f".damaged-{number}-{os.getpid()}")
+        target.rename(directory / f".damaged-{step:012d}-{os.getpid()}")
     folder.rename(target)
-    _sync(directory)
-    _remove(directory, keep)
+    sync(directory)
     return target
 
 
@@ -162,18 +178,21 @@ def locked(directory: Path, driver: str = "", lost: Collection[str] = ()) -> Gen
 
     The kernel gives the lock back when the process ends, however it ends, so that none is left by a killed one. The
     file says who has it: this process, as `driver` of a cluster. A suspended process keeps its lock, so that of a
-    driver that is known to be `lost` is taken from it: it writes nothing more, see `complete`.
+    driver that is known to be `lost` is taken from it: it writes nothing more, see `complete`. Workers that complete a
+    last checkpoint (`WORKERS`) wait for a driver that has just ended, and a driver waits for them.
     """
     path = directory / LOCK
-    file = _lock(path)
-    if file is None and _holder(path)[2] in lost:
-        with _one_at_a_time(directory):
-            if _holder(path)[2] in lost:
-                path.unlink(missing_ok=True)
-        file = _lock(path)
-    if file is None:
+    until = time.monotonic() + PATIENCE_S
+    while (file := _lock(path)) is None:
         pid, host, of = _holder(path)
-        raise InUseError(directory, f"process {pid} on {host}" if pid else "another process", of)
+        if of in lost:
+            with _one_at_a_time(directory):
+                if _holder(path)[2] in lost:
+                    path.unlink(missing_ok=True)
+        elif (pid and WORKERS not in (driver, of)) or time.monotonic() > until:
+            raise InUseError(directory, f"process {pid} on {host}" if pid else "another process", of)
+        else:
+            threading.Event().wait(AGAIN_S)
     with file:
         try:
             file.truncate(0)
@@ -181,7 +200,7 @@ def locked(directory: Path, driver: str = "", lost: Collection[str] = ()) -> Gen
             file.flush()
             yield
         finally:
-            if _is_at(file, path):
+            if driver != WORKERS and _is_at(file, path):  # theirs refuses a driver that was suspended and wakes up
                 path.unlink(missing_ok=True)  # while it is locked: later it may be that of another fit
 
 
@@ -249,8 +268,8 @@ def identity(directory: Path, *, anew: bool) -> str:
         known = "" if anew or not path.exists() else path.read_text()
         if not re.fullmatch("fit-[0-9a-f]{32}", known):
             known = f"fit-{secrets.token_hex(16)}"
-            _write_file(path, known.encode())
-            _sync(directory)
+            write_file(path, known.encode())
+            sync(directory)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can be neither read nor written: {error}; give another directory") from None
     return known
@@ -302,6 +321,8 @@ def _reading(snapshot: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
+        if not (snapshot / MANIFEST).exists() and not _NAME.fullmatch(snapshot.name):
+            raise CheckpointError(f"there is no checkpoint at {snapshot}; see whether that is its name") from None
         raise CheckpointError(f"the checkpoint {snapshot} cannot be read: {error.strerror or error}; {_FIX}") from None
 
 
@@ -364,14 +385,15 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> list[Entry]:
     return entries
 
 
-def _write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Have a file with these bytes on the disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync(directory: Path) -> None:
+def sync(directory: Path) -> None:
     """Have the names in a directory on the disk."""
     number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -380,14 +402,27 @@ def _sync(directory: Path) -> None:
         os.close(number)
 
 
+def set_aside(directory: Path, after: int) -> None:
+    """The snapshots after a step are damaged. They no longer count, and are removed when the next one is complete."""
+    for path in snapshots(directory):
+        if step_of(path) > after:
+            path.rename(directory / f".damaged-{step_of(path):012d}-{os.getpid()}")
+
+
 def _remove(directory: Path, keep: int) -> None:
     """Remove the snapshots before the newest `keep`, and what killed processes have left."""
-    for old in snapshots(directory)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    remove_old(directory, keep)
     for path in directory.iterdir():
         found = _UNFINISHED.fullmatch(path.name)
-        if found is not None and (path.name.startswith(".damaged") or not Path(f"/proc/{found[1]}").exists()):
+        dead = found is not None and (path.name.startswith(".damaged") or not Path(f"/proc/{found[1]}").exists())
+        if dead or path.name.startswith(LAST):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_old(directory: Path, keep: int) -> None:
+    """Remove the snapshots before the newest `keep`."""
+    for old in snapshots(directory)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _checksum(data: Any) -> str:

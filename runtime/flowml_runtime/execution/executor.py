@@ -169,6 +169,11 @@ class Executor:
         """Whether this step was fed and something of it is still to be sent."""
         return step in self._open or self._services.sends(step)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a step was fed and something of it is still to be sent."""
+        return any(self.has(step) for step in tuple(self._open))
+
     def lose(self, peer: str, reason: str) -> None:
         """A worker of the plan is lost, and its last message has arrived. Steps that need more of it fail."""
         self._services.lose(peer, reason)

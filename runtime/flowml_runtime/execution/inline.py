@@ -9,12 +9,14 @@ inputs from the worker's kept values and leaves its outputs there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from typing import Any
 
 from flowml.instructions import Feed, Fetch, Free, Run
 from flowml.plan import Plan
-from flowml_runtime.execution.kept import Cell, Kept
+from flowml_runtime.execution.kept import Cell, Kept, cells_of, value_of
 from flowml_runtime.execution.programs import (
     Array,
     JaxDevice,
@@ -26,6 +28,29 @@ from flowml_runtime.execution.programs import (
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.execution.services import adopt, at_home, host_view, must_adopt, own_array
 from flowml_runtime.execution.step_program import StepProgram, run_step
+
+
+@dataclass(frozen=True)
+class Held:
+    """Which inputs of a call are kept on the worker, and what its step does with them."""
+
+    which: bytes = b""
+    """For each input whether it is kept."""
+    slots: tuple[int, ...] = ()
+    sole: tuple[bool, ...] = ()
+    """For each of `slots` whether the step overwrites the value."""
+    last: tuple[bool, ...] = ()
+    """For each input whether it is kept, and given to the step for good."""
+    own: tuple[int, ...] = ()
+    """The inputs that the step overwrites and that are not kept."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The kept values that a step took, in the order of `held.slots`."""
+
+    held: Held
+    values: Sequence[Cell | Array]
 
 
 class LocalStep:
@@ -47,6 +72,8 @@ class LocalStep:
         self._driver = driver
         self._overwritten = overwritten_slots(loaded)
         self._donated = frozenset(loaded.plan.donated).intersection(feed_slots(loaded.program))
+        self._held = Held()
+        """What the last call held."""
         self.value: Callable[[int], Array] = partial(kept.value, driver)
         """A kept value by its number."""
         self.keeps = all(task.kind == "xla" for task in loaded.plan.tasks)
@@ -61,32 +88,45 @@ class LocalStep:
         """The fetched outputs by slot. Raises StepFault."""
         return self._run(step, inputs).outputs
 
-    def take(self, names: Sequence[int]) -> Sequence[Cell] | None:
+    def take(self, names: Sequence[int]) -> Taken | None:
         """The kept values among the inputs: `names` has their numbers, and 0 for other inputs. `keep` gives them back.
 
         None if a step would have to wait for one. Those that the step overwrites are the driver's no more.
         """
-        held = [(slot, name) for slot, name in enumerate(names) if name]
-        sole = [slot in self._overwritten for slot, _ in held]
-        last = [name for slot, name in held if slot in self._donated]
-        return self._kept.take(self._driver, [name for _, name in held], sole, last)
+        held = self._held_of(names)
+        last = list(compress(names, held.last))
+        values = self._kept.take(self._driver, list(filter(None, names)), held.sole, last)
+        return None if values is None else Taken(held, values)
 
-    def keep(
-        self, step: int, inputs: Sequence[Array], names: Sequence[int], cells: Sequence[Cell], first: int
-    ) -> list[Array]:
+    def _held_of(self, names: Sequence[int]) -> Held:
+        """Which inputs are kept. A loop has the same ones in every call."""
+        which = bytes(map(bool, names))
+        held = self._held
+        if held.which != which:
+            slots = tuple([slot for slot, there in enumerate(which) if there])
+            held = self._held = Held(
+                which,
+                slots,
+                tuple([slot in self._overwritten for slot in slots]),
+                tuple([bool(there) and slot in self._donated for slot, there in enumerate(which)]),
+                tuple(sorted(self._overwritten.difference(slots))),
+            )
+        return held
+
+    def keep(self, step: int, inputs: Sequence[Array], taken: Taken, first: int) -> list[Array]:
         """Run a step with values that it took. Its outputs that stay get the numbers `first` + slot.
 
         Returns the fetched outputs by slot. Raises StepFault.
         """
         try:
-            taken = iter(cells)
-            given = [
-                next(taken).value if name else own_array(array) if slot in self._overwritten else array
-                for slot, (array, name) in enumerate(zip(inputs, names, strict=True))
-            ]
+            given = list(inputs)
+            for slot in taken.held.own:
+                given[slot] = own_array(given[slot])
+            for slot, value in zip(taken.held.slots, map(value_of, taken.values), strict=True):
+                given[slot] = value
             services = self._run(step, given)
         finally:
-            self._kept.leave(cells)
+            self._kept.leave(cells_of(taken.values))
         kept = services.kept
         self._kept.put(self._driver, [first + slot for slot in kept], list(kept.values()))
         return services.outputs

@@ -6,7 +6,8 @@
     Drop              forgets a cell; steps that were fed with it still have it
 
 A cell is opened before its value is made, so a step may be fed before the step that makes its inputs has run. A step
-that overwrites a value waits until the steps that were fed with it before have ended.
+that overwrites a value waits until the steps that were fed with it before have ended. A value that was put here and
+that no step has read has no cell: a loop may leave ten thousand small values, and take each of them once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from types import NoneType
 
 from flowml.errors import FlowmlError, WorkerLostError
 from flowml_runtime.execution.mailbox import Claim, Scope
@@ -48,6 +50,10 @@ class Cell:
         cell.value, cell.error = value, error
         return cell
 
+    def free(self, *, sole: bool) -> bool:
+        """Whether a step can take the value at once; `sole`: and overwrite it."""
+        return self.value is not None and not self.error and not (sole and self.readers)
+
     def ready(self, *, sole: bool) -> bool:
         """Whether a step can take it; `sole`: and overwrite it."""
         return bool(self.error) or (self.value is not None and (not sole or self.readers == 1))
@@ -64,7 +70,7 @@ class Kept:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._cells: dict[str, dict[int, Cell]] = {}
+        self._cells: dict[str, dict[int, Cell | Array]] = {}
         self._making: dict[Scope, dict[int, Cell]] = {}
         """The outputs that steps were fed for and have not made, by slot."""
         self._causes: dict[Scope, tuple[str, str]] = {}
@@ -73,9 +79,7 @@ class Kept:
     def put(self, driver: str, names: Sequence[int], values: Sequence[Array]) -> None:
         """Keep values that the driver sent."""
         with self._lock:
-            mine = self._cells.setdefault(driver, {})
-            for name, value in zip(names, values, strict=True):
-                mine[name] = Cell.of(value)
+            self._cells.setdefault(driver, {}).update(zip(names, values, strict=True))
 
     def open(self, driver: str, scope: Scope, first: int, slots: Iterable[int]) -> None:
         """A step was fed: its outputs `slots` will be named `first` + slot."""
@@ -93,38 +97,47 @@ class Kept:
         """
         with self._lock:
             mine = self._cells.get(driver, {})
-            found = list(map(mine.get, names))
-            cells = [cell or Cell.of(error="its driver has freed it") for cell in found]
+            cells = [_cell(mine, name) for name in names]
             for cell in cells:
                 cell.readers += 1
             for name in last:
                 mine.pop(name, None)
             return cells
 
-    def take(self, driver: str, names: Sequence[int], sole: Sequence[bool], last: Iterable[int]) -> list[Cell] | None:
+    def take(
+        self, driver: str, names: Sequence[int], sole: Sequence[bool], last: Sequence[int]
+    ) -> list[Cell | Array] | None:
         """Like `find`, for a step that runs at once: None, without effect, if it would have to wait for a value.
 
-        A step overwrites the values that are `sole`.
+        A step overwrites the values that are `sole`. A value without a cell that is in `last` is given as it is.
         """
         with self._lock:
             mine = self._cells.get(driver, {})
-            cells = [mine.get(name) for name in names]
-            taken: list[Cell] = []
-            for cell, alone in zip(cells, sole, strict=True):
-                if cell is None or cell.value is None or cell.error or (alone and cell.readers):
-                    return None
-                taken.append(cell)
-            for cell in taken:
-                cell.readers += 1
+            found = list(map(mine.get, names))
+            kinds = set(map(type, found))
+            if NoneType in kinds:
+                return None
+            if Cell in kinds or len(last) < len(names):
+                for cell, alone in zip(found, sole, strict=True):
+                    if type(cell) is Cell and not cell.free(sole=alone):
+                        return None
+                gone = frozenset(last)
+                found = [
+                    cell if name in gone and type(cell) is not Cell else _cell(mine, name)
+                    for name, cell in zip(names, found, strict=True)
+                ]
+                for cell in found:
+                    if type(cell) is Cell:
+                        cell.readers += 1
             for name in last:
-                mine.pop(name, None)
-            return taken
+                del mine[name]
+            return found
 
     def value(self, driver: str, name: int) -> Array:
         """A value as it is now: None if it is not made, or forgotten."""
         with self._lock:
-            cell = self._cells.get(driver, {}).get(name)
-            return cell.value if cell is not None else None
+            found = self._cells.get(driver, {}).get(name)
+            return value_of(found)
 
     def fill(self, scope: Scope, slots: Sequence[int], values: Sequence[Array]) -> None:
         """A step has made outputs. If the driver has freed one, only steps that were fed with it get it."""
@@ -223,6 +236,21 @@ class Kept:
         """The number of kept values of each driver."""
         with self._lock:
             return {driver: len(cells) for driver, cells in self._cells.items() if cells}
+
+
+def value_of(kept: Cell | Array) -> Array:
+    """What `Kept.take` gives, as an array."""
+    return kept.value if type(kept) is Cell else kept
+
+
+def _cell(mine: dict[int, Cell | Array], name: int) -> Cell:
+    """The cell of a name, which a value gets when the first step reads it."""
+    found = mine.get(name)
+    if found is None:
+        return Cell.of(error="its driver has freed it")
+    if type(found) is not Cell:
+        found = mine[name] = Cell.of(found)
+    return found
 
 
 def _settled(cell: Cell) -> list[Claim]:

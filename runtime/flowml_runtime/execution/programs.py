@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 from flowml.errors import FlowmlError, UnsupportedError
 from flowml.instructions import Feed, Fetch, Keep, Push, Read, Recv, Run, Send
 from flowml.ir import _mlir
-from flowml.ir._jax import exact_types, under
+from flowml.ir._jax import compile_settings, exact_types, under
 from flowml.ir.exports import Imported
 from flowml.plan import Constant, Plan, Program, Task, fingerprint
 from flowml_runtime.execution.debugging import checked, checks, leaving
@@ -202,11 +203,12 @@ def load_programs(
     python: bool,
     parts: Parts = _NO_PARTS,
     held: Held = _NONE_HELD,
+    rehearse: bool = False,
 ) -> dict[str, LoadedProgram]:
     """Compile what `plan` runs on `devices` (name -> JAX device). Raises FlowmlError naming task and device.
 
     `held` are the constants that are on the devices already. The loaded programs do not keep the serialised
-    executables and constants.
+    executables and constants. `rehearse`: run each task once, because the first run of an executable takes longer.
     """
     mine = [p for p in plan.programs if p.device in devices]
     donations = {p.device: safe_donations(plan, p) for p in mine}
@@ -216,7 +218,7 @@ def load_programs(
         device = devices[program.device]
         needs |= {_Need(_run(program, i).task, d, device) for i, d in donations[program.device].items()}
         needs |= {_own(plan, t, device) for t in homed[program.device]}
-    ready = _make_all(plan, needs, cache, python, parts)
+    ready = _make_all(plan, needs, cache, python, parts, rehearse=rehearse)
     resident = {
         (p.device, i): held[p.device, i]
         if (p.device, i) in held
@@ -310,7 +312,7 @@ def _usable(task: Task, donate: Iterable[int]) -> tuple[int, ...]:
 
 
 def _make_all(
-    plan: Plan, needs: Iterable[_Need], cache: ExecutableCache, python: bool, parts: Parts
+    plan: Plan, needs: Iterable[_Need], cache: ExecutableCache, python: bool, parts: Parts, *, rehearse: bool
 ) -> dict[_Need, _Compiled]:
     _check_settings(plan)
     ordered = sorted(needs, key=lambda n: (n.task, n.donate, n.device.id))
@@ -326,7 +328,7 @@ def _make_all(
         try:
             with under(plan.settings):
                 return cache.get(
-                    (found.digest, need.donate, need.device),
+                    (found.digest, need.donate, need.device, compile_settings()),
                     lambda: compile_module_of(task, found.module, need.device, need.donate),
                 )
         except FlowmlError:
@@ -348,7 +350,19 @@ def _make_all(
         return fingerprint(repr((executables[key[0]].digest, key[1], key[2].id)).encode())
 
     made = cache.turns.make_all({key(n): partial(make, n) for n in ordered}, turn)
+    for need in {key(n): n for n in ordered}.values() if rehearse else ():
+        task = plan.tasks[need.task]
+        if task.kind == "xla" and not executables[task.executable].module.loops:
+            with suppress(Exception), under(plan.settings):  # what is wrong is said when a step runs it
+                _rehearse(task, made[key(need)].call, need.device)
     return {n: made[key(n)] for n in ordered}
+
+
+def _rehearse(task: Task, call: TaskFunction, device: JaxDevice) -> None:
+    """Run a task on zeros. It is pure: other code is in tasks of another kind."""
+    with exact_types():
+        zeros = [jax.device_put(np.zeros(s.shape, s.dtype), device) for s in map(buffer_struct, task.inputs)]
+    jax.block_until_ready(call(*zeros))
 
 
 def _check_settings(plan: Plan) -> None:

@@ -238,7 +238,16 @@ def _scatter(buffers: tuple[int, ...]) -> Callable[[Buffers, Sequence[Any]], Non
         for buffer, value in zip(buffers, values, strict=True):
             held[buffer] = value
 
-    return store
+    if not buffers or buffers != tuple(range(buffers[0], buffers[0] + len(buffers))):
+        return store
+    here = slice(buffers[0], buffers[0] + len(buffers))
+
+    def store_in_a_row(held: Buffers, values: Sequence[Any]) -> None:
+        if len(values) != len(buffers):
+            raise ValueError(f"{len(values)} values for {len(buffers)} buffers")
+        held[here] = values
+
+    return store_in_a_row
 
 
 def _bind_run(run: Run, function: TaskFunction) -> Operation:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from msgspec import structs
@@ -18,10 +18,12 @@ from flowml.errors import ClusterError, FlowmlError
 from flowml_runtime import service, wire
 from flowml_runtime.environment.processes import machine
 from flowml_runtime.launch.local import LocalWorkers
+from flowml_runtime.membership.etcd import is_etcd
 from flowml_runtime.membership.member import COORDINATOR, Membership, passing_name
 from flowml_runtime.membership.process import CoordinatorConfig, tls_of
+from flowml_runtime.transport.addresses import bind_towards
 from flowml_runtime.transport.ending import Ending
-from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 
 MOST_IN_VAIN = 5
 """A coordinator that has ended as often in a row without having listened is not started again."""
@@ -38,14 +40,17 @@ class CoordinatorProcess:
         processes: LocalWorkers,
         config: CoordinatorConfig,
         on_members: Callable[[tuple[wire.Member, ...]], None],
+        on_losses: Callable[[Mapping[str, str]], None],
         on_failure: Callable[[str], None],
+        on_restart: Callable[[str], None],
     ) -> None:
-        """`start` starts it. `on_failure` is called once if it cannot go on."""
+        """`start` starts it. `on_failure` is called once if it cannot go on, and `on_restart` with lost workers that
+        are needed again."""
         self.address = ""
         self._processes = processes
         self._config = config
-        self._on_members = on_members
-        self._on_failure = on_failure
+        self._on_members, self._on_losses = on_members, on_losses
+        self._on_failure, self._on_restart = on_failure, on_restart
         self._in_vain = 0
         """How many of the newest processes have ended before they listened."""
         self._changed = threading.Condition()
@@ -76,11 +81,13 @@ class CoordinatorProcess:
         )
         membership = self._membership = Membership(
             endpoint,
-            self.address,
+            config.state if is_etcd(config.state) else self.address,
             lambda *_: None,
             lambda *_: None,
             on_members=self._on_members,
             on_end=self._on_failure,
+            on_replace=lambda asked: self._on_restart(asked.worker),
+            on_losses=self._on_losses,
         )
         membership.join(f"launcher-{uuid.uuid4().hex[:12]}", timeout_s=max(0.1, deadline_s - time.monotonic()))
 

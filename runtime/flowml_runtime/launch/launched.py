@@ -13,23 +13,29 @@ from msgspec import structs
 
 from flowml.arguments import choice, flag, flag_or_none, seconds, text
 from flowml.errors import ClusterError
+from flowml.numbers import MOST, whole_number
+from flowml_runtime import service, wire
 from flowml_runtime.environment.forks import check_owner, check_startable, is_foreign, this_process
 from flowml_runtime.environment.machine import cores, memory_bytes, share_cores
 from flowml_runtime.execution.future import wait_heeding_signals
 from flowml_runtime.launch.capacity import check_room, room
 from flowml_runtime.launch.coordinating import CoordinatorProcess
 from flowml_runtime.launch.local import LocalWorkers
+from flowml_runtime.launch.news import News
 from flowml_runtime.launch.options import counts, refusing
-from flowml_runtime.launch.starting import Starting
+from flowml_runtime.launch.spares import Spares
+from flowml_runtime.launch.starting import Restarts, Starting
 from flowml_runtime.membership.coordinator import CoordinatorHost
+from flowml_runtime.membership.etcd import is_etcd
 from flowml_runtime.membership.member import COORDINATOR
 from flowml_runtime.membership.process import CoordinatorConfig, coordinator_of
-from flowml_runtime.protocol.membership import TIMEOUT_S
+from flowml_runtime.protocol.membership import LEAST_LOST_AFTER_S, SPARE, TIMEOUT_S, TOO_SOON
 from flowml_runtime.transport.addresses import advertised_host
 from flowml_runtime.transport.ending import Ending
 from flowml_runtime.transport.security import TLS, check_exposure, new_token, split_address
 from flowml_runtime.worker.compile_cache import settings_here
 from flowml_runtime.worker.config import ORPHAN_S, WorkerConfig
+from flowml_runtime.worker.leaving import NOTICE_S
 
 TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
 """Paths of PEM files under "cert", "key" and "ca"."""
@@ -45,6 +51,7 @@ class LaunchedCluster:
         tls: TLSFiles = None,
         token: str | None = None,
         *,
+        spares: int = 0,
         devices_per_worker: int = 1,
         allow_python: bool = False,
         platform: str = "cpu",
@@ -53,21 +60,26 @@ class LaunchedCluster:
         checksum: bool | None = None,
         lost_after_s: float = TIMEOUT_S,
         orphan_s: float = ORPHAN_S,
+        notice_s: float = NOTICE_S,
         state: str | os.PathLike[str] | None = None,
     ) -> None:
         """Returns when all workers have joined. If one does not, ends everything it started and raises ClusterError.
 
-        A worker that is silent for `lost_after_s` is lost. Workers keep the newest snapshot of a fit whose driver is
-        lost for `orphan_s`. With `state` the coordinator is a process of its own, which is started again if it ends.
-        The folder `state` keeps its log, also for a later cluster at the same address; with "" the log is in a
-        temporary folder, which is removed at the end. Without `state` the coordinator is in this process.
+        `spares` more workers wait to take the place of a lost one, and others are started when they have. Without a
+        spare, a lost worker is started again when a driver asks for it. A worker that is silent for `lost_after_s` is
+        lost. Workers keep the newest snapshot of a fit whose driver is lost for `orphan_s`, and have `notice_s` to hand
+        over before they leave. With `state` the coordinator is a process of its own, which is started again if it ends.
+        The folder `state` keeps its log, also for a later cluster; with "" it is in a temporary folder, which is
+        removed at the end. It may also be a place in etcd, "etcd://host:port/prefix", which is then the address of the
+        cluster. Without `state` the coordinator is in this process.
         """
         check_startable()
         with refusing():
             workers, devices_per_worker = counts(workers, devices_per_worker)
+            spares = whole_number("spares", spares, least=0, most=MOST)
             start_timeout_s = seconds("start_timeout_s", start_timeout_s)
-            lost_after_s = seconds("lost_after_s", lost_after_s)
-            orphan_s = seconds("orphan_s", orphan_s, zero=True)
+            lost_after_s = _lost_after(lost_after_s)
+            orphan_s, notice_s = seconds("orphan_s", orphan_s, zero=True), seconds("notice_s", notice_s)
             allow_python, checksum = flag("allow_python", allow_python), flag_or_none("checksum", checksum)
             files, shared, platform = TLS.of(tls), shares_memory(transport), text("platform", platform)
             self.token = new_token() if token is None else text("token", token)
@@ -78,15 +90,17 @@ class LaunchedCluster:
         self._over, self._failure = threading.Event(), ""
         self._coordinator: CoordinatorHost | CoordinatorProcess | None = None
         self._starting = Starting()
+        self._spares: Spares | None = None
+        self._restarts, self.news = Restarts(), News()
         began = time.monotonic()
-        check_room(workers, start_timeout_s, room())
+        check_room(workers + spares, start_timeout_s, room())
         with ExitStack() as stack:
             processes = self.processes = LocalWorkers(self._on_exit, self._on_listening)  # first: it takes the longest
             stack.callback(processes.close)
             config = CoordinatorConfig(
                 bind=bind,
                 token=self.token,
-                state=processes.state_folder if state is None or state == "" else os.path.abspath(state),
+                state=_state_of(state) or processes.state_folder,
                 tls=files and (str(files.cert), str(files.key), str(files.ca)),
                 shared_memory=shared,
                 checksum=checksum,
@@ -94,16 +108,12 @@ class LaunchedCluster:
             )
             start = self._start_coordinator_here if state is None else self._start_coordinator
             port = split_address(start(config, reached_at, began, stack))[1]
-            self.address = f"{reached_at}:{port}"
+            self.address = config.state if is_etcd(config.state) else f"{reached_at}:{port}"
             self.pids: Mapping[str, int] = processes.pids
-            options = {
-                "devices": devices_per_worker,
-                "python": allow_python,
-                "platform": platform,
-                "orphan_s": orphan_s,
-            }
-            self._configs = self._workers(workers, config, options)
-            self._start_all(began)
+            own = {"devices": devices_per_worker, "python": allow_python, "platform": platform}
+            own |= {"orphan_s": orphan_s, "notice_s": notice_s}
+            self._configs = self._workers(workers, config, own)
+            self._start_all(began, spares)
             self._stack = stack.pop_all()
 
     def _workers(self, workers: int, like: CoordinatorConfig, options: Mapping[str, Any]) -> dict[str, WorkerConfig]:
@@ -128,7 +138,7 @@ class LaunchedCluster:
     ) -> str:
         """Start a coordinator in this process. Returns its address."""
         host = self._coordinator = coordinator_of(
-            config, on_members=self._starting.on_members, on_failure=self._on_failure
+            config, on_members=self._on_members, on_failure=self._on_failure, on_restart=self._on_restart
         )
         stack.callback(host.close)
         return host.address
@@ -137,19 +147,25 @@ class LaunchedCluster:
         """Start a coordinator process. Returns its address."""
         deadline_s = began + self._start_timeout_s
         self.processes.wait_ready(deadline_s)
-        process = CoordinatorProcess(self.processes, config, self._starting.on_members, self._on_failure)
+        process = CoordinatorProcess(
+            self.processes, config, self._on_members, self.news.on_losses, self._on_failure, self._on_restart
+        )
         self._coordinator = process
         stack.callback(process.close)
         process.start(lambda address: f"{reached_at}:{split_address(address)[1]}", deadline_s)
         return process.address
 
-    def _start_all(self, began: float) -> None:
-        """Start the workers, and return when all have joined."""
+    def _start_all(self, began: float, spares: int) -> None:
+        """Start the workers and spares, and return when all have joined."""
         deadline_s = began + self._start_timeout_s
         self.processes.wait_ready(deadline_s)
         for config in self._configs.values():
             self.processes.start(config, deadline_s)
-        self._starting.wait_for(tuple(self._configs), self._start_timeout_s, began)
+        some = next(iter(self._configs.values()))
+        places = tuple((name, config.cores) for name, config in self._configs.items())
+        spare = structs.replace(some, spare=True, places=places)
+        self._spares = Spares(spares, self.processes, spare, lambda: time.monotonic() + self._start_timeout_s)
+        self._starting.wait_for((*self._configs, *self._spares.fill()), self._start_timeout_s, began)
 
     def wait(self) -> None:
         """Return when the cluster is closed. Raises ClusterError if its coordinator has failed."""
@@ -169,6 +185,24 @@ class LaunchedCluster:
         """
         config = structs.replace(self._configs[worker], ending=ending)
         self.processes.start(config, time.monotonic() + self._start_timeout_s)
+
+    def _on_restart(self, worker: str) -> None:
+        """A driver needs a lost worker, and there is no spare: start it again, unless that has begun."""
+        if worker in self._configs and self._restarts.begin(worker, self.pids.get(worker, 0)):
+
+            def restart() -> None:
+                self.processes.kill(worker)  # it may be suspended, or out of reach
+                self.start_worker(worker)
+
+            service.start("flowml-restart", restart, lambda _: self._restarts.end(worker))
+
+    def _on_members(self, members: tuple[wire.Member, ...]) -> None:
+        self._starting.on_members(members)
+        self.news.on_members(members)
+        for member in members:
+            self._restarts.end(member.worker)
+        if self._spares is not None:
+            self._spares.on_members(members)
 
     def end_coordinator(self, ending: Ending | None = None) -> None:
         """Kill the coordinator process, which is started again. Tests say at what point that one is to end."""
@@ -190,15 +224,26 @@ class LaunchedCluster:
     def _on_exit(self, name: str, pid: int, reason: str) -> None:
         coordinator = self._coordinator
         if name == COORDINATOR and isinstance(coordinator, CoordinatorProcess):
+            self.news.coordinator_ended(reason)
             coordinator.has_ended(reason)
             return
         self._starting.on_exit(name, reason)
+        self._restarts.on_exit(name, pid)
+        if self._spares is not None and name.startswith(SPARE):
+            self._spares.on_exit(name, reason)
         if coordinator is not None:
             coordinator.process_exited(name, pid, reason)
 
     def _on_listening(self, address: str) -> None:
         if isinstance(self._coordinator, CoordinatorProcess):
             self._coordinator.on_listening(address)
+
+
+def _state_of(state: str | os.PathLike[str] | None) -> str:
+    """Where the coordinator keeps its log; "" if that is not given."""
+    if not state:
+        return ""
+    return state if isinstance(state, str) and is_etcd(state) else os.path.abspath(state)
 
 
 def worker_names(workers: int) -> tuple[str, ...]:
@@ -209,3 +254,11 @@ def worker_names(workers: int) -> tuple[str, ...]:
 def shares_memory(transport: str) -> bool:
     """Whether processes of one machine may pass arrays in shared memory. Raises for an unknown transport."""
     return choice("transport", transport, ("auto", "grpc")) == "auto"
+
+
+def _lost_after(given: float) -> float:
+    """How long a member may be silent. Raises ValueError if no heartbeat comes in that time."""
+    lost_after_s = seconds("lost_after_s", given)
+    if lost_after_s < LEAST_LOST_AFTER_S:
+        raise ValueError(f"lost_after_s={lost_after_s:g}: {TOO_SOON}")
+    return lost_after_s

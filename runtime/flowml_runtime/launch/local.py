@@ -28,11 +28,23 @@ from flowml_runtime import service
 from flowml_runtime.environment import allocator
 from flowml_runtime.environment.processes import SUSPENDED
 from flowml_runtime.environment.streams import open_standard_streams
-from flowml_runtime.launch.spawning import Config, Exited, Kill, Listening, Ready, Report, Request, Start, Started, hear
+from flowml_runtime.launch.spawning import (
+    Config,
+    Exited,
+    Kill,
+    Listening,
+    Ready,
+    Rename,
+    Report,
+    Request,
+    Start,
+    Started,
+    hear,
+)
 from flowml_runtime.membership.member import COORDINATOR
 
-TERM_S = 1.0
-"""How long workers may take to end after SIGTERM. After that they are killed."""
+END_S = 1.0
+"""How long workers may take to end after SIGINT. After that they are killed. At SIGTERM they would hand over first."""
 
 KILL_S = 3.0
 ASK_S = 5.0
@@ -66,6 +78,7 @@ class LocalWorkers:
         self._lock = threading.Lock()
         self._changed = threading.Condition()
         self._expected: set[str] = set()
+        self._logs: dict[str, Path] = {}
         self._ends: dict[str, int] = {}
         """Worker -> how many of its processes have ended."""
         self._ready = False
@@ -105,7 +118,8 @@ class LocalWorkers:
         """
         with self._changed:
             self._expected.add(config.name)
-        if not self._request(Start(config, str(self._log(config.name))), deadline_s - time.monotonic()):
+            log = self._logs[config.name] = _log_file(self._folder, config.name.replace(":", "-"))
+        if not self._request(Start(config, str(log)), deadline_s - time.monotonic()):
             raise ClusterError(f"{config.name} could not be started in time; allow more with start_timeout_s=")
 
     @property
@@ -157,8 +171,22 @@ class LocalWorkers:
             with self._changed:  # another may be started at once
                 self._changed.wait_for(lambda: self._ends.get(worker, 0) > ended, KILL_S)
 
+    def rename(self, worker: str, name: str) -> None:
+        """The process of `worker` is now that of `name`, and one that still has that name is killed. Does not wait."""
+        with self._changed:
+            # A spare is a member before the report that its process was started has been read.
+            self._changed.wait_for(lambda: worker in self.pids or worker not in self._expected, ASK_S)
+            if worker not in self.pids:
+                return
+            if name in self._expected:
+                self._request(Kill(name, signal.SIGKILL))
+            self._request(Rename(worker, name))
+            self._expected = self._expected - {worker} | {name}
+            self._logs[name] = self._logs.pop(worker)
+            self.pids[name] = self.pids.pop(worker)
+
     def _end_workers(self) -> None:
-        for number, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)):
+        for number, wait_s in ((signal.SIGINT, END_S), (signal.SIGKILL, KILL_S)):
             with self._changed:
                 left = sorted(self._expected)
             for worker in left:
@@ -222,16 +250,19 @@ class LocalWorkers:
             case Started(worker, pid) if worker == COORDINATOR:
                 self.coordinator = pid
             case Started(worker, pid):
-                self.pids[worker] = pid
+                with self._changed:
+                    self.pids[worker] = pid
+                    self._changed.notify_all()
             case Listening(address):
                 self._on_listening(address)
             case Exited(worker, _, _, reason) if reason:
                 self._ended(worker, reason)
-            case Exited(worker, pid) if pid not in (self.pids.get(worker), self.coordinator):
+            case Exited(pid=pid) if pid not in (*self.pids.values(), self.coordinator):
                 pass  # another process has its name by now
-            case Exited(worker, pid, status):
+            case Exited(pid=pid, status=status):
+                worker = next((name for name, its in self.pids.items() if its == pid), COORDINATOR)
                 how = f"was killed by {_signal(-status)}" if status < 0 else f"ended with status {status}"
-                self._ended(worker, f"its process {pid} {how}{_quoted(self._log(worker))}")
+                self._ended(worker, f"its process {pid} {how}{_quoted(self._logs[worker])}")
 
     def _ended(self, worker: str, reason: str) -> None:
         pid = self.pids.pop(worker, 0)
@@ -243,9 +274,6 @@ class LocalWorkers:
             self._changed.notify_all()
         if not self._closing:
             self._on_exit(worker, pid, reason)
-
-    def _log(self, worker: str) -> Path:
-        return _log_file(self._folder, worker.replace(":", "-"))
 
     def _remove_logs(self) -> None:
         if self._folder is not None:
@@ -309,9 +337,12 @@ def _signal(number: int) -> str:
 
 
 def _quoted(log: Path) -> str:
-    """The last lines of a log, as the continuation of an error's sentence."""
+    """The last line of a log, as the continuation of an error's sentence, and the lines before it below."""
     try:
         lines = log.read_text(errors="replace").strip().splitlines()
     except OSError:
         return ""
-    return "".join(["; its log ends with", *(f"\n    {line}" for line in lines[-LOG_LINES:])]) if lines else ""
+    if not lines:
+        return ""
+    before = "".join(f"\n    {line}" for line in lines[-LOG_LINES:-1])
+    return f"; its log ends with {lines[-1].strip()!r}{', after' if before else ''}{before}"

@@ -26,6 +26,13 @@ class Kill(msgspec.Struct, frozen=True, tag=True):
     number: int
 
 
+class Rename(msgspec.Struct, frozen=True, tag=True):
+    """Owner to zygote: the process of `worker` has another name from now on."""
+
+    worker: str
+    name: str
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """Zygote to owner: everything is imported, and workers can be started."""
 
@@ -53,7 +60,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     reason: str = ""
 
 
-Request = Start | Kill
+Request = Start | Kill | Rename
 Report = Ready | Started | Listening | Exited
 
 

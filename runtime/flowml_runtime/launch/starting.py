@@ -1,4 +1,4 @@
-"""Waits until the workers of a cluster have started, or one of them has failed to."""
+"""Waits until the workers of a cluster have started, or one of them has failed to; knows which are started again."""
 
 from __future__ import annotations
 
@@ -46,3 +46,29 @@ class Starting:
                     late = listed(tuple(sorted(missing, key=workers.index)), 8)
                     raise ClusterError(f"{late} did not start within {timeout_s:g} s; allow more with start_timeout_s=")
                 self._changed.wait(left)
+
+
+class Restarts:
+    """The lost workers that are being started again, so that none is started twice."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._before: dict[str, int] = {}
+        """Worker -> its process before, or 0."""
+
+    def begin(self, worker: str, pid: int) -> bool:
+        """Whether to start a worker, whose process was `pid`: not if that has begun."""
+        with self._lock:
+            first = worker not in self._before
+            self._before.setdefault(worker, pid)
+            return first
+
+    def on_exit(self, worker: str, pid: int) -> None:
+        """A process of a worker has ended. If it is not the one before, the worker may be started once more."""
+        if self._before.get(worker, pid) != pid:
+            self.end(worker)
+
+    def end(self, worker: str) -> None:
+        """A worker has been started again, or could not be."""
+        with self._lock:
+            self._before.pop(worker, None)

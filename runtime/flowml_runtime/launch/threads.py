@@ -9,6 +9,7 @@ import jax
 from flowml.devices import Device
 from flowml_runtime.execution.programs import ExecutableCache, JaxDevice
 from flowml_runtime.transport.endpoint import Endpoint, ThreadHub
+from flowml_runtime.worker.leaving import Departure
 from flowml_runtime.worker.worker import Worker
 
 
@@ -25,6 +26,7 @@ class ThreadWorkers:
             self._devices[worker][name] = real[i % len(real)]
         self._cache = ExecutableCache()
         self._running: dict[str, tuple[Worker, Endpoint]] = {}
+        self._departures: list[Departure] = []
 
     def start(self, name: str) -> Worker:
         """Start a worker. One that has this name already is closed first."""
@@ -37,12 +39,27 @@ class ThreadWorkers:
 
     def end(self, name: str) -> None:
         """Close a worker, which the others lose. Does nothing if there is none."""
-        if name in self._running:
-            worker, endpoint = self._running.pop(name)
+        worker, endpoint = self._running.pop(name, (None, None))
+        if worker is not None and endpoint is not None:
             endpoint.close()
             worker.close()
 
+    def leave(self, name: str) -> None:
+        """Have a worker hand over what it does, and then end. Does not wait."""
+        worker, _ = self._running[name]
+        departure = Departure(lambda: worker.idle, lambda _: self._end(name, worker))
+        self._departures.append(departure)
+        departure.begin()
+
+    def _end(self, name: str, worker: Worker) -> None:
+        """End a worker, unless another has its name by now."""
+        running = self._running.get(name)
+        if running is not None and running[0] is worker:
+            self.end(name)
+
     def close(self) -> None:
         """Close all workers."""
+        for departure in self._departures:
+            departure.cancel()
         for name in reversed(list(self._running)):
             self.end(name)

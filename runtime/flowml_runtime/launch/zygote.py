@@ -20,7 +20,7 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import msgspec
@@ -40,13 +40,16 @@ from flowml_runtime.launch.spawning import (  # noqa: E402
     Kill,
     Listening,
     Ready,
+    Rename,
     Report,
     Request,
     Start,
     Started,
     hear,
 )
+from flowml_runtime.membership.member import COORDINATOR  # noqa: E402
 from flowml_runtime.membership.process import CoordinatorConfig, serve_coordinator  # noqa: E402
+from flowml_runtime.worker.leaving import heed_notice  # noqa: E402
 from flowml_runtime.worker.process import LOST_COORDINATOR, serve  # noqa: E402
 from flowml_runtime.worker.training import host as host_of_training  # noqa: E402
 
@@ -100,8 +103,8 @@ def main(folder: str) -> None:
 
 
 def _end(children: dict[int, _Child]) -> None:
-    for child in children.values():
-        os.kill(child.pid, signal.SIGTERM)
+    for child in children.values():  # at once, not after notice; a coordinator would tell that the cluster was closed
+        os.kill(child.pid, signal.SIGKILL if child.worker == COORDINATOR else signal.SIGINT)
     deadline = time.monotonic() + ORPHANS_S
     for child in children.values():
         if not select.select([child.handle], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -143,6 +146,11 @@ def _obey(request: Request, control: socket.socket, children: dict[int, _Child])
             for child in children.values():
                 if child.worker == worker:
                     os.kill(child.pid, number)  # not reaped yet, so the pid is still this child's
+            return None
+        case Rename(worker, name):
+            for handle, child in children.items():
+                if child.worker == worker:
+                    children[handle] = replace(child, worker=name)
             return None
         case Start(config, log):
             try:
@@ -186,15 +194,16 @@ def _be_worker(config: Config, log: str, control: socket.socket, inherited: list
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         _call_process(f"flowml:{config.name}")
         np.random.seed()  # otherwise all workers would draw the same numbers
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _stop)
+        signal.signal(signal.SIGINT, _stop)
+        heed_notice()
         service.start("flowml-lifeline", lambda: _end_with(control), service.end_process)
         if isinstance(config, CoordinatorConfig):
             reason = serve_coordinator(config, lambda address: _tell(control, Listening(address)))
         else:
             reason = serve(config)
-        print(reason, file=sys.stderr)
-        status = LOST_COORDINATOR
+        if reason:
+            print(reason, file=sys.stderr)
+        status = LOST_COORDINATOR if reason else 0
     except SystemExit:
         status = 0
     except FlowmlError as error:

@@ -12,7 +12,7 @@ import flowml
 from flowml.errors import WorkerLostError
 from flowml_runtime import service, wire
 from flowml_runtime.environment.processes import AtWork, machine
-from flowml_runtime.membership.log import RosterLog
+from flowml_runtime.membership.log import Log
 from flowml_runtime.membership.member import COORDINATOR
 from flowml_runtime.protocol.membership import (
     AWAY_S,
@@ -28,9 +28,11 @@ from flowml_runtime.protocol.membership import (
     Forget,
     Know,
     Look,
+    MembershipMessage,
     ProcessExited,
     Received,
     Rename,
+    Restart,
     Send,
     Tick,
     Working,
@@ -59,10 +61,11 @@ class CoordinatorHost:
         checksum: bool | None = None,
         heartbeat_s: float | None = None,
         timeout_s: float = TIMEOUT_S,
-        log: RosterLog | None = None,
+        log: Log | None = None,
         ending: Ending | None = None,
         on_members: Callable[[tuple[wire.Member, ...]], None] = lambda _: None,
         on_failure: Callable[[str], None] = lambda _: None,
+        on_restart: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Raises ClusterError if the address cannot be bound, or not safely.
 
@@ -70,8 +73,9 @@ class CoordinatorHost:
         least `BEATS_IN_TIME` times within that time. `works` says whether a process of this machine is at work; by
         default it looks. With a `log` the members wait when this process ends, and the next one with this log and
         address goes on. The log belongs to this host, which closes it. Without `shared_memory`, peers of this machine
-        are reached by gRPC too. `ending` is for tests. `on_members` is called when the members have changed, and
-        `on_failure` once if the coordinator fails before `close`; without a log its members lose it at the same time.
+        are reached by gRPC too. `ending` is for tests. `on_members` is called when the members have changed,
+        before they are told, `on_failure` once if the coordinator fails before `close`; without a log its members lose
+        it at the same time, and `on_restart` with a lost worker whose place no spare can take.
         """
         self._works = works or AtWork()
         heartbeat_s = min(HEARTBEAT_S, timeout_s / BEATS_IN_TIME) if heartbeat_s is None else heartbeat_s
@@ -95,7 +99,7 @@ class CoordinatorHost:
         self.address = self._endpoint.address
         if log is not None:
             self._endpoint.incarnation = log.next_incarnation(self._endpoint.incarnation)
-        self._on_failure = on_failure
+        self._on_failure, self._on_restart = on_failure, on_restart
         on_message = self._on_message
         if ending is not None:
             ends = Ends(ending)
@@ -103,6 +107,8 @@ class CoordinatorHost:
             on_message = ends.watch_taken(on_message)
         self._endpoint.start(on_message, lambda peer, reason: self._events.put(ConnectionLost(peer, reason)))
         self._thread = service.start("flowml-coordinator", self._run, self._fail)
+        if log is not None:
+            log.watch(self._fail)
 
     def process_exited(self, worker: str, pid: int, reason: str) -> None:
         """Called by the process that started a worker when the worker's process has ended."""
@@ -119,7 +125,7 @@ class CoordinatorHost:
             self._log.close()
 
     def _on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
-        if isinstance(message, wire.Join | wire.Heartbeat | wire.Leave):
+        if isinstance(message, MembershipMessage):
             self._events.put(Received(peer, message))
         elif isinstance(message, wire.Exited):
             self._events.put(ProcessExited(message.worker, message.reason, message.process))
@@ -138,10 +144,9 @@ class CoordinatorHost:
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + self._tick_s
                 self._take(Tick(time.monotonic()))
-            self._note()
 
     def _fail(self, reason: str) -> None:
-        """The thread has failed: close the endpoint, so that the members lose the coordinator."""
+        """The thread has failed, or the log is lost: close the endpoint, so that the members lose the coordinator."""
         self._endpoint.close()
         self._on_failure(reason)
 
@@ -159,6 +164,7 @@ class CoordinatorHost:
         records = [action.record for action in actions if isinstance(action, Append)]
         if records and self._log is not None:
             self._log.append(records)
+        self._note()
         for action in actions:
             with service.going_on(f"{action} could not be done"), suppress(WorkerLostError):
                 self._act(action)  # the loss of a peer is a separate event
@@ -176,5 +182,7 @@ class CoordinatorHost:
             case Look(worker, process):
                 if process is not None and process.machine == machine() and self._works(process.pid):
                     self._take(Working(worker))
+            case Restart(worker):
+                self._on_restart(worker)
             case Append():
                 pass  # done before the others

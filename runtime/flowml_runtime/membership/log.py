@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -29,6 +30,22 @@ _TABLES = (
     "CREATE TABLE IF NOT EXISTS records (number INTEGER PRIMARY KEY, record BLOB NOT NULL)",
 )
 _records = msgspec.json.Decoder(Record)
+
+
+class Log(Protocol):
+    """The log of one coordinator: that of a folder, or one in etcd (`etcd_log`)."""
+
+    roster: Roster
+
+    def append(self, records: Sequence[Record]) -> None: ...
+    def about(self, name: str) -> str: ...
+    def note(self, name: str, value: str) -> None: ...
+    def next_incarnation(self, now: int) -> int: ...
+    def watch(self, lost: Callable[[str], None]) -> None:
+        """Call `lost` with the reason when this process does not have the log any more."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class RosterLog:
@@ -93,6 +110,9 @@ class RosterLog:
             later = max(now, int(self.about("incarnation") or 0) + 1)
             self._set("incarnation", str(later))
         return later
+
+    def watch(self, lost: Callable[[str], None]) -> None:
+        """Nothing: the process has the log until it ends."""
 
     def close(self) -> None:
         self._db.close()

@@ -5,6 +5,9 @@ takes the name that the coordinator gives it before it connects to other peers.
 
 If the connection to the coordinator ends, and the coordinator is one that comes back, the member asks it to join again
 under the same name and incarnation until it answers. Meanwhile it has the members that it had, and their connections.
+
+A member with which the connection broke is none for this peer from then on, also while the coordinator does not know or
+is away: nothing can be sent to that incarnation any more. Its successor has a later one.
 """
 
 from __future__ import annotations
@@ -13,20 +16,26 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from msgspec import structs
 
 import flowml
+from flowml.devices import Device
 from flowml.errors import ClusterError, FlowmlError
 from flowml_runtime import service, wire
 from flowml_runtime.environment.processes import machine
-from flowml_runtime.transport.endpoint import OnLost, OnMessage
+from flowml_runtime.membership.etcd import is_etcd
+from flowml_runtime.membership.etcd_log import finder
+from flowml_runtime.protocol.membership import SPARE
+from flowml_runtime.transport.endpoint import OnLost, OnMessage, new_incarnation
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from flowml_runtime.transport.grpc_streams import TURNED_AWAY
 
 COORDINATOR = "coordinator"
+_CORE_FLOPS_PER_S = Device("").flops_per_s
 
 REPORT_S = 1.0
 """How long the joining thread waits for the reason of a failed connection, which another thread reports."""
@@ -43,9 +52,15 @@ def passing_name() -> str:
     return f"joining-{uuid.uuid4().hex[:12]}"
 
 
+def spare_name() -> str:
+    """A unique name of a spare."""
+    return f"{SPARE}-{uuid.uuid4().hex[:8]}"
+
+
 class Membership:
-    """The membership of one endpoint. `on_members` is called at every change, and `on_end` if the coordinator is lost
-    and does not come back in time."""
+    """The membership of one endpoint. `on_members` is called at every change, and `on_losses` before that with the
+    members that the coordinator has lost and the reasons. `on_end` is called if the coordinator is lost and does not
+    come back in time. `coordinator` is its address, or the place in etcd that says where it is now."""
 
     def __init__(
         self,
@@ -56,16 +71,27 @@ class Membership:
         *,
         on_members: Callable[[tuple[wire.Member, ...]], None] = lambda _: None,
         on_end: Callable[[str], None] = lambda _: None,
+        on_replace: Callable[[wire.Replace], None] = lambda _: None,
+        on_losses: Callable[[Mapping[str, str]], None] = lambda _: None,
     ) -> None:
         self.members: tuple[wire.Member, ...] = ()
+        """Those of the coordinator's newest view that this peer has not lost."""
+        self._showing = threading.RLock()
+        """Held while the members change and `on_members` is told, so that the newest ones are told last."""
         self._endpoint = endpoint
-        self._address = coordinator
+        self._find = finder(coordinator)
+        self._may_move = is_etcd(coordinator)
+        self._address = self._find()
         self._pass_message = on_message
         self._pass_lost = on_lost
         self._on_members = on_members
-        self._on_end = on_end
+        self._on_end, self._on_replace, self._on_losses = on_end, on_replace, on_losses
+        self._own: wire.Join | None = None
+        """With what it joins again."""
         self._welcome: wire.Welcome | None = None
         self._refusal: str | None = None
+        self._was_refused = False
+        """Whether the coordinator itself has said so."""
         self._epoch = -1
         self._changed = threading.Condition()
         self._over = threading.Event()
@@ -73,6 +99,12 @@ class Membership:
         """Why the connection to the coordinator ended; "" while there is one."""
         self._answered = False
         """Whether the coordinator has answered the newest request to join."""
+        self._notices: dict[str, None] = {}
+        """The workers for which this peer has given notice."""
+        self._beaten_s, self._longest_s = time.monotonic(), 0.0
+        """When this peer has sent the newest heartbeat, and the longest time between two of them."""
+        self._wanted: dict[str, None] = {}
+        """The lost workers in whose places this peer wants others."""
 
     def join(
         self, name: str, devices: tuple[wire.DeviceInfo, ...] = (), *, python: bool = False, timeout_s: float = 30.0
@@ -93,8 +125,9 @@ class Membership:
         )
         deadline = time.monotonic() + timeout_s
         self._ask(join, deadline)
-        while (self._refusal or "").endswith(TURNED_AWAY) and time.monotonic() + AGAIN_S < deadline:
+        while self._may_ask_again() and time.monotonic() + AGAIN_S < deadline:
             self._over.wait(AGAIN_S)
+            self._has_moved()
             with self._changed:
                 self._refusal = None
             endpoint.forget(COORDINATOR)
@@ -105,9 +138,49 @@ class Membership:
         welcome = self._welcome
         if welcome is None:
             raise ClusterError(f"the cluster at {self._address} did not answer within {timeout_s:g} s; is it running?")
-        again = structs.replace(join, worker=welcome.worker)
-        service.start("flowml-heartbeat", lambda: self._beat(welcome, again), self._end)
+        self._own = structs.replace(join, worker=welcome.worker)
+        self._beaten_s = time.monotonic()
+        service.start("flowml-heartbeat", lambda: self._beat(welcome), self._end)
         return welcome.worker
+
+    def replace(self, worker: str) -> None:
+        """Ask for another in the place of a lost worker. Ask again until it is there: the answer is that it joins.
+
+        A coordinator that does not know of the loss yet does nothing, so this peer asks again when that tells of it.
+        """
+        self._wanted[worker] = None
+        with suppress(FlowmlError):  # the coordinator is away
+            self._endpoint.send(COORDINATOR, wire.Replace(worker=worker))
+
+    def become(
+        self, asked: wire.Replace, devices: tuple[wire.DeviceInfo, ...], *, python: bool, timeout_s: float = 30.0
+    ) -> str:
+        """Take the place of a lost worker, as a spare. Returns its name, or that of the spare if another came first.
+
+        Raises ClusterError if the coordinator does not answer in time.
+        """
+        spare = self._own
+        assert spare is not None
+        self._endpoint.incarnation = max(new_incarnation(), asked.after + 1)
+        worker = structs.replace(
+            spare, worker=asked.worker, incarnation=self._endpoint.incarnation, devices=devices, python=python
+        )
+        with self._changed:
+            self._own, self._answered = worker, False  # also for a coordinator that is away now
+        with suppress(FlowmlError):
+            self._endpoint.send(COORDINATOR, worker)
+        with self._changed:
+            self._changed.wait_for(lambda: self._answered or self._over.is_set(), timeout_s)
+            if not self._answered:
+                raise ClusterError(f"the coordinator did not answer that this is {asked.worker} now")
+            if self._endpoint.name == spare.worker:
+                self._own = spare
+        return self._endpoint.name
+
+    def _may_ask_again(self) -> bool:
+        """Whether the coordinator had too many connections, or another is about to take its place."""
+        moves = self._may_move and self._refusal is not None and not self._was_refused
+        return moves or (self._refusal or "").endswith(TURNED_AWAY)
 
     def _ask(self, join: wire.Join, deadline: float) -> None:
         """Send the request, and wait for the answer or for the reason of a failure."""
@@ -131,44 +204,76 @@ class Membership:
         except FlowmlError:
             return  # the coordinator has ended already
 
+    def give_notice(self, worker: str) -> None:
+        """Tell the coordinator that a worker is to leave, again if it is away meanwhile."""
+        self._notices[worker] = None
+        with suppress(FlowmlError):
+            self._endpoint.send(COORDINATOR, wire.Notice(worker=worker))
+
     def _stop(self) -> None:
         with self._changed:
             self._over.set()
             self._changed.notify_all()
 
-    def _beat(self, welcome: wire.Welcome, join: wire.Join) -> None:
-        beat = wire.Heartbeat(worker=welcome.worker, incarnation=join.incarnation)
+    def _beat(self, welcome: wire.Welcome) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._away or self._over.is_set(), welcome.heartbeat_s)
             if self._over.is_set():
                 return
             if self._away:
-                self._come_back(welcome.away_s, join)
+                self._come_back(welcome.away_s)
                 continue
+            if self._has_moved():
+                self._lose_coordinator("another has taken its place")
+                continue
+            own = self._own
+            assert own is not None
+            now = time.monotonic()
+            self._longest_s, self._beaten_s = max(self._longest_s, now - self._beaten_s), now
             try:
-                self._endpoint.send(COORDINATOR, beat)
+                self._endpoint.send(COORDINATOR, wire.Heartbeat(worker=own.worker, incarnation=own.incarnation))
             except FlowmlError as error:
                 self._lose_coordinator(str(error))
 
-    def _come_back(self, away_s: float, join: wire.Join) -> None:
+    @property
+    def silent_s(self) -> float:
+        """The longest time for which this peer has sent no heartbeat. It is long after a suspension."""
+        return max(self._longest_s, time.monotonic() - self._beaten_s)
+
+    def _has_moved(self) -> bool:
+        """Whether the coordinator is at another address by now. Notes it then."""
+        before = self._address
+        if not self._may_move:
+            return False
+        with suppress(ClusterError):  # etcd is away: the coordinator may be there
+            self._address = self._find()
+        return self._address != before
+
+    def _come_back(self, away_s: float) -> None:
         """Ask a coordinator that is away to join again, until it answers. After `away_s` the membership ends."""
         deadline, pause = time.monotonic() + away_s, FIRST_PAUSE_S
         while not self._over.is_set():
             with self._changed:
                 reason, self._away, self._answered = self._away, "", False
+                own = self._own
+            assert own is not None
+            self._has_moved()
             self._endpoint.forget(COORDINATOR)
             self._endpoint.know({COORDINATOR: self._address})
             try:
-                self._endpoint.send(COORDINATOR, join)
+                self._endpoint.send(COORDINATOR, own)
             except FlowmlError as error:
                 self._lose_coordinator(str(error))
             with self._changed:
                 left = max(0.0, deadline - time.monotonic())
                 # One that is reached and slow is waited for. A connection that fails is always reported.
                 self._changed.wait_for(lambda: self._answered or self._away or self._over.is_set(), left)
-                if self._answered:
-                    return
+                answered = self._answered
+            if answered:
+                for worker in list(self._notices):
+                    self.give_notice(worker)
+                return
             if time.monotonic() + pause > deadline:
                 self._end(f"{self._away or reason}; it did not come back within {away_s:g} s")
                 return
@@ -186,14 +291,25 @@ class Membership:
             with self._changed:
                 self._answered = True
                 self._changed.notify_all()
+        elif isinstance(message, wire.Replace):
+            self._on_replace(message)
         elif isinstance(message, wire.Refused):
+            self._was_refused = True
             self._end(message.reason)
 
     def _on_lost(self, peer: str, reason: str) -> None:
         if peer == COORDINATOR:
             self._lose_coordinator(reason)
-        else:
-            self._pass_lost(peer, reason)
+            return
+        with self._showing:
+            self._notices.pop(peer, None)  # it is not for its successor
+            self._show(self.members)
+        self._pass_lost(peer, reason)
+
+    def _show(self, members: tuple[wire.Member, ...]) -> None:
+        own, lost = self._endpoint.name, self._endpoint.has_lost
+        self.members = tuple(m for m in members if m.worker == own or not lost(m.worker, m.incarnation))
+        self._on_members(self.members)
 
     def _lose_coordinator(self, reason: str) -> None:
         with self._changed:
@@ -210,13 +326,22 @@ class Membership:
             self._end("it has forgotten this cluster: another log or another coordinator is at its address")
             return
         own = self._endpoint.name
-        for worker, reason in self._losses(view).items():
+        losses = self._losses(view)
+        self._on_losses(losses)
+        for worker, reason in losses.items():
+            self._notices.pop(worker, None)
             if worker != own:
                 self._endpoint.lose(worker, reason)
         others = [m for m in view.members if m.worker != own]
-        self._endpoint.know({m.worker: m.address for m in others}, {m.worker: m.incarnation for m in others})
-        self.members = view.members
-        self._on_members(view.members)
+        with self._showing:  # what is lost as soon as it is known is lost in this view
+            self._endpoint.know({m.worker: m.address for m in others}, {m.worker: m.incarnation for m in others})
+            self._show(view.members)
+        there = {m.worker for m in self.members}
+        for worker in list(self._wanted):
+            if worker in there:
+                del self._wanted[worker]
+            else:
+                self.replace(worker)
         with self._changed:
             self._epoch = view.epoch
             self._changed.notify_all()
@@ -234,3 +359,19 @@ class Membership:
         if joined and not self._over.is_set():
             self._stop()
             self._on_end(reason)
+
+
+def devices_of(members: Sequence[wire.Member], *, python: bool) -> tuple[Device, ...]:
+    """The devices of all workers, in the order of their numbers. `python` says whether the driver allows Python."""
+    workers = sorted((m for m in members if m.devices), key=lambda m: int(m.worker.rpartition(":")[2]))
+    return tuple(
+        device(d.name, d.platform, d.memory_bytes, d.cores, python=python and m.python)
+        for m in workers
+        for d in m.devices
+    )
+
+
+def device(name: str, platform: str, memory: int, share: float, *, python: bool = True) -> Device:
+    """A device with a share of the cores of its machine."""
+    speed = {"flops_per_s": _CORE_FLOPS_PER_S * share} if platform == "cpu" else {}
+    return Device(name, platform=platform, memory_bytes=memory, python=python, **speed)

@@ -1,6 +1,7 @@
 """Runs a coordinator in a process of its own, which may end and be started again with the same state.
 
-The state is a folder: the log, and in it the address. The token comes from the starter, through a pipe or a file.
+The state is a folder, or a place in etcd: the log, and in it the address. The token comes from the starter, through a
+pipe or a file.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from msgspec import structs
 from flowml.errors import ClusterError
 from flowml_runtime.execution.future import wait_heeding_signals
 from flowml_runtime.membership.coordinator import CoordinatorHost
-from flowml_runtime.membership.log import RosterLog
+from flowml_runtime.membership.etcd import is_etcd
+from flowml_runtime.membership.etcd_log import EtcdLog
+from flowml_runtime.membership.log import Log, RosterLog
 from flowml_runtime.protocol.membership import TIMEOUT_S
+from flowml_runtime.transport.addresses import advertised_host
 from flowml_runtime.transport.ending import Ending
 from flowml_runtime.transport.security import TLS, new_token, split_address, write_token
 
@@ -53,7 +57,7 @@ def serve_coordinator(config: CoordinatorConfig, listening: Callable[[str], None
     Raises ClusterError if the state or the address cannot be used. After any exception in this thread (SystemExit from
     a signal handler, KeyboardInterrupt) it closes.
     """
-    log = RosterLog(Path(config.state))
+    log: Log = EtcdLog(config.state) if is_etcd(config.state) else RosterLog(Path(config.state))
     over, reason = threading.Event(), [""]
 
     def fail(why: str) -> None:
@@ -107,9 +111,10 @@ def coordinator_of(config: CoordinatorConfig, **options: Any) -> CoordinatorHost
     )
 
 
-def _listen(config: CoordinatorConfig, log: RosterLog, on_failure: Callable[[str], None]) -> CoordinatorHost:
-    """A coordinator at the address in the log, if its port is not given."""
-    bind, earlier = config.bind, log.about("address")
+def _listen(config: CoordinatorConfig, log: Log, on_failure: Callable[[str], None]) -> CoordinatorHost:
+    """A coordinator at the address in the log, if its port is not given. One whose log is in etcd is found there, at
+    whatever address it is, and another that is suspended may still have the earlier one."""
+    bind, earlier = config.bind, "" if is_etcd(config.state) else log.about("address")
     host, port = split_address(bind)
     if not port and earlier and split_address(earlier)[0] == host:
         bind = earlier
@@ -123,4 +128,6 @@ def _listen(config: CoordinatorConfig, log: RosterLog, on_failure: Callable[[str
             time.sleep(AGAIN_S)
             continue
         log.note("address", found.address)
+        if is_etcd(config.state):
+            log.note("at", f"{advertised_host(config.bind)}:{split_address(found.address)[1]}")
         return found

@@ -110,15 +110,16 @@ def boost(
         vote: with rows, how many features of each node a worker votes for; None sends all histograms.
 
     Raises:
-        ValueError: for numbers out of range, or fewer rows or features than workers.
+        ValueError: for numbers out of range, rows and labels that do not fit together, labels that the loss does not
+            have, or fewer rows or features than workers.
     """
-    table, labels = np.asarray(x, np.float64), np.asarray(y, np.float32)
+    choice("loss", loss, ("logistic", "squared"))
+    table, labels = _examples(x, y, loss)
     workers = len({d.worker for d in cluster.devices})
     for name, value in (("trees", trees), ("depth", depth)):
         whole_number(name, value, least=1)
     whole_number("bins", bins, least=2, most=256)
     choice("split", split, ("rows", "features"))
-    choice("loss", loss, ("logistic", "squared"))
     if vote is not None:
         whole_number("vote", vote, least=1, most=table.shape[1])
         if split == "features":
@@ -144,6 +145,31 @@ def boost(
         state, (features, cuts, values) = program(state)
         found.append(Tree(_arrays(features), _arrays(cuts), np.asarray(values)))
     return Boosted(tuple(found), edges, tree_bytes)
+
+
+def _examples(x: Any, y: Any, loss: str) -> tuple[Floats, NDArray[np.float32]]:
+    """Rows and labels as arrays. Raises ValueError if they make no sense together."""
+    table, labels = _numbers("x", x), _numbers("y", y)
+    if table.ndim != 2 or 0 in table.shape:
+        raise ValueError(f"x has the shape {table.shape}; give a row for each example and a column for each feature")
+    if labels.shape != table.shape[:1]:
+        raise ValueError(f"y has the shape {labels.shape}; give one label for each of the {len(table)} rows of x")
+    other = labels[(labels != 0) & (labels != 1)]
+    if loss == "logistic" and other.size:
+        raise ValueError(
+            f"y has the label {other[0]:g}, and loss='logistic' has 0 and 1; give those, or loss='squared'"
+        )
+    return table, labels.astype(np.float32)
+
+
+def _numbers(name: str, values: Any) -> Floats:
+    try:
+        found = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} holds what is no number, or rows of unequal lengths; give an array") from None
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name} holds NaN or infinity, which have no bin; leave out or fill in those examples")
+    return found
 
 
 def _between_workers(transfer: Any) -> bool:

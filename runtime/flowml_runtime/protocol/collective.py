@@ -84,11 +84,15 @@ class Round:
 class Schedule:
     """The steps of each rank, in order. They are the same for every bucket; `Layout` maps chunks to elements.
 
-    `rounds(rank)` has the same length for every rank.
+    `rounds(rank)` has the same length for every rank. In one that is `one_way` a rank that sends gets nothing, so it
+    sends all pieces without waiting for those that take them.
     """
 
-    def __init__(self, name: str, chunks: int, ranks: int, rounds: Callable[[int], Iterable[Round]]) -> None:
+    def __init__(
+        self, name: str, chunks: int, ranks: int, rounds: Callable[[int], Iterable[Round]], *, one_way: bool = False
+    ) -> None:
         self.name = name
+        self.one_way = one_way
         self.chunks = chunks
         self.ranks = ranks
         self._rounds = rounds
@@ -247,9 +251,10 @@ def gather(ranks: int) -> Schedule:
     """Rank 0 gets the sum, and no other rank."""
 
     def rounds(rank: int) -> Iterable[Round]:
-        yield Round(((0, 0),), (), add=True) if rank else Round((), ((0, tuple(range(1, ranks))),), add=True)
+        others = tuple(range(1, ranks))
+        yield Round(((0, 0),) if rank else (), ((0, others),) if others and not rank else (), add=True)
 
-    return Schedule("gather", 1, ranks, rounds)
+    return Schedule("gather", 1, ranks, rounds, one_way=True)
 
 
 def named(name: str, hosts: Sequence[Hashable], fanout: int = 0) -> Schedule:
@@ -349,7 +354,8 @@ class AllReduce:
     """One rank's part of one all-reduce. Errors call it `bucket`. Not thread-safe.
 
     Chunks may arrive before their turn. Another rank can be at most `window` pieces ahead of the pieces that this one
-    has begun, because it needs this rank's chunks for the pieces between.
+    has begun, because it needs this rank's chunks for the pieces between; in a schedule that is one-way it may have
+    sent all.
     """
 
     def __init__(self, schedule: Schedule, rank: int, pieces: int, bucket: str, window: int = WINDOW) -> None:
@@ -362,6 +368,8 @@ class AllReduce:
         self._pieces = pieces
         self._bucket = bucket
         self._window = window
+        self._ahead = pieces if schedule.one_way else window
+        """How many pieces another rank can be ahead."""
         self._started = False
         self._opened = 0
         self._finished = 0
@@ -406,7 +414,7 @@ class AllReduce:
                 ensure(there < len(take.peers), f"take {take.number} of piece {piece} could happen and did not")
         for (piece, number), handles in self._early.items():
             ensure(handles and handles.keys() <= set(self._takes[number].peers), "a chunk is kept that is not taken")
-            ensure(piece < self._opened + self._window, f"a chunk of piece {piece} is kept too far ahead")
+            ensure(piece < self._opened + self._ahead, f"a chunk of piece {piece} is kept too far ahead")
             over = piece < self._opened and self._positions[number] < self._under_way[piece].taken
             ensure(not over, f"a chunk of piece {piece} is kept beyond its turn")
         ensure(not self.done or not (self._early or self._under_way), "something is left when all is done")
@@ -420,7 +428,7 @@ class AllReduce:
             )
         if event.peer not in self._takes[event.take].peers:
             raise ProtocolError(f"rank {event.peer} sent for {where}, which takes nothing from it")
-        if event.piece >= self._opened + self._window:
+        if event.piece >= self._opened + self._ahead:
             raise ProtocolError(f"rank {event.peer} sent for {where}, which is too far ahead of piece {self._opened}")
         progress = self._under_way.get(event.piece)
         over = event.piece < self._opened and (progress is None or self._positions[event.take] < progress.taken)

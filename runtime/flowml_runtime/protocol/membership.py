@@ -14,21 +14,32 @@ have passed. Nobody is lost because the coordinator was away: a member of the lo
 anew with each question, and a message on the one before would break it. One that was lost before is refused as ever,
 because its incarnation is in the log.
 
+A *spare* is an observer that may become a worker. When a driver asks for another in the place of a lost worker, the
+coordinator asks the first spare that is free, and that one joins under the worker's name in a later incarnation. It
+gives up its name as a spare with that. If there is none, the launchers are asked to start a process. A question that
+comes again changes nothing while a spare is on its way; so a driver asks again until the worker is there.
+
+A worker may give notice before it leaves, or an observer for it. Then it is a member like any other, and marked for all
+to see, so that drivers can have others go on with its work. It leaves when it has nothing to do any more.
+
 Duties of the host:
 
-1. Pass on every Join, Heartbeat and Leave as `Received` from the peer that sent it, and do the actions in order.
+1. Pass on every Join, Heartbeat, Notice and Leave as `Received` from its sender, and do the actions in order.
 2. Tick several times per heartbeat. Time advances only with ticks.
 3. Report the end of a peer's connection once, and before any message from a later life of that peer.
 4. Tick before any other event.
 5. Have each `Append` on disk before the actions after it are done. If that fails, end.
 6. A peer joins under a unique temporary name, and then uses the name that `Welcome` gives it.
 7. Answer `Look` with `Working` if the process is at work. Do not answer otherwise, or if it is on another machine.
+8. Do `Restart` if this process has started the worker: start another in its place, unless one is starting.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+from msgspec import structs
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
@@ -37,12 +48,22 @@ from flowml_runtime.protocol.roster import Joined, Left, Record, Roster
 HEARTBEAT_S = 0.5
 TIMEOUT_S = 5.0
 PATIENCE_S = 30.0
+LEAST_LOST_AFTER_S = 0.1
+TOO_SOON = (
+    f"every worker would be lost before its next heartbeat has come; give at least {LEAST_LOST_AFTER_S:g} seconds"
+)
+"""What is wrong with a shorter time of silence than that."""
 MAX_MEMBERS = 1024
 AWAY_S = 60.0
 """How long members wait for a durable coordinator that has ended."""
 
 _WORKER = re.compile(r"worker:(0|[1-9]\d{0,8})")
-_OBSERVER = re.compile(r"(driver|launcher)(-[0-9a-zA-Z]{1,64})?")
+_OBSERVER = re.compile(r"(driver|launcher|spare)(-[0-9a-zA-Z]{1,64})?")
+WORKER, LAUNCHER, SPARE = "worker", "launcher", "spare"
+"""What the names of workers and of these observers begin with."""
+
+
+MembershipMessage = wire.Join | wire.Heartbeat | wire.Notice | wire.Leave | wire.Replace
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,7 @@ class Received:
     """A membership message from `peer`, which is the current name of its connection."""
 
     peer: str
-    message: wire.Join | wire.Heartbeat | wire.Leave
+    message: MembershipMessage
 
 
 @dataclass(frozen=True)
@@ -135,7 +156,14 @@ class Append:
     record: Record
 
 
-Action = Know | Rename | Send | Forget | Look | Append
+@dataclass(frozen=True)
+class Restart:
+    """No spare and no launcher can take the place of `worker`: whoever runs the coordinator may have started it."""
+
+    worker: str
+
+
+Action = Know | Rename | Send | Forget | Look | Append | Restart
 
 
 @dataclass
@@ -175,6 +203,8 @@ class Coordinator:
         self._roster = roster or Roster()
         self._heard: dict[str, _Heard] = {}
         """The members, from the first tick on."""
+        self._asked: dict[str, str] = {}
+        """Spare -> the worker whose place it was asked to take."""
 
     @property
     def members(self) -> tuple[wire.Member, ...]:
@@ -219,16 +249,36 @@ class Coordinator:
         for name, heard in self._heard.items():
             if heard.heard_s > self._now():
                 raise ProtocolError(f"{name} was heard of in the future")
+        if not self._asked.keys() <= roster.members.keys() or len({*self._asked.values()}) != len(self._asked):
+            raise ProtocolError(f"spares were asked for {self._asked}, and the members are {sorted(roster.members)}")
 
-    def _receive(self, peer: str, message: wire.Join | wire.Heartbeat | wire.Leave) -> list[Action]:
+    def _receive(self, peer: str, message: MembershipMessage) -> list[Action]:
         match message:
             case wire.Join():
                 return self._join(peer, message)
             case wire.Heartbeat():
                 self._hear(message.worker, message.incarnation)
                 return []
+            case wire.Notice(worker=worker):
+                return self._note(worker)
             case wire.Leave():
                 return self._lose({peer: message.reason or "it left"})
+            case wire.Replace(worker=worker):
+                return self._replace(worker)
+
+    def _replace(self, worker: str) -> list[Action]:
+        """Have another in the place of a lost worker, unless it is there or a spare is on its way."""
+        if worker in self._heard or worker in self._asked.values() or worker not in self._roster.lives:
+            return []
+        if any(_is(name, SPARE) and not heard.back for name, heard in self._heard.items()):
+            return []  # it may have been asked before this coordinator was started
+        back = [name for name, heard in self._heard.items() if heard.back]
+        message = wire.Replace(worker=worker, after=self._latest_life(worker))
+        for name in back:
+            if _is(name, SPARE) and name not in self._asked:
+                self._asked[name] = worker
+                return [Send(name, message)]
+        return [Send(name, message) for name in back if _is(name, LAUNCHER)] or [Restart(worker)]
 
     def _now(self) -> float:
         return self._now_s or 0.0
@@ -268,27 +318,54 @@ class Coordinator:
         name = join.worker or self._name_of(join) or self._free_name(join.incarnation)
         if self._name_of(join) == name:  # it asks again: the answer was slow, or the coordinator was away
             self._hear(name, join.incarnation)
-            self._heard[name].back = True
-            again = [] if peer == name else [Rename(peer, name)]
-            return [Know(peer, join.address), *again, Send(name, self._welcome(name)), Send(name, self._view({}))]
-        objection = self._objection(name, join)
+            return self._answer(peer, join.address, name)
+        objection, spare = self._objection(name, join), self._spare_of(join)
+        if spare and (objection is not None or name in self._heard):  # another came first, so it stays a spare
+            self._asked.pop(spare, None)
+            return self._answer(peer, join.address, spare)
         if objection is not None:
             # A peer that uses the name of a live member gets no answer, because the answer would go to that member.
             answer = Send(peer, wire.Refused(reason=objection))
             return [] if peer in self._heard else [Know(peer, join.address), answer, Forget(peer)]
         lost = {name: f"a new {name} took its place"} if name in self._heard else {}
+        if spare:
+            lost[spare] = f"it took the place of {name}"
+            del self._heard[spare]
+            self._asked.pop(spare, None)
         devices = tuple(_named(d, name) for d in join.devices)
         member = wire.Member(
             worker=name, address=join.address, incarnation=join.incarnation, devices=devices, python=join.python
         )
         self._heard[name] = _Heard(self._now())
-        named = [Know(peer, join.address), *([Rename(peer, name)] if peer != name else [])]
         return [
+            *([self._change(Left((spare,)))] if spare else []),
             self._change(Joined(member, join.process)),
-            *named,
+            *([Forget(spare)] if spare and spare != peer else []),
+            Know(peer, join.address),
+            *([Rename(peer, name)] if peer != name else []),
             Send(name, self._welcome(name)),
             *self._announce(lost),
         ]
+
+    def _answer(self, peer: str, address: str, name: str) -> list[Action]:
+        """Tell a member, whose connection is `peer`, its name and the view."""
+        self._heard[name].back = True
+        again = [] if peer == name else [Rename(peer, name)]
+        return [Know(peer, address), *again, Send(name, self._welcome(name)), Send(name, self._view({}))]
+
+    def _spare_of(self, join: wire.Join) -> str:
+        """The name of the spare that asks to be a worker, or "" if it was none."""
+        if not join.devices:
+            return ""
+        return next((m.worker for m in self.members if m.address == join.address and _is(m.worker, SPARE)), "")
+
+    def _note(self, worker: str) -> list[Action]:
+        """A worker will leave soon. Nobody else can do that, and once is enough."""
+        member = self._roster.members.get(worker)
+        if member is None or not member.devices or member.leaving:
+            return []
+        leaving = structs.replace(member, leaving=True)
+        return [self._change(Joined(leaving, self._roster.processes[worker])), *self._announce({})]
 
     def _name_of(self, join: wire.Join) -> str:
         """The name of the member that asks, or "" if it is none."""
@@ -309,7 +386,7 @@ class Coordinator:
         if len({d.name.rpartition("/")[2] for d in join.devices}) != len(join.devices):
             return f"two of its devices have the same name: {', '.join(d.name for d in join.devices)}; name each once"
         for holder, member in self._roster.members.items():
-            if holder != name and member.address == join.address:
+            if holder != name and member.address == join.address and holder != self._spare_of(join):
                 return f"its address {join.address} is that of {holder}; each peer needs a different address"
         latest = self._latest_life(name)
         if join.incarnation <= latest:
@@ -317,7 +394,7 @@ class Coordinator:
                 f"its incarnation {join.incarnation} of {name} is not later than {latest}, seen before; "
                 "start it again, and if that does not help set its clock"
             )
-        if name not in self._heard and len(self._heard) >= self._max_members:
+        if name not in self._heard and not self._spare_of(join) and len(self._heard) >= self._max_members:
             return f"the cluster is full with {self._max_members} members"
         return None
 
@@ -333,6 +410,7 @@ class Coordinator:
 
     def _lose(self, reasons: dict[str, str]) -> list[Action]:
         lost = {name: reason for name, reason in reasons.items() if self._heard.pop(name, None) is not None}
+        self._asked = {spare: worker for spare, worker in self._asked.items() if spare not in lost}
         return [self._change(Left(tuple(lost))), *map(Forget, lost), *self._announce(lost)] if lost else []
 
     def _change(self, record: Record) -> Append:
@@ -348,6 +426,11 @@ class Coordinator:
 
     def _welcome(self, name: str) -> wire.Welcome:
         return wire.Welcome(worker=name, heartbeat_s=self._heartbeat_s, away_s=self._away_s)
+
+
+def _is(name: str, kind: str) -> bool:
+    """Whether a member is an observer of a kind."""
+    return name == kind or name.startswith(f"{kind}-")
 
 
 def _named(device: wire.DeviceInfo, worker: str) -> wire.DeviceInfo:

@@ -15,7 +15,7 @@ from flowml_runtime import wire
 
 
 class Joined(msgspec.Struct, frozen=True, tag=True):
-    """A peer became a member. It takes the place of a member of its name."""
+    """A peer became a member, or one has given notice. It takes the place of a member of its name."""
 
     member: wire.Member
     process: wire.Process | None = None

@@ -7,7 +7,7 @@ of a real one wherever the policy leaves no choice to timing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,9 @@ import jax
 import numpy as np
 
 from flowml.devices import worker_of
-from flowml.errors import SimulationError
 from flowml.plan import Plan, StoreSpec
 from flowml.policy import Gossip
-from flowml.policy.filters import compares
+from flowml.policy.filters import Talk, compares
 from flowml.training.pieces import Piece, pieces
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array, ExecutableCache, LoadedProgram, load_programs
@@ -30,10 +29,11 @@ from flowml_runtime.protocol.training.actions import Couple, Start
 from flowml_runtime.sim.couplings import Couplings
 from flowml_runtime.sim.flying import Flying
 from flowml_runtime.sim.program import At
+from flowml_runtime.sim.stepping import Step
 from flowml_runtime.sim.values import Contributed, Report, Value
 from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.worker.training.applying import Given, applied, given_of
-from flowml_runtime.worker.training.examples import Fetched, beside_batch, of_batch, of_source
+from flowml_runtime.worker.training.examples import Fed, beside_batch, of_batch, of_source
 from flowml_runtime.worker.training.exchange.averaging import Averaging
 from flowml_runtime.worker.training.exchange.copies import Copies
 from flowml_runtime.worker.training.exchange.mirrors import Mirror, share_of
@@ -53,9 +53,11 @@ Named = Mapping[str, Array]
 class Compiled:
     """The compiled programs of a plan. All simulated devices share those of one real device."""
 
-    def __init__(self, plan: Plan, cache: ExecutableCache) -> None:
+    def __init__(self, plan: Plan, cache: ExecutableCache, variant: Callable[[str], Compiled]) -> None:
+        """`variant` gives those of another plan, whose programs run on batches of another shape."""
         assert plan.training is not None
         self.plan = plan
+        self.variant = variant
         self.training = plan.training
         device = jax.local_devices()[0]
         self.loaded: Mapping[str, LoadedProgram] = load_programs(
@@ -78,58 +80,6 @@ class _Held:
     state: list[Array]
 
 
-@dataclass
-class _Step:
-    """A step of one stage: its buffers, and the services that its operations call."""
-
-    at: At
-    start: Start
-    program: StepProgram
-    buffers: list[Any]
-    feeds: Callable[[_Step, Sequence[int], int], Arrays]
-    reads: Callable[[_Step, int], Arrays]
-    model: ModelState
-    leaves_out: Callable[[int], bool]
-    recorder: Recorder
-    given: Any = None
-    """What a Read or a Recv takes."""
-    sent: Arrays = ()
-    fetched: Fetched = field(default_factory=Fetched)
-
-    def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Arrays:
-        return self.feeds(self, slots, microbatch)
-
-    def read(self, step: int, store: int, leaves: Sequence[int]) -> Arrays:
-        values = self.reads(self, store)
-        return [values[i] for i in leaves]
-
-    def receive(self, step: int, message: int, microbatch: int) -> Arrays:
-        return self.given
-
-    def send(self, step: int, message: int, microbatch: int, arrays: Arrays) -> None:
-        self.sent = arrays
-
-    def push(self, step: int, store: int, part: int, arrays: Arrays) -> None:
-        self.sent = arrays
-
-    def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Arrays) -> None:
-        for slot, array in zip(slots, arrays, strict=True):
-            if not self.model.fetch(slot, microbatch, array):
-                self.fetched.add(slot, microbatch, array)
-
-    def keep(self, step: int, slots: Sequence[int], done: int | None, arrays: Arrays) -> None:
-        raise NotImplementedError("a training plan keeps no outputs")
-
-    def way(self, message: int) -> str:
-        return ""
-
-    def should_abandon(self, step: int) -> bool:
-        return False
-
-    def computed(self) -> None:
-        return  # the executor knows when a task ends
-
-
 class Arithmetic:
     """The values of one fit. It implements `Values`."""
 
@@ -142,8 +92,8 @@ class Arithmetic:
         self._held: dict[tuple[str, int], _Held] = {}
         self._source: dict[str, dict[int, Array]] = {}
         """Worker -> the whole leaves of the data."""
-        self._batches: dict[tuple[str, int], dict[int, Array]] = {}
-        """(device, work item) -> its leaves, if the driver feeds them."""
+        self._batches: Fed[tuple[str, dict[int, Array]]] = Fed(ahead=self._training.speculation is not None)
+        """The variant and the leaves of each work item, if the driver feeds them."""
         self._states: dict[tuple[str, int], Arrays] = {}
         """(worker, store) -> the first optimizer state of parameters that replicas update themselves."""
         self._own: dict[tuple[At, int], OwnValues] = {}
@@ -159,9 +109,8 @@ class Arithmetic:
         """(worker, store) -> what its readers hold, where what is published is filtered."""
         self._compared: dict[tuple[At, int], Arrays] = {}
         """The parameters that a stage has taken last, where filters compare gradients with them."""
-        refuses = start.on_nonfinite == "refuse"
         self._models = {
-            (r, s): ModelState(self._training, s, refuses=refuses)
+            (r, s): ModelState(self._training, s, refuses=start.on_nonfinite == "refuse")
             for r, devices in enumerate(self._training.replicas)
             for s in range(len(devices))
         }
@@ -171,13 +120,15 @@ class Arithmetic:
             (worker_of(device), i): device for i, store in enumerate(self._training.stores) for device in store.copies
         }
 
-    def begin(self, at: At, start: Start, leaves_out: Callable[[int], bool]) -> _Step:
-        program = self._compiled.programs[self._device(at)]
+    def begin(self, at: At, start: Start, leaves_out: Callable[[int], bool]) -> Step:
+        device = self._device(at)
+        variant, batch = self._batches.take(device, start.item.sequence) or ("", None)
+        program = (self._compiled.variant(variant) if variant else self._compiled).programs[device]
         model, buffers = self._models[at], list(program.buffers)
         model.begin()
-        return _Step(at, start, program, buffers, self._feed, self._read, model, leaves_out, self._recorder)
+        return Step(at, start, program, buffers, batch, self._feed, self._read, model, leaves_out, self._recorder)
 
-    def perform(self, state: _Step, position: int, given: Any) -> Value:
+    def perform(self, state: Step, position: int, given: Any) -> Value:
         state.given = given
         operation = state.program.operations[position]
         try:
@@ -187,8 +138,7 @@ class Arithmetic:
         sent, state.given, state.sent = state.sent, None, ()
         return host_view(sent, self._compiled.loaded[state.program.device].device)
 
-    def report(self, state: _Step) -> Report | None:
-        self._batches.pop((state.program.device, state.start.item.sequence), None)
+    def report(self, state: Step) -> Report | None:
         used = sum(1 for m in range(self._training.microbatches) if not (m and state.leaves_out(m)))
         state.model.end(used)
         if not state.fetched:
@@ -200,7 +150,7 @@ class Arithmetic:
         assert task is not None
         return list(self._compiled.loaded[self._device(at)].tasks[task](*a, *b))
 
-    def _read(self, step: _Step, store: int) -> Arrays:
+    def _read(self, step: Step, store: int) -> Arrays:
         return self.taken(step.at, step.start.clock, store, None if step.given is None else step.given[1])
 
     def taken(self, at: At, clock: int, store: int, given: Arrays | None) -> Arrays:
@@ -329,6 +279,10 @@ class Arithmetic:
     def kept(self, at: At) -> Mapping[int, float]:
         return self._encoders[at].kept() if at in self._encoders else {}
 
+    def talk(self, at: At, store: int, part: int, clock: int, value: Value) -> Talk | None:
+        refuses = self._start.on_nonfinite != "apply"
+        return self._encoder_of(at).talk(store, part, clock, value, refuses=refuses)
+
     def flight(self, schedule: collective.Schedule, rank: int, values: Sequence[Value]) -> Flying:
         return Flying(schedule, rank, self.total(values), self._pool)
 
@@ -419,11 +373,8 @@ class Arithmetic:
         elif isinstance(message, wire.ModelState):
             self._models[message.replica, message.stage].begin(leaves)
         elif isinstance(message, wire.Batch):
-            if message.variant:
-                raise SimulationError(
-                    "a source gave batches of several shapes, and simulated workers run one; pad them to one shape"
-                )
-            self._batches[message.device, message.sequence] = dict(zip(message.slots, leaves, strict=True))
+            fed = message.variant, dict(zip(message.slots, leaves, strict=True))
+            self._batches.give(message.device, message.sequence, fed)
 
     def residents(self, worker: str) -> Iterable[Resident]:
         for at, model in self._models.items():
@@ -446,7 +397,7 @@ class Arithmetic:
         """What a stage keeps of each store."""
         for store, spec in enumerate(self._training.stores):
             owner, mine = partial(of_stage, *at, spec.name), any(part.stage == at[1] for part in spec.parts)
-            if mine and spec.policy.home_filters:  # those of the sum of a site are its leader's
+            if mine and (spec.policy.home_filters or spec.policy.summed_filters):  # of a site, its leader's
                 encoder = self._encoder_of(at)
                 yield Resident(owner("filters"), partial(encoder.export, store), partial(encoder.restore, store))
             if spec.local is None or spec.parts[0].stage != at[1]:
@@ -484,16 +435,16 @@ class Arithmetic:
     def _device(self, at: At) -> str:
         return self._training.replicas[at[0]][at[1]]
 
-    def _feed(self, step: _Step, slots: Sequence[int], microbatch: int) -> Arrays:
+    def _feed(self, step: Step, slots: Sequence[int], microbatch: int) -> Arrays:
         item, device, piece = step.start.item, step.program.device, self._pieces(step)[microbatch]
         leaves = [s for s in slots if s < self._training.batch_leaves]
         found = step.model.feed(slots) | beside_batch(self._plan, slots, self._start.seed, piece)
-        if leaves and self._start.source == "shipped":
-            found |= of_source(self._start, self._source[worker_of(device)], leaves, item.epoch, piece)
+        if leaves and step.batch is not None:
+            found |= of_batch(step.batch, leaves, microbatch, piece)
         elif leaves:
-            found |= of_batch(self._batches[device, item.sequence], leaves, microbatch, piece)
+            found |= of_source(self._start, self._source[worker_of(device)], leaves, item.epoch, piece)
         return [found[s] for s in slots]
 
-    def _pieces(self, step: _Step) -> tuple[Piece, ...]:
+    def _pieces(self, step: Step) -> tuple[Piece, ...]:
         item = step.start.item
         return pieces(self._training, step.start.replica, item.sequence, item.start, item.size)

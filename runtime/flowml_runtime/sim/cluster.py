@@ -36,10 +36,14 @@ class SimulatedCluster:
         arithmetic: False keeps clocks and bytes only: losses are NaN and parameters stay as they were.
         faults: `fm.sim.Crash`, `fm.sim.Partition` and `fm.sim.Disorder`. Their times count from the start of each fit.
             A crash ends a fit like the loss of a real worker does, and so does a worker that leaves in an
-            `fm.sim.Churn`.
+            `fm.sim.Churn`, unless `on_loss=` or `replicas="elastic"` says that the fit goes on. In such a fit workers
+            also come back.
         jobs: how many processes of this machine simulate, each some of the workers. By default one, or one for each
             core for thousands of workers without arithmetic. What cannot be divided runs in one process, with a
             warning if more were asked for.
+        compiled: True runs the simulator as machine code, with the same events. The first time compiles it, which takes
+            minutes, mypy (`pip install 'flowml[compiled]'`) and a C compiler. Without them it runs as Python, with a
+            warning.
 
     Raises:
         SimulationError: if the models make no sense, or do not fit the number of workers.
@@ -57,6 +61,7 @@ class SimulatedCluster:
         arithmetic: bool = True,
         faults: Sequence[Fault | Churn] = (),
         jobs: int | None = None,
+        compiled: bool = False,
     ) -> None:
         workers = whole_number("workers", workers, least=1)
         kinds = ("compute", compute, ComputeModel), ("network", network, NetworkModel), ("homes", homes, Homes)
@@ -72,10 +77,20 @@ class SimulatedCluster:
         self._network = network
         self._workers = workers
         each = whole_number("devices_per_worker", devices_per_worker, least=1)
-        self._devices = tuple(Device(f"worker:{i}/cpu:{d}") for i in range(workers) for d in range(each))
         self._arithmetic = flag("arithmetic", arithmetic)
         count = None if jobs is None else whole_number("jobs", jobs, least=1)
-        models = Models(workers, compute, network, whole_number("seed", seed), found, homes, each, count)
+        models = Models(
+            workers,
+            compute,
+            network,
+            whole_number("seed", seed),
+            found,
+            homes,
+            each,
+            count,
+            flag("compiled", compiled),
+            tuple(faults),
+        )
         self._session = SimulatedSession(models, arithmetic=self._arithmetic)
         self.on_result: Callable[[Any], None] = lambda result: None
         """Called with the result of each fit."""
@@ -88,8 +103,31 @@ class SimulatedCluster:
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """The devices, in the order of workers."""
-        return self._devices
+        """The devices of the workers that are there, in the order of workers: in a fit that goes on after a loss not
+        always all."""
+        return self._session.devices
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """The workers that have given notice."""
+        return self._session.leaving
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The workers that are not there."""
+        there = {device.worker for device in self.devices}
+        return tuple(dict.fromkeys(d.worker for d in self.models.all_devices if d.worker not in there))
+
+    def bring_back(self, workers: Sequence[str]) -> None:
+        """Let virtual time pass until these workers are there. Raises WorkerLostError if one does not return."""
+        self._session.pass_until_there(workers)
+
+    def why_refused(self, worker: str) -> str:
+        """ "": a simulated driver is never lost."""
+        return ""
+
+    def notice(self, worker: str) -> None:
+        """A worker that has given notice does nothing any more, and goes as the models say."""
 
     @property
     def links(self) -> Links:
@@ -104,8 +142,11 @@ class SimulatedCluster:
     def models(self) -> Models:
         return self._session.models
 
-    def without_arithmetic(self, compute: ComputeModel | None = None) -> SimulatedCluster:
-        """A cluster of the same models and seed that keeps clocks and bytes only, with other machines if given."""
+    def without_arithmetic(
+        self, compute: ComputeModel | None = None, faults: Sequence[Fault | Churn] | None = None
+    ) -> SimulatedCluster:
+        """A cluster of the same models and seed that keeps clocks and bytes only, with other machines or faults if
+        given."""
         m = self.models
         return SimulatedCluster(
             m.workers,
@@ -115,8 +156,9 @@ class SimulatedCluster:
             devices_per_worker=m.devices,
             seed=m.seed,
             arithmetic=False,
-            faults=m.faults,
+            faults=m.given if faults is None else faults,
             jobs=m.jobs,
+            compiled=m.compiled,
         )
 
     def close(self) -> None:

@@ -7,18 +7,18 @@ here. The step waits where a value is missing, and goes on when something has ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowml.instructions import Feed, Fetch, Free, Instruction, Push, Read, Recv, Run, Send
-from flowml.policy.apply import scales
 from flowml_runtime import wire
 from flowml_runtime.execution.step_program import StepFault
 from flowml_runtime.protocol.rendezvous import Cancelled
+from flowml_runtime.protocol.training.accounts import NO_ENTRIES
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
-from flowml_runtime.protocol.training.actions import Computed, Start, StepFinished, Updated
-from flowml_runtime.sim.kept import Kept
+from flowml_runtime.protocol.training.actions import Computed, Start, StepFinished
+from flowml_runtime.sim.kept import UNREAD, Kept
 from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At, StageProgram
 from flowml_runtime.sim.sites import members, neighbours
@@ -40,7 +40,7 @@ class Executor:
     _OF_STAGE = "at waits receives _node _world _clock _arithmetic _counts _program _machine _bound _machine_number"
     _KEPT = "_gathered _taken _own _members _neighbours _exchanged"
     _OF_STEP = "_step _next _position _state _seconds _began _waited _stalled _computes_since _computes _given _inside"
-    __slots__ = (*_OF_STAGE.split(), *_KEPT.split(), *_OF_STEP.split(), "_updated", "_abandoned")
+    __slots__ = (*_OF_STAGE.split(), *_KEPT.split(), *_OF_STEP.split(), "_updated", "_abandoned", "_awaits")
 
     def __init__(self, node: Node, at: At, program: StageProgram) -> None:
         self.at = at
@@ -57,21 +57,21 @@ class Executor:
         self._step: Start | None = None
         self._next = self._position = 0  # of the steps of `_bound`, and of instructions in the program
         self._state: Any = None
-        self._seconds = self._began = 0.0
-        self._waited = 0.0  # how long the step has waited for other replicas and homes
+        self._seconds = self._began = self._waited = 0.0  # `_waited` is for other replicas and homes
         self._stalled = math.inf  # since when it waits for them; infinite if it does not
         self._computes_since = math.inf  # when the first task of the step began; infinite before
         self._computes = self._abandoned = False
+        self._awaits = False  # whether the step waits for what the driver gives it
         self._given: list[Value] | None = None  # what the Recv at this position waits for: empty until it is here
-        self._taken: dict[int, tuple[int, Value]] = {}  # the version and value that each store was read with last
-        self._own = {
+        self._taken = [UNREAD] * len(self._world.terms.stores)  # what each store was read with last
+        own = {
             store: OwnRhythm(self._world.terms.stores[store].policy)
             for store in self._world.layout.local
             if self._world.terms.stores[store].stages[0] == at[1]
         }
-        """The stores whose parameters this replica updates itself."""
-        self._members = members(node, at, self._own)
-        self._neighbours = neighbours(node, at, self._own, self._members)
+        self._own: Mapping[int, OwnRhythm] = own or NO_ENTRIES  # the stores whose parameters it updates itself
+        self._members = members(node, at, own)
+        self._neighbours = neighbours(node, at, own, self._members)
         self._exchanged = (-1, -1)  # (store, clock) of the newest round of gossip that is over
         self._inside: list[tuple[int, int, int]] = []  # (store, part, weight) of the sums that this step waits for
         self._updated = -1  # the own store that this step has updated last
@@ -86,16 +86,30 @@ class Executor:
         if self.receives:
             self._node.mailbox.advance(self.at, self._number(step))
         self._step, self._next, self._given, self._abandoned, self._updated, self._inside = step, 0, None, False, -1, []
-        self._seconds = world.seconds(self._machine_number, step.clock)
-        self._state = world.values.begin(self.at, step, self._leaves_out)
+        self._seconds = world.seconds(self._machine_number, step)
+        self._awaits = self._node.given or (self._arithmetic and world.is_short(step.item))
+        if not self._awaits:
+            self._begin(step)
         self._began, self._waited, self._stalled, self._computes_since = world.clock.now, 0.0, math.inf, math.inf
         self.waits = True
+
+    def _begin(self, step: Start) -> None:
+        """What the driver gives the step is here. A batch says which programs run on it."""
+        world, self._awaits = self._world, False
+        variant = self._node.batches.take(self._program.device, step.item.sequence) or ""
+        if self._arithmetic and (program := world.program(self.at, variant)) is not self._program:
+            self._program, self._bound = program, world.bound(program)
+        self._state = world.values.begin(self.at, step, self._leaves_out)
 
     def abandon(self, clock: int) -> None:
         """Leave the step of `clock` at the next task boundary, and drop values that still arrive for it."""
         if self.receives:
             self._node.mailbox.cancel_step(self.at, self._node.start.run + clock)
         self._abandoned = True
+
+    def stop(self) -> None:
+        """The run is over. A step that only reads and pushes goes on until it has to wait: what it sends is late."""
+        self._step = self._step if self._world.outlives else None
 
     def settle(self, clock: int, stores: Sequence[int], *, counts: bool) -> None:
         for gathered in (g for (store, _), g in self._gathered.items() if store in stores):
@@ -105,17 +119,20 @@ class Executor:
 
     def walk(self) -> None:
         """Go on until the step is over, a task takes time, or something is missing."""
-        step, steps, node = self._step, self._bound.steps, self._node
+        step, node = self._step, self._node
         if step is None or self._computes:
             return
         if self._stalled < math.inf:
             self._waited += self._clock.now - self._stalled
             self._stalled = math.inf
-        if node.given and self._next == 0 and node.lacks(self.at, step.item.sequence):
-            self._stalled = self._clock.now
-            return
+        if self._awaits and not (self._abandoned and self._machine.should_abandon(step.clock)):
+            if node.lacks(self.at, step.item):
+                self._stalled = self._clock.now
+                return
+            self._begin(step)
+        steps = self._bound.steps
         while node.lives:
-            over = self._abandoned and self._is_over(step)
+            over = self._abandoned and self._machine.should_abandon(step.clock)
             if over or self._next == len(steps):
                 if over or not self._inside or self._end_sums(step):
                     self._finish(step)
@@ -135,9 +152,6 @@ class Executor:
     def _number(self, step: Start) -> int:
         """The number of a step in the mailbox. It is unique over all fits of the plan."""
         return step.run + step.clock
-
-    def _is_over(self, step: Start) -> bool:
-        return self._abandoned and self._machine.should_abandon(step.clock)
 
     def _finish(self, step: Start) -> None:
         self._step, self.waits = None, False
@@ -231,18 +245,6 @@ class Executor:
         self._taken[store] = v, self._world.values.current(self._node.name, store, v)[0]
         return self._perform(step, self._taken[store])
 
-    def _share(self, step: Start, store: int, message: Any, value: Value) -> None:
-        """Update a store that the replicas here share, and tell the machine, which counts."""
-        world, node = self._world, self._node
-        policy, before = world.terms.stores[store].policy, node.shared.get(store, 0)
-        if not message.empty and step.run == node.start.run:  # a step may outlive its run
-            (coefficient,) = policy.coefficients([message.weight], world.terms.microbatches)
-            staleness = (before - message.base_version,) if scales(policy.apply) else ()
-            node.shared[store] = before + 1
-            world.values.apply(node.name, store, before + 1, [([value], coefficient)], staleness)
-        self._counts.push(store, message.part, 0, crosses=False)
-        node.note(Updated(step.run, step.replica, store, step.clock, not message.empty))
-
     def _shown(self, step: Start, store: int, after: int = 0) -> tuple[int, Value] | None:
         """The newest version of a store that is fresh enough for this step. A site gets it by its leader, each clock's
         once: at the end of a step it is that of the clock `after`."""
@@ -304,7 +306,7 @@ class Executor:
         if step is None or not self._node.lives:
             return
         self.waits = True
-        if not (self._abandoned and self._is_over(step)):
+        if not (self._abandoned and self._machine.should_abandon(step.clock)):
             if self._arithmetic:
                 self._value(step)
             self._end_task(step)
@@ -439,15 +441,13 @@ class Executor:
             return
         if store in self._members:
             weight *= self._members[store].weight
-        base = self._taken.get(store, (0, None))[0]
+        base = self._taken[store][0]
         sent = node.machine.contribution(step, store, part, base_version=base, weight=weight)
         if not terms.shared:
             node.contribute(self.at, sent, total.value, self._counts)
             return
-        message, value = sent.message, total.value
-        if world.values.computes:
-            message, value = world.checked(node, step.replica, message, value)
-        self._share(step, store, message, value)
+        self._counts.push(store, part, 0, crosses=False)
+        world.share(node, step, sent.message, total.value)
 
     def _update(self, step: Start, store: int, own: OwnRhythm, gradient: Value) -> None:
         """Update the own parameters of a store."""

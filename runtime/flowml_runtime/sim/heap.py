@@ -17,9 +17,7 @@ from heapq import heappop, heappush
 from operator import length_hint
 from typing import Any
 
-import numpy as np
-
-from flowml.sim.draws import mixed
+from flowml.sim.draws import hashed
 
 Act = Callable[..., None]
 _Event = tuple[int, Act, tuple[Any, ...]]
@@ -163,10 +161,8 @@ class Clock:
         count = len(self._labels)
         if not count:
             return
-        times = np.repeat(np.asarray(self._times, np.float64), np.diff([*self._firsts, count]))
-        first = mixed(mixed(times.view(np.uint64)) ^ np.asarray(self._labels, np.int64).view(np.uint64))
-        for n, part in enumerate((first, mixed(first))):
-            self._sums[n] = (self._sums[n] + int(part.sum())) & _WORD
+        found = hashed(self._times, [*self._firsts, count], self._labels)
+        self._sums = [(a + b) & _WORD for a, b in zip(self._sums, found, strict=True)]
         self._hashed += count
         self._labels.clear()
         self._times, self._firsts = self._times[-1:], [0] * bool(self._times)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from flowml_runtime.sim.node import Node
 
 
+UNREAD: tuple[int, Value] = (0, None)
+"""The version and value with which a stage has read a store that it has not read."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """What one stage keeps, by store: sums of gradients, what was read last, rhythms and rounds."""
@@ -31,7 +35,7 @@ class Kept:
     node: Node
     at: At
     gathered: dict[tuple[int, int], Accumulator[Value]]
-    taken: dict[int, tuple[int, Value]]
+    taken: list[tuple[int, Value]]
     own: Mapping[int, OwnRhythm]
     neighbours: Mapping[int, Neighbours | Mirrors]
 
@@ -69,9 +73,9 @@ class Kept:
                 gathered.restore(Sum(row_of(arrays, f"{part}/sum"), int(arrays[name])))
 
     def _read(self, store: int) -> Arrays:
-        if store not in self.taken:
-            return {}
         version, value = self.taken[store]
+        if self.taken[store] is UNREAD:
+            return {}
         held = (value or ()) if self.node.machine.stage(self.at).holds(store) else ()
         return {"version": number(version), **row("held", held)}
 

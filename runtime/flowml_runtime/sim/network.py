@@ -95,8 +95,9 @@ class Wires:
         self._numbers = numbers
         self._tamper = tamper
         self._paths: dict[tuple[str, str], _Path] = {}
-        self._latencies: tuple[dict[str, _Way], dict[str, _Way]] = {}, {}
-        """Those of messages from each worker to the driver, and to each worker from it."""
+        self._to_driver: list[_Way | None] = [None] * len(numbers)
+        """That of messages from each worker to the driver, by the number of the worker."""
+        self._from_driver: list[_Way | None] = [None] * len(numbers)
         self._ways: dict[_Way, _Way] = {}
         """The different ones. There are few, and each is kept once."""
         self._queues: dict[tuple[str | int, ...], _Queue] = {}
@@ -114,6 +115,13 @@ class Wires:
             begins = self._send(path, nbytes, delay, act, args)
         return begins
 
+    def waiting(self, source: str, to: str) -> int:
+        """The bytes that wait for a link, or are on it."""
+        path = self._paths.get((source, to)) or self._path(source, to)
+        free = max(path.free, *(q.free for q in path.up)) if path.up else path.free
+        seconds = free - self._clock.now
+        return int(seconds * path.rate) if seconds > 0 and path.rate < math.inf else 0
+
     def exchange(self, source: str, to: str, act: Act, args: tuple[Any, ...]) -> None:
         """As `send`, to or from the driver. Such a message takes the latency only, so that none overtakes another, and
         nothing has to be known of the messages before."""
@@ -121,10 +129,11 @@ class Wires:
             self.send(source, to, 0, act, *args)
             return
         if source == DRIVER:
-            number, worker, known = self._numbers[to], to, self._latencies[1]
+            number = worker = self._numbers[to]
+            known = self._from_driver
         else:
-            number, worker, known = -1, source, self._latencies[0]
-        found = known.get(worker)
+            number, worker, known = -1, self._numbers[source], self._to_driver
+        found = known[worker]
         if found is None:
             way = self._model.link(self._number(source), number).latency_s, self._put_for(number)
             found = known[worker] = self._ways.setdefault(way, way)

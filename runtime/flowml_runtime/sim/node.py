@@ -17,7 +17,8 @@ from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At
 from flowml_runtime.sim.values import Value
 from flowml_runtime.worker.training.counts import Counts
-from flowml_runtime.worker.training.exchange.reductions import summed
+from flowml_runtime.worker.training.examples import Fed
+from flowml_runtime.worker.training.exchange.positions import NO_LISTS, heard
 from flowml_runtime.worker.training.filtered import added
 from flowml_runtime.worker.training.resident import Resident, Residents, of_waiting, row
 
@@ -76,13 +77,13 @@ class Node:
         """Whether the driver gives the stages something that a step waits for."""
         self.shown: list[tuple[int, Value]] = []
         """(version, value) of each store, as read here."""
-        self.batches: dict[int, None] = {}
-        """The work items whose examples have come, if the driver feeds them. They stay, because a late item may be
-        granted again."""
+        self.batches: Fed[str] = Fed(ahead=world.terms.speculation is not None)
+        """The variants of the batches that have come and that no step has begun with."""
         self.states: frozenset[int] = _NONE
         """The stores whose own optimizer state is here, if replicas update their parameters themselves."""
         self.told: dict[tuple[int, int, int, int], Value] = {}
         """(store, replica, source, clock) -> what a replica here has got from a neighbour."""
+        self.lists = NO_LISTS
         self.shared: dict[int, int] = {}
         """Store -> its version, where the replicas here update it themselves."""
         self.locked: dict[int, float] = {}
@@ -161,10 +162,10 @@ class Node:
         assert isinstance(message, wire.Contribution)
         if world.values.computes:
             message, value = world.checked(self, at[0], message, value)
-        store, part, crosses = message.store, message.part, sent.to[0] != self.name
-        if world.terms.stores[store].relayed and not message.of_site:
+        store, part, crosses = message.store, message.part, sent.to[:1] != (self.name,)
+        if world.terms.stores[store].keeps_inside(message.replica, summed=message.of_site):
             nbytes = 0 if value is None else world.layout.parts[store][part].nbytes
-            counts.crossing(store, nbytes * crosses)  # the leader counts the push of the site
+            counts.crossing(store, nbytes * crosses)  # the push of the sum is counted
         else:
             value, nbytes = world.filtered(at, message, value)
             counts.push(store, part, nbytes, crosses=crosses)
@@ -178,13 +179,15 @@ class Node:
 
     # The actions.
 
-    def lacks(self, at: At, item: int) -> bool:
+    def lacks(self, at: At, item: wire.Item) -> bool:
         """Whether a stage cannot begin a step on a work item, because what the driver gives it has not arrived."""
-        lacks = (self._fed and item not in self.batches) or (at[1] in self._stateful and at not in self._models)
-        return self._restoring or lacks
+        fed = self._fed or (self.world.values.computes and self.world.is_short(item))
+        lacks = fed and not self.batches.has(self.world.programs[at].device, item.sequence)
+        return lacks or self._restoring or (at[1] in self._stateful and at not in self._models)
 
     def _open(self, action: protocol.Open) -> None:
         self.start = action.start
+        self.world = self.world.of_run(action.start.run) if self.world.of_run else self.world
         self._fed, self._stateful = action.start.source == "fed", self.world.terms.stateful
         stopped = action.start.stopped
         self._restoring, self._asked = stopped is not None, None
@@ -194,13 +197,12 @@ class Node:
         self.shown = [(0, None)] * len(self.world.terms.stores)
         self._news.clear()
         self._published = self._models = self.states = _NONE
-        self.batches.clear()
-        self.shared.clear()
+        for table in (self.batches, self.shared, self.locked, self.told):
+            table.clear()
         self.shared |= (
             {s.store: s.version for s in stopped.stores if self.world.terms.stores[s.store].shared} if stopped else {}
         )
-        self.locked.clear()
-        self.told.clear()
+        self.lists = NO_LISTS
         self.stages = {at: Executor(self, at, programs[at]) for at in places.stages_on(self.name)}
         for at, stage in self.stages.items():
             if stage.receives:
@@ -208,6 +210,8 @@ class Node:
 
     def _close(self, action: protocol.Close) -> None:
         """End the run here. Work of the homes whose turn has not come is dropped, as on the lanes of a real worker."""
+        for stage in self.stages.values():
+            stage.stop()
         self.stages = {}
         self._closed += 1
         self._turns, self._free = 0, 0.0
@@ -225,8 +229,7 @@ class Node:
         self.stages[action.replica, action.stage].settle(action.clock, action.stores, counts=action.counts)
 
     def _wake(self, action: protocol.Wake) -> None:
-        world = self.world
-        world.clock.at(action.at, self.number * KINDS + _WAKE, self.tell, protocol.Tick(action.run))
+        self.world.clock.at(action.at, self.number * KINDS + _WAKE, self.tell, protocol.Tick(action.run))
 
     def _show(self, action: protocol.Show) -> None:
         self.shown[action.store] = action.version, self.payloads.pop(action.handle)
@@ -446,7 +449,7 @@ class Node:
     def _hand(self, action: protocol.Hand) -> None:
         value = None if action.handle is None else self.payloads.pop(action.handle)
         if isinstance(action.message, wire.Batch):
-            self.batches[action.message.sequence] = None
+            self.batches.give(action.message.device, action.message.sequence, action.message.variant)
         elif isinstance(action.message, wire.ModelState):
             self._models |= {(action.message.replica, action.message.stage)}
         elif isinstance(action.message, wire.OwnState):
@@ -459,8 +462,7 @@ class Node:
             if told.part is not None and self.world.terms.stores[told.store].collective:
                 self.world.collectives.push(self.name, told, told.store, told.part, told.weight, value)
                 return
-            source = told.source if told.part is None else summed(told.part)
-            self.told[told.store, told.replica, source, told.clock] = value
+            self.lists = heard(told, value, self.told, self.lists, self.world.layout.positions)
             if self._asked is not None:
                 self._send_buffers()
             return

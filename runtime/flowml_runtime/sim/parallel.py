@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import queue
 import signal
 import sys
 import traceback
@@ -24,6 +25,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any, NoReturn
 
 from flowml.errors import FlowmlError, SimulationError
+from flowml_runtime import service
 from flowml_runtime.sim.heap import Clock
 from flowml_runtime.sim.post import Here, Mail, to_driver
 from flowml_runtime.sim.world import World
@@ -173,8 +175,10 @@ def _serve(pipe: Connection, make: Make, here: Here) -> NoReturn:
     try:
         world = make(clock, here, to_driver)
         here.join(world.numbers, world.nodes, to_driver)
+        orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        service.start("flowml-orders", lambda: _take_orders(pipe, orders), service.end_process)
         while True:
-            order: _Order | float = pickle.loads(pipe.recv_bytes())
+            order: _Order | float = pickle.loads(orders.get())  # no deadline: the process ends with process 0
             if isinstance(order, tuple):
                 here.open(*order)
                 clock.go_on(_always)
@@ -186,6 +190,16 @@ def _serve(pipe: Connection, make: Make, here: Here) -> NoReturn:
     except BaseException as error:
         pipe.send_bytes(pickle.dumps(_told(error)))
         os._exit(1)
+
+
+def _take_orders(pipe: Connection, orders: queue.SimpleQueue[bytes]) -> None:
+    """Take what process 0 sends, also while this one sends: else both may wait for the other to read. A pipe holds less
+    than the messages of a window of many workers."""
+    try:
+        while True:
+            orders.put(pipe.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(0)
 
 
 def _always() -> bool:

@@ -9,6 +9,7 @@ from flowml.instructions import Instruction, Push, Read, Recv, Run, Send, until_
 from flowml.plan import Plan, Training
 from flowml.policy.filters import sent_size
 from flowml.training.cuts import ends
+from flowml_runtime.protocol.training.accounts import NO_ENTRIES
 
 At = tuple[int, int]
 """(replica, stage)"""
@@ -91,13 +92,13 @@ def programs(plan: Plan, training: Training) -> dict[At, StageProgram]:
     edges = {n: Edge(at[m.destination], m.nbytes) for n, m in enumerate(plan.messages)}
     found: dict[At, StageProgram] = {}
     shares: dict[int, tuple[float, ...]] = {}
-    for devices in training.replicas:
+    for devices in (training.replicas[replica] for replica in training.live):
         for stage, device in enumerate(devices):
             instructions = own[device].instructions
             if stage not in shares:
                 shares |= _shares(plan, [own[d].instructions for d in devices])
             sent = {i.message: edges[i.message] for i in instructions if isinstance(i, Send)}
-            found[at[device]] = StageProgram(device, instructions, shares[stage], sent)
+            found[at[device]] = StageProgram(device, instructions, shares[stage], sent or NO_ENTRIES)
     return found
 
 

@@ -9,17 +9,18 @@ import gc
 import math
 import queue
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import Any, TypeVar
 
-from flowml.devices import worker_of
-from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, SimulationError
+from flowml.devices import Device, worker_of
+from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, SimulationError, WorkerLostError
 from flowml.instructions import Fetch
 from flowml.placement.links import SAME_PROCESS
 from flowml.plan import Plan
-from flowml.sim import AT_ONCE, ComputeModel, ComputeTimes, Crash, Fault, Homes, NetworkModel
+from flowml.sim import AT_ONCE, Churn, ComputeModel, ComputeTimes, Crash, Fault, Homes, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.driver.loaded_plan import LoadedPlan, loaded
 from flowml_runtime.driver.session import PlanHandler
@@ -29,6 +30,8 @@ from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.sim.arithmetic import Compiled
 from flowml_runtime.sim.faults import NetworkFaults
 from flowml_runtime.sim.heap import Clock
+from flowml_runtime.sim.members import Absence, SimulatedMembers, absences
+from flowml_runtime.sim.native.kit import USUAL, compiled
 from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.parallel import Team
 from flowml_runtime.sim.partition import firsts, lookahead, processes, why_not
@@ -39,6 +42,8 @@ from flowml_runtime.sim.world import Layout, World
 T = TypeVar("T")
 _CRASH = 4
 """The kind of the event that a worker stops; see `network.KINDS`."""
+_BETWEEN = 0x9E3779B97F4A7C15F39CC0605CEDC835
+"""An odd number, so that the order of runs matters to their hash."""
 _TIMER = -1
 """The label of the event that the driver has waited long enough."""
 
@@ -57,6 +62,21 @@ class Models:
     """The devices of each worker."""
     jobs: int | None = None
     """How many processes simulate; None lets `partition` decide."""
+    compiled: bool = False
+    """Whether the simulator runs as machine code."""
+    given: tuple[Fault | Churn, ...] = ()
+    """The faults as they were given: in a fit that goes on workers also come back."""
+
+    @cached_property
+    def all_devices(self) -> tuple[Device, ...]:
+        """The devices, in the order of workers."""
+        each = range(self.devices)
+        return tuple(Device(f"worker:{i}/cpu:{d}") for i in range(self.workers) for d in each)
+
+    @property
+    def pause_s(self) -> float:
+        """How long a fit stands still when its workers change."""
+        return max((fault.pause_s for fault in self.given if isinstance(fault, Churn)), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,8 @@ class _Loaded:
     handle: LoadedPlan
     layout: Layout
     values: Callable[[wire.StartTraining], Values]
+    compiled: Compiled | None = None
+    """What it computes with, if it does."""
 
 
 class SimulatedSession:
@@ -78,7 +100,8 @@ class SimulatedSession:
         self.arithmetic = arithmetic
         self.deadline_s = wire.DEADLINE_S
         self._models = models
-        self._numbers = {f"worker:{i}": i for i in range(models.workers)}
+        self._kit = compiled() if models.compiled else USUAL
+        self._numbers = {worker_of(f"worker:{i}"): i for i in range(models.workers)}
         self._plans: dict[str, _Loaded] = {}
         self._handlers: dict[str, PlanHandler] = {}
         self._ids = count()
@@ -88,7 +111,9 @@ class SimulatedSession:
         self._begun: tuple[str, int] | None = None
         """The plan and the run of `_world`. The workers of a run get one StartTraining each."""
         self._passed = 0.0
-        """The seconds of the runs before that of `_world`."""
+        """The seconds of the runs of the fit before that of `_world`, and between them."""
+        self._members: SimulatedMembers | None = None
+        """The members during a fit that goes on without workers that are lost; None: all workers are there."""
         self._until = math.inf
         """The newest time until which a fit waits for messages."""
         self._team: Team | None = None
@@ -96,7 +121,7 @@ class SimulatedSession:
         self._world: World | None = None
         """The run of a fit that goes on."""
         self._simulated: Simulated | None = None
-        """What the newest run before took."""
+        """What the runs of the fit took until now."""
 
     @property
     def models(self) -> Models:
@@ -120,7 +145,57 @@ class SimulatedSession:
             "fm.Cluster.local()"
         )
 
-    def load(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> LoadedPlan:
+    def begin_fit(self, *, goes_on: bool) -> None:
+        """A fit begins, and the times of faults count from here. `goes_on`: workers may go and come in it."""
+        self._passed, self._simulated = 0.0, None
+        models = self._models
+        away = absences(models.given, models.workers)
+        self._members = SimulatedMembers(models.all_devices, away) if goes_on else None
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices of the workers that are there."""
+        members = self._heard_of()
+        return self._models.all_devices if members is None else members.devices
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """The workers that have given notice."""
+        members = self._heard_of()
+        return frozenset() if members is None else members.leaving
+
+    def _heard_of(self) -> SimulatedMembers | None:
+        """The members as they are now."""
+        members = self._members
+        if members is not None:
+            members.go_on(self.now())
+        return members
+
+    def pass_until_there(self, workers: Sequence[str]) -> None:
+        """Let the time pass until workers are there and do not leave. Raises WorkerLostError if one does not return."""
+        members = self._heard_of()
+        while members is not None and (missing := self._missing(members, workers)):
+            if members.next_s == math.inf:
+                raise WorkerLostError(
+                    f"{', '.join(sorted(missing))} does not return in this simulation; give on_loss='shrink' or "
+                    "replicas='elastic', or an fm.sim.Churn in which it does",
+                    worker=min(missing),
+                )
+            self._passed = members.next_s
+            members.go_on(members.next_s)
+
+    @staticmethod
+    def _missing(members: SimulatedMembers, workers: Sequence[str]) -> set[str]:
+        return set(workers) - ({device.worker for device in members.devices} - members.leaving)
+
+    @staticmethod
+    def beside(name: str, act: Callable[[], None], failed: Callable[[str], None]) -> None:
+        """Do something beside a run, which takes no virtual time."""
+        act()
+
+    def load(
+        self, plan: Plan, meanwhile: Callable[[], None] = lambda: None, rehearsing: Collection[str] = ()
+    ) -> LoadedPlan:
         """Load a plan on the simulated workers."""
         if plan.training is None:
             raise SimulationError(
@@ -130,8 +205,15 @@ class SimulatedSession:
         workers = tuple(dict.fromkeys(worker_of(p.device) for p in plan.programs))
         meanwhile()
         handle = loaded(f"simulated-{next(self._ids)}", plan, workers, 1, None, {})
-        self._plans[handle.plan_id] = _Loaded(handle, Layout.of(plan), self._values(plan))
+        compiled = Compiled(plan, self._cache, self._compiled) if self.arithmetic else None
+        values = self._nothing(plan) if compiled is None else compiled.values
+        self._plans[handle.plan_id] = _Loaded(handle, self._kit.layout.of(plan), values, compiled)
         return handle
+
+    def _compiled(self, plan_id: str) -> Compiled:
+        found = self._plans[plan_id].compiled
+        assert found is not None
+        return found
 
     def reload(self, handle: LoadedPlan) -> LoadedPlan:
         return handle
@@ -159,7 +241,12 @@ class SimulatedSession:
         if self._world is not None:
             clock, self._world, world = self._world.clock, None, self._world
             self._passed += clock.now
-            self._simulated = Simulated(clock.now, clock.trace_hash, clock.events)
+            before = self._simulated
+            if before is None:
+                self._simulated = Simulated(clock.now, clock.trace_hash, clock.events)
+            else:
+                trace_hash, events = _both(before.trace_hash, clock.trace_hash), before.events + clock.events
+                self._simulated = Simulated(self._passed, trace_hash, events)
             world.clear()
 
     def tell(self, worker: str, message: wire.Wire) -> None:
@@ -183,6 +270,8 @@ class SimulatedSession:
     def _begin(self, start: wire.StartTraining) -> None:
         own, models = self._plans[start.plan_id], self._models
         self._begun = (start.plan_id, start.run)
+        if self._simulated is not None:  # this is not the first run of the fit
+            self._passed += models.pause_s
         if gc.isenabled() and not self.arithmetic:  # it would look at the state of all workers again and again
             self._paused = True
             gc.disable()
@@ -192,7 +281,7 @@ class SimulatedSession:
         def make(clock: Clock, here: Here | None, to_driver: Callable[..., None]) -> World:
             own_workers = range(models.workers) if here is None else here.workers(models.workers)
             first, count = own_workers.start * models.devices, len(own_workers) * models.devices
-            return World(
+            return self._kit.world(
                 clock=clock,
                 tamper=NetworkFaults(clock, network, models.seed) if network else None,
                 layout=layout,
@@ -206,24 +295,29 @@ class SimulatedSession:
                 run=start.run,
                 here=here,
                 delays=dict(start.delays),
+                variants=lambda variant: self._plans[variant].layout.programs,
             )
 
         firsts = self._firsts(layout)
         if len(firsts) > 1:
             latency = lookahead(models.network)
             assert latency is not None
-            self._team = Team(make, driver, firsts, self._numbers, latency)
+            self._team = self._kit.team(make, driver, firsts, self._numbers, latency)
             self._world = self._team.world
             return
-        self._world = make(Clock(), None, driver)
+        self._world = make(self._kit.clock(), None, driver)
         clock = self._world.clock
-        for fault in models.faults:
-            worker = f"worker:{fault.worker}" if isinstance(fault, Crash) else ""
-            if isinstance(fault, Crash) and worker in self._world.nodes:
-                label = fault.worker * KINDS + _CRASH
-                clock.at(fault.at_s, label, self._world.silence, worker)
-                reason = f"it stopped at {fault.at_s:g} s"
-                clock.at(fault.at_s + fault.noticed_s, label, self._handlers[start.plan_id].on_lost, worker, reason)
+        on_lost, began = self._handlers[start.plan_id].on_lost, self._passed
+        for away in self._absences(self._world.nodes, began):
+            label = away.worker * KINDS + _CRASH
+            clock.at(max(away.down_s - began, 0.0), label, self._world.silence, away.name)
+            clock.at(max(away.noticed_s - began, 0.0), label, on_lost, away.name, away.reason)
+
+    def _absences(self, workers: Iterable[str], began: float) -> Sequence[Absence]:
+        """The next absence of each of these workers, from a time of the fit on."""
+        if self._members is None:
+            return [a for a in absences(self._models.faults, self._models.workers) if a.name in workers]
+        return [away for w in workers if (away := self._members.absence(w, began)) is not None]
 
     def _firsts(self, layout: Layout) -> list[int]:
         """The first workers of the processes that simulate a run."""
@@ -236,15 +330,14 @@ class SimulatedSession:
             warnings.warn(f"jobs={asked}: the simulation runs in one process, because {why}", FlowmlWarning, 2)
         return [0] if why is not None or count == 1 else firsts(layout, self._numbers, count)
 
-    def _values(self, plan: Plan) -> Callable[[wire.StartTraining], Values]:
-        if self.arithmetic:
-            return Compiled(plan, self._cache).values
+    def _nothing(self, plan: Plan) -> Callable[[wire.StartTraining], Values]:
+        """Values without arithmetic."""
         training = plan.training
         assert training is not None
         programs = {p.device: p for p in plan.programs}
         fetched = [
             tuple(s for i in programs[device].instructions if isinstance(i, Fetch) for s in i.slots)
-            for device in training.replicas[0]
+            for device in training.replicas[training.live[0]]
         ]
         slots = [tuple(sorted(set(found))) for found in fetched]
         return lambda start: Nothing(slots)
@@ -252,7 +345,7 @@ class SimulatedSession:
     # The clock.
 
     def now(self) -> float:
-        """Seconds since the first fit began. The clock of each run begins at 0, so that a run repeats exactly."""
+        """Seconds since the fit began. The clock of each run begins at 0."""
         return self._passed + (self._world.clock.now if self._world else 0.0)
 
     def next(self, inbox: queue.SimpleQueue[T], until: float) -> T:
@@ -280,3 +373,8 @@ class SimulatedSession:
 
     def simulated(self) -> Simulated | None:
         return self._simulated
+
+
+def _both(first: str, second: str) -> str:
+    """The hash of two runs, one after the other, from the hash of each."""
+    return f"{(int(first, 16) * _BETWEEN + int(second, 16)) % 2**128:032x}"

@@ -6,15 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from flowml.plan import Site
 from flowml.policy import Gossip, newest_changes
 from flowml_runtime import wire
+from flowml_runtime.protocol.training.accounts import NO_ENTRIES
 from flowml_runtime.protocol.training.accumulator import Sum
 from flowml_runtime.protocol.training.actions import Start
 from flowml_runtime.sim.neighbours import Neighbours
 from flowml_runtime.sim.program import At
 from flowml_runtime.sim.values import NO_ARRAYS, Value
-from flowml_runtime.worker.training.exchange.reductions import summed
+from flowml_runtime.worker.training.exchange.positions import split, summed
 from flowml_runtime.worker.training.resident import Arrays, number, row, row_of
 
 if TYPE_CHECKING:
@@ -161,9 +164,16 @@ class Mirrors:
         value, nbytes = world.values.changes(self._at, self._store, step.clock, sends=True, last=last)
         nbytes = world.sizes.stores[self._store] if nbytes is None else nbytes  # at most
         ids: dict[str, Any] = {**node.ids, "cause": step.cause, "store": self._store, "source": self._at[0]}
+        ahead, rest = split(world.layout.positions[self._store], value or ())
+        first = sum(a.nbytes for a in ahead)
         for other in self._heard:
-            node.send(self._workers[other], wire.Gossip(**ids, replica=other, clock=step.clock), value, nbytes)
-            node.counts.push(self._store, 0, nbytes, crosses=self._workers[other] != node.name)
+            to, message = self._workers[other], wire.Gossip(**ids, replica=other, clock=step.clock)
+            if world.backlog.saturated(self._at[0], step.clock, node.name, to, ahead):
+                node.send(to, msgspec.structs.replace(message, ahead=True), ahead, first)
+                node.send(to, message, rest, nbytes - first)
+            else:
+                node.send(to, message, value, nbytes)
+            node.counts.push(self._store, 0, nbytes, crosses=to != node.name)
 
     def end(self, step: Start) -> bool:
         """Add the changes of others. Returns whether all that the step waits for are here."""
@@ -178,6 +188,8 @@ class Mirrors:
         until = clock if last else clock - self._staleness
         if any(key not in told for (c, _), key in keys.items() if c <= until):
             return False
+        if any(key in self._node.lists for key in keys.values()):
+            return False
         there = [(c, j, told.pop(key)) for (c, j), key in keys.items() if key in told]
         self._heard.update({j: c for c, j, _ in there})
         if there:
@@ -188,24 +200,26 @@ class Mirrors:
         return clock == self._node.world.terms.last_clock
 
 
-def members(node: Node, at: At, own: Collection[int]) -> dict[int, Member]:
+def members(node: Node, at: At, own: Collection[int]) -> Mapping[int, Member]:
     """What a stage of a replica is in its sites, by store. `own` are the stores whose parameters it updates itself."""
     found: dict[int, Member] = {}
     for store, terms in enumerate(node.world.terms.stores):
         site = node.world.layout.site_of(store, at[0])
         if site and (len(site.replicas) > 1 or store in own or terms.sites_decide):
             found[store] = Member(node, at, store, site)
-    return found
+    return found or NO_ENTRIES
 
 
 def neighbours(
     node: Node, at: At, stores: Iterable[int], within: Mapping[int, Member]
-) -> dict[int, Neighbours | Mirrors]:
+) -> Mapping[int, Neighbours | Mirrors]:
     """The rounds of gossip of a stage, for those of these stores that have any. `within` are its places in sites."""
     found: dict[int, Neighbours | Mirrors] = {}
     for store in stores:
         terms = node.world.terms.stores[store]
         if isinstance(terms.policy.remote, Gossip) and (store not in within or within[store].exchanges):
             kind = Mirrors if terms.policy.mirrored else Neighbours
-            found[store] = kind(node, at, store, terms.policy.remote, terms.senders(node.world.terms.replicas))
-    return found
+            lost = node.world.places.lost
+            senders = [r for r in terms.senders(node.world.terms.replicas) if r not in lost]
+            found[store] = kind(node, at, store, terms.policy.remote, senders)
+    return found or NO_ENTRIES

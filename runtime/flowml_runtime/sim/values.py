@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from flowml.policy.filters import Talk
 from flowml_runtime import wire
 from flowml_runtime.protocol.collective import Schedule, SendChunk
 from flowml_runtime.protocol.training.actions import Couple, Start
@@ -138,6 +139,10 @@ class Values(Protocol):
 
     def kept(self, at: At) -> Mapping[int, float]:
         """By store the sum of squares of what the filters of a stage have not sent yet."""
+        ...
+
+    def talk(self, at: At, store: int, part: int, clock: int, value: Value) -> Talk | None:
+        """The part of a replica in the sum of what filters make of a push; None if nothing filters it."""
         ...
 
     def flight(self, schedule: Schedule, rank: int, values: Sequence[Value]) -> Flight | None:
@@ -275,6 +280,9 @@ class Nothing:
 
     def kept(self, at: At) -> Mapping[int, float]:
         return {}
+
+    def talk(self, at: At, store: int, part: int, clock: int, value: Value) -> None:
+        return None
 
     def flight(self, schedule: Schedule, rank: int, values: Sequence[Value]) -> None:
         return None

@@ -19,6 +19,7 @@ import msgspec
 from flowml.errors import FlowmlError
 from flowml.instructions import Instruction
 from flowml.plan import Part, Plan, Site
+from flowml.policy.apply import scales
 from flowml.sim import AT_ONCE, Homes, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.execution.faults import step_failed
@@ -34,6 +35,7 @@ from flowml_runtime.sim.node import Node
 from flowml_runtime.sim.post import Here, Nodes
 from flowml_runtime.sim.program import At, Edge, Sizes, StageProgram, programs
 from flowml_runtime.sim.values import Value, Values
+from flowml_runtime.worker.training.exchange.positions import Backlog, Which, which
 from flowml_runtime.worker.training.finite import sentence
 
 
@@ -55,10 +57,14 @@ class Layout:
     sizes: Sizes
     names: Sequence[str]
     """The name of each store."""
+    item_size: int = 0
+    """The examples of a work item; 0 if no item may have fewer."""
     local: frozenset[int] = frozenset()
     """The stores whose parameters replicas update themselves."""
     sites: Sequence[tuple[Site, ...]] = ()
     """The sites of each store; none if no store has any."""
+    positions: Sequence[Which] = ()
+    """Of each store, which of the arrays that mirrors send hold positions."""
 
     def site_of(self, store: int, replica: int) -> Site | None:
         """The site of a replica, if it adds up gradients with those there, or its leader decides about them alone."""
@@ -79,8 +85,10 @@ class Layout:
             [s.parts for s in stores],
             Sizes.of(training),
             [s.name for s in stores],
+            training.item_size,
             frozenset(i for i, s in enumerate(stores) if s.local is not None),
             [s.sites for s in stores] if any(s.sites for s in stores) else (),
+            list(map(which, stores)),
         )
 
     def lasting(self, total_clocks: int) -> Layout:
@@ -125,6 +133,10 @@ class World:
     """Which of the workers are in this process; None if all are."""
     delays: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     """Seconds added to the steps of a worker, as in `wire.StartTraining`."""
+    variants: Callable[[str], Mapping[At, StageProgram]] = lambda variant: {}
+    """The programs of the stages for batches of another shape, by the variant that a batch names."""
+    of_run: Callable[[int], World] | None = None
+    """The world with the values and sums of a run, if one run follows another on the same workers."""
 
     def __post_init__(self) -> None:
         layout = self.layout
@@ -132,6 +144,7 @@ class World:
         self.programs = layout.programs
         here = self.here
         self.wires = Wires(self.clock, self.network, self.numbers, self.tamper, None if here is None else here.put_for)
+        self.backlog = Backlog(self.wires.waiting)
         self.mailbox: Rendezvous[list[Value], list[Value]] = Rendezvous()
         """Of all workers, if no stage waits for values of another."""
         workers = self.places.workers if here is None else filter(here.has, self.places.workers)
@@ -209,13 +222,29 @@ class World:
         adds_up = bool(layout.sites and layout.sites[store]) and (not terms.relayed or terms.sites_decide)
         return not (terms.shared or store in layout.local or adds_up)
 
+    @property
+    def outlives(self) -> bool:
+        """Whether a step may go on when its run is over: all that it does is to read, to compute and to push."""
+        stores = enumerate(self.terms.stores)
+        return all(self.is_plain(i) and not (s.collective or s.policy.filters) for i, s in stores)
+
     def machine(self, worker: int, device: str) -> int:
         """The number of a worker's device among the machines of the compute times."""
         return worker * self.devices + (int(device.rpartition(":")[2]) if self.devices > 1 else 0)
 
-    def seconds(self, worker: int, clock: int) -> float:
-        """The compute time of a step, or of one of the portions that make the step of a replica."""
-        return self.times.seconds(worker, clock) * self.terms.replicas / self.terms.members
+    def seconds(self, worker: int, step: actions.Start) -> float:
+        """The compute time of a step, or of one of the portions that make the step of a replica. A work item with fewer
+        examples than usual takes its share of that."""
+        seconds = self.times.seconds(worker, step.clock) * self.terms.replicas / self.terms.members
+        return seconds * step.item.size / self.layout.item_size if self.is_short(step.item) else seconds
+
+    def is_short(self, item: wire.Item) -> bool:
+        """Whether a work item has fewer examples than usual. The driver feeds these, if there is arithmetic."""
+        return item.size != self.layout.item_size > 0
+
+    def program(self, at: At, variant: str) -> StageProgram:
+        """The program of a stage for the batches of a variant; "" is that of the fit's plan."""
+        return (self.variants(variant) if variant else self.programs)[at]
 
     def delay(self, worker: str, clock: int) -> float:
         """The artificial delay of a step."""
@@ -237,6 +266,9 @@ class World:
         `parameters` are as in `Values.filtered`."""
         if value is None:
             return None, 0
+        tree = self.terms.stores[message.store].tree
+        if tree is not None and tree.adder_of(message.replica, summed=message.of_site) is not None:
+            return value, self.sizes.parts[message.store][message.part]
         if self.filters(message.store):
             return self.values.filtered(at, message, value, parameters)
         return value, self.sizes.parts[message.store][message.part]
@@ -244,6 +276,19 @@ class World:
     def filters(self, store: int) -> bool:
         """Whether values are filtered on their way to a store."""
         return self.values.computes and bool(self.terms.stores[store].policy.home_filters)
+
+    def share(self, node: Node, step: actions.Start, message: Any, value: Value) -> None:
+        """Update a store that the replicas of a node share, and tell the machine, which counts."""
+        store = message.store
+        if self.values.computes:
+            message, value = self.checked(node, step.replica, message, value)
+        policy, before = self.terms.stores[store].policy, node.shared.get(store, 0)
+        if not message.empty:
+            (coefficient,) = policy.coefficients([message.weight], self.terms.microbatches)
+            staleness = (before - message.base_version,) if scales(policy.apply) else ()
+            node.shared[store] = before + 1
+            self.values.apply(node.name, store, before + 1, [([value], coefficient)], staleness)
+        node.note(actions.Updated(step.run, step.replica, store, step.clock, not message.empty))
 
     def checked_sum(self, node: Node, message: Any, value: Value, own: Mapping[int, Value]) -> tuple[Any, Value]:
         """The same for a sum over all replicas. `own` are the gradients of those on this worker."""

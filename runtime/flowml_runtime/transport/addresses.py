@@ -1,4 +1,4 @@
-"""Finds the address by which other machines reach this one."""
+"""Finds the addresses by which other machines and this one reach each other."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ def advertised_host(bind: str) -> str:
             "itself, as in 10.0.0.5:7070"
         )
     return f"[{found}]" if family == socket.AF_INET6 else found
+
+
+def bind_towards(address: str) -> str:
+    """The address to listen on for peers at `address`: loopback, or the interface on the route to them."""
+    host, port = split_address(address)
+    if is_loopback(host):
+        return "127.0.0.1:0"
+    family, _, _, _, target = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # chooses a route; for a datagram socket this sends nothing
+        return f"{probe.getsockname()[0]}:0"
 
 
 def _own_addresses(family: socket.AddressFamily) -> Iterator[str]:

@@ -63,6 +63,10 @@ class Sender(Protocol):
         """
         ...
 
+    def waiting(self, peer: str) -> int:
+        """The bytes of messages that the way to `peer` has not taken yet."""
+        ...
+
     def settle(self, peer: str) -> None:
         """Wait until the messages that have arrived from `peer` are processed, for at most a second."""
         ...
@@ -128,6 +132,11 @@ class Budget:
             self._bytes += nbytes
             self._messages += 1
             return not self._closed
+
+    @property
+    def taken(self) -> int:
+        """The bytes in flight."""
+        return self._bytes
 
     def release(self, nbytes: int) -> None:
         with self._changed:
@@ -260,6 +269,10 @@ class ThreadEndpoint:
 
     def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
         """Does nothing: arrays are passed by reference."""
+
+    def waiting(self, peer: str) -> int:
+        """None: arrays are passed by reference."""
+        return 0
 
     def settle(self, peer: str) -> None:
         """Nothing to wait for: one thread delivers the messages of all peers in the order in which they were sent."""

@@ -13,7 +13,6 @@ in before the loss is reported.
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from flowml_runtime.transport import local_stream as unix_stream
 from flowml_runtime.transport.arrays import Buffer
 from flowml_runtime.transport.arrivals import Arrivals
 from flowml_runtime.transport.buffers import NEVER_KEPT_BYTES, BufferPool, keep_freed_memory
+from flowml_runtime.transport.counted_out import counts_as_lost, why_refused
 from flowml_runtime.transport.endpoint import (
     MAX_QUEUED_BYTES,
     Arrays,
@@ -54,6 +54,9 @@ CLOSE_S = 1.0
 
 SHORTAGE_S = 5.0
 """How long a connection is retried while this process lacks descriptors for it. After that the peer is lost."""
+
+INTRODUCED_S = 5.0
+"""How long an answer to a peer waits until the coordinator has said where that peer is."""
 
 MAX_STRANGERS = 256
 """The most lost peers without a known address that are remembered, so that the same incarnation is refused again."""
@@ -122,6 +125,8 @@ class GrpcEndpoint:
         self._pool = BufferPool(NEVER_KEPT_BYTES)
         self._expected: Expectation | None = None
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        """Notified when peers have become known or lost."""
         self._reporting = threading.RLock()
         """Held while a loss is reported, so that a peer's next incarnation waits until the report is complete."""
         self._peers: dict[str, _Peer] = {}
@@ -151,19 +156,23 @@ class GrpcEndpoint:
             self._local.start()
 
     def know(self, peers: Mapping[str, str], incarnations: Mapping[str, int] | None = None) -> None:
-        """Earlier incarnations than the given ones are refused. Raises ClusterError for an address beyond this machine
-        without TLS."""
+        """Earlier incarnations than the given ones are refused. The successor of a lost one may be at its address.
+
+        Raises ClusterError for an address beyond this machine without TLS.
+        """
         for name, address in peers.items():
             check_exposure(address, self._tls, self._token, "connect to")
             stale: AnyStream | None = None
+            life = (incarnations or {}).get(name, 0)
             with self._lock:
                 peer = self._peers.setdefault(name, _Peer(name))
                 if not peer.address and not peer.lost:
                     peer.address = address
-                elif peer.address != address:
+                elif peer.address != address or (peer.lost and max(peer.incarnation, peer.earliest) < life):
                     stale = peer.stream
                     self._peers[name] = _Peer(name, address)
-                self._peers[name].earliest = (incarnations or {}).get(name, 0)
+                self._peers[name].earliest = life
+                self._changed.notify_all()
             if stale is not None:
                 stale.abort()
 
@@ -178,6 +187,7 @@ class GrpcEndpoint:
             self._peers[name] = renamed
             if replaced is not None:
                 replaced.lost = f"a new {name} took its place"
+                self._changed.notify_all()
         if replaced is not None and replaced.stream is not None:
             replaced.stream.abort()
 
@@ -222,11 +232,32 @@ class GrpcEndpoint:
                 for _ in range(messages):
                     stream.reserve(specs)
 
+    def waiting(self, peer: str) -> int:
+        known = self._peers.get(peer)
+        return 0 if known is None or known.stream is None else known.stream.waiting
+
     def lose(self, peer: str, reason: str) -> None:
         with self._lock:
             known = self._peers.get(peer)
         if known is not None:
             self._lose(known, reason)
+
+    def has_lost(self, peer: str, incarnation: int) -> bool:
+        """Whether nothing can be sent any more to this incarnation of a peer that is known."""
+        with self._lock:
+            known = self._peers.get(peer)
+            return known is not None and (bool(known.lost) or known.incarnation > incarnation)
+
+    def why_refused(self, peer: str) -> str:
+        """Why a peer that is lost here counts this end as lost, or "" if it does not, or is not there."""
+        with self._lock:
+            known = self._peers.get(peer)
+        if self._closed or known is None or not known.lost or not known.address:
+            return ""
+        try:
+            return why_refused(self._dial(known, self._hello()), self.name)
+        except OSError:
+            return ""
 
     def settle(self, peer: str) -> None:
         known = self._peers.get(peer)
@@ -238,6 +269,7 @@ class GrpcEndpoint:
             known = self._peers.pop(peer, None)
             if known is not None:  # its later messages are not taken for those of another that gets its name
                 known.lost = known.lost or "it was forgotten"
+                self._changed.notify_all()
         if known is not None and known.stream is not None:
             known.stream.finish()
 
@@ -246,6 +278,7 @@ class GrpcEndpoint:
             if self._closed:
                 return
             self._closed = True
+            self._changed.notify_all()
             streams = [p.stream for p in self._peers.values() if p.stream is not None]
         for stream in streams:
             stream.finish()
@@ -283,20 +316,25 @@ class GrpcEndpoint:
     def _check_reachable(self, peer: _Peer) -> None:
         if self._closed:
             raise unreachable(peer.name, "this end is closed")
+        if peer.incarnation and not peer.address:  # it came before the coordinator's word of it
+            with self._changed:
+                self._changed.wait_for(lambda: peer.address or peer.lost or self._closed, INTRODUCED_S)
         if peer.lost:
             raise unreachable(peer.name, peer.lost)
         if not peer.address:
             raise unreachable(peer.name, "it has not joined, or has left")
 
+    def _hello(self) -> Outgoing:
+        own, life = self.name, self.incarnation
+        return pack(wire.Hello(peer=own, incarnation=life, protocol=wire.PROTOCOL, version=flowml.__version__))
+
     def _connect(self, peer: _Peer) -> AnyStream:
         """Make a new connection. A shortage of resources may be over soon, so it is retried for `SHORTAGE_S`."""
-        hello = wire.Hello(
-            peer=self.name, incarnation=self.incarnation, protocol=wire.PROTOCOL, version=flowml.__version__
-        )
+        hello = self._hello()
         deadline = time.monotonic() + SHORTAGE_S
         while True:
             try:
-                return self._dial(peer, pack(hello))
+                return self._dial(peer, hello)
             except OSError as error:
                 if error.errno not in service.SHORTAGES or time.monotonic() > deadline or self._closed:
                     reason = f"no connection to it can be made from here: {error.strerror}"
@@ -316,6 +354,7 @@ class GrpcEndpoint:
             if peer.arrivals is not None:
                 peer.arrivals.begin_drain()
             peer.lost = reason
+            self._changed.notify_all()
             stream, peer.stream = peer.stream, None
         if stream is not None:
             stream.abort()  # first, so that a waiting sender does not delay the report
@@ -372,7 +411,7 @@ class GrpcEndpoint:
                     peer = self._greet(message)
                     peer.arrivals, peer.expectation, peer.hang_up = arrivals, expectation, hang_up
                 elif peer.lost and not arrivals.admits(sum(a.nbytes for a in arrays)):
-                    raise _Refused(_counts_as_lost(peer))
+                    raise _Refused(counts_as_lost(peer.name, peer.lost))
                 else:
                     arrivals.busy = True
                     self._on_message(peer.name, message, arrays)
@@ -392,7 +431,7 @@ class GrpcEndpoint:
             if peer.hang_up is hang_up:
                 peer.hang_up = _nothing  # the incoming stream has ended
             if peer.lost and not refusal:
-                refusal = _counts_as_lost(peer)
+                refusal = counts_as_lost(peer.name, peer.lost)
             self._lose(peer, reason)
         return refusal, fault
 
@@ -421,7 +460,7 @@ class GrpcEndpoint:
             peer = self._peers.setdefault(hello.peer, _Peer(hello.peer))
             earliest = max(peer.incarnation, peer.earliest)
             if hello.incarnation < earliest or (hello.incarnation == peer.incarnation and peer.lost):
-                raise _Refused(f"{hello.peer} counts as lost here; start it again")
+                raise _Refused(counts_as_lost(hello.peer, peer.lost * (hello.incarnation == peer.incarnation)))
             if peer.incarnation in (0, hello.incarnation) and not peer.lost:
                 peer.incarnation = hello.incarnation
                 self._forget_strangers()
@@ -442,10 +481,6 @@ class GrpcEndpoint:
             del self._peers[name]
 
 
-def _counts_as_lost(peer: _Peer) -> str:
-    return f"{peer.name} counts as lost here: {peer.lost}; start it again"
-
-
 def _assembled(frames: Iterator[bytes], assembler: Assembler, is_active: Callable[[], bool]) -> Incoming:
     for frame in frames:
         if assembler.feed(frame):
@@ -457,14 +492,3 @@ def _assembled(frames: Iterator[bytes], assembler: Assembler, is_active: Callabl
 def is_checked(address: str, checksum: bool | None) -> bool:
     """Whether messages to `address` carry checksums."""
     return not is_loopback(split_address(address)[0]) if checksum is None else checksum
-
-
-def bind_towards(address: str) -> str:
-    """The address to listen on for peers at `address`: loopback, or the interface on the route to them."""
-    host, port = split_address(address)
-    if is_loopback(host):
-        return "127.0.0.1:0"
-    family, _, _, _, target = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # chooses a route; for a datagram socket this sends nothing
-        return f"{probe.getsockname()[0]}:0"

@@ -156,6 +156,11 @@ class Stream:
         self._queue.put(message)
         return True
 
+    @property
+    def waiting(self) -> int:
+        """The bytes that gRPC has not taken yet."""
+        return self._budget.taken
+
     def finish(self) -> None:
         """End the stream once all queued messages have been sent."""
         self._budget.close()

@@ -188,6 +188,16 @@ class UnixStream:
                 self._wait_with(_Chunk(data, (), len(message.first), sent))
             return True
 
+    @property
+    def waiting(self) -> int:
+        """The bytes that are not written yet, or not taken by the receiver."""
+        with self._lock:
+            if self._ending:
+                return 0
+            with contextlib.suppress(SlotError):
+                self._take_answers()
+            return self._budget.taken + sum(self._untaken.values())
+
     def finish(self) -> None:
         """End the stream once all messages have been sent."""
         self._budget.close()

@@ -33,6 +33,8 @@ from flowml_runtime.wire.kept_fits import Recovered as Recovered
 from flowml_runtime.wire.kept_fits import Released as Released
 from flowml_runtime.wire.kept_fits import Version as Version
 from flowml_runtime.wire.snapshot import Buffers as Buffers
+from flowml_runtime.wire.snapshot import Copied as Copied
+from flowml_runtime.wire.snapshot import Copy as Copy
 from flowml_runtime.wire.snapshot import Export as Export
 from flowml_runtime.wire.snapshot import Exported as Exported
 from flowml_runtime.wire.snapshot import Hold as Hold
@@ -46,6 +48,7 @@ from flowml_runtime.wire.training import Collective as Collective
 from flowml_runtime.wire.training import Commit as Commit
 from flowml_runtime.wire.training import Computed as Computed
 from flowml_runtime.wire.training import Contribution as Contribution
+from flowml_runtime.wire.training import Copies as Copies
 from flowml_runtime.wire.training import Forwarded as Forwarded
 from flowml_runtime.wire.training import Gossip as Gossip
 from flowml_runtime.wire.training import Grant as Grant
@@ -135,6 +138,8 @@ class Member(msgspec.Struct, frozen=True):
     incarnation: Count
     devices: tuple[DeviceInfo, ...]
     python: bool = False
+    leaving: bool = False
+    """Whether it has given notice that it will leave."""
 
 
 class Members(Message, frozen=True):
@@ -150,12 +155,26 @@ class Leave(Message, frozen=True):
     reason: Text = ""
 
 
+class Notice(Message, frozen=True):
+    """A worker is to leave soon, and hands over what it does. From itself, or from an observer."""
+
+    worker: Name
+
+
 class Exited(Message, frozen=True):
     """From the process that started a worker: the worker's process has ended."""
 
     worker: Name
     process: Process
     reason: Text
+
+
+class Replace(Message, frozen=True):
+    """Have another worker in the place of a lost one. A driver asks the coordinator. The coordinator asks a spare
+    worker, which joins under that name with an incarnation later than `after`, or a launcher, which starts one."""
+
+    worker: Name
+    after: Count = 0
 
 
 class Probe(Message, frozen=True):
@@ -191,7 +210,7 @@ class LoadPlan(PlanMessage, frozen=True):
 
     The part has `nbytes` in all, and this piece begins at `start`. After the `last` piece the worker compiles
     everything, then answers Loaded. `deadline_s` limits each wait of the plan's steps. The first piece says which
-    constants are kept values: (device, constant of the plan, name).
+    constants are kept values: (device, constant of the plan, name). `rehearse`: each task is run once.
     """
 
     peers: tuple[Name, ...] = ()
@@ -201,6 +220,7 @@ class LoadPlan(PlanMessage, frozen=True):
     start: Count = 0
     nbytes: Count = 0
     last: bool = True
+    rehearse: bool = False
 
 
 class Loaded(PlanMessage, frozen=True):
@@ -388,13 +408,13 @@ class Traced(PlanMessage, frozen=True):
 
 # fmt: off
 Wire = (
-    Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Exited | Probe | Probed | Contradicted | LoadPlan
-    | Loaded | Unload | Value | Bring | BringPiece | Recall | Recalled | Write | Written | ReadFile | FileRead | Drop
-    | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
+    Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Notice | Exited | Replace | Probe | Probed
+    | Contradicted | LoadPlan | Loaded | Unload | Value | Bring | BringPiece | Recall | Recalled | Write | Written
+    | ReadFile | FileRead | Drop | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | ModelState | Gossip | Ask | Grant | Begin | Contribution
     | Arrived | Commit | Computed | Halt | Published | Applied | Collective | Shared | Settled | Report | NonFinite
     | Staleness | Forwarded | Traffic | Retired | StopTraining | Hold | Paused | Export | Exported | Buffers
-    | Claim | Claimed | Completed | Recover | Recovered | Released
+    | Copy | Copied | Claim | Claimed | Completed | Recover | Recovered | Released
 )
 # fmt: on
 

@@ -9,7 +9,7 @@ import msgspec
 from flowml.arrays import ArraySpec
 from flowml.numbers import MOST
 
-PROTOCOL = 8
+PROTOCOL = 9
 """Version of these messages. Peers of another version are refused at their Hello."""
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -27,8 +27,10 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 Specs = Annotated[tuple[ArraySpec, ...], msgspec.Meta(max_length=MAX_ARRAYS)]
 
 
-class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Base of the wire messages. `specs` describes the arrays that follow the header, in order."""
+class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, gc=False):
+    """Base of the wire messages. `specs` describes the arrays that follow the header, in order.
+
+    Messages are values, of which no cycle can be made, so the collector of cyclic garbage need not know them."""
 
     specs: Specs = ()
 

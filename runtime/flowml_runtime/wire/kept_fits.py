@@ -17,6 +17,7 @@ from typing import Annotated
 
 import msgspec
 
+from flowml.numbers import MOST
 from flowml_runtime.wire.base import MAX_ARRAYS, MAX_DEADLINE_S, Count, Name, PlanMessage
 from flowml_runtime.wire.snapshot import Owner
 
@@ -34,9 +35,13 @@ class Version(msgspec.Struct, frozen=True):
 
 
 class Claim(PlanMessage, frozen=True):
-    """Answered by Claimed `number`."""
+    """Answered by Claimed `number`. `lasts`: it outlives the driver. If no other driver comes, workers write what they
+    keep into the `directory`, where `keep` snapshots stay; "": they do not."""
 
     number: Count
+    lasts: bool = True
+    directory: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    keep: Annotated[int, msgspec.Meta(ge=1, le=MOST)] = 1
 
 
 class Claimed(PlanMessage, frozen=True):
@@ -52,11 +57,12 @@ class Claimed(PlanMessage, frozen=True):
 
 class Completed(PlanMessage, frozen=True):
     """All workers have their parts of the snapshot `key`. The first array is its content, encoded. Those named `names`
-    follow, which no worker keeps."""
+    follow, which no worker keeps, and those named `fixed`, which are the same in all snapshots. They come once."""
 
     key: Name
     steps: Count
     names: Owners = ()
+    fixed: Owners = ()
 
 
 class Recover(PlanMessage, frozen=True):

@@ -5,6 +5,8 @@ Paused    first stage of a replica -> driver: it has stopped
 Export    driver -> workers: all replicas have stopped; tell what you keep
 Exported  worker -> driver: where the machines here stand, and how many `Buffers` come
 Buffers   worker -> driver, and driver -> worker at the beginning of a run that goes on
+Copy      worker -> worker: keep this copy, and pass it on along the chain
+Copied    the last worker of a chain -> driver: all of it have the copy
 
 Each Hold of a run has a larger number than those before it, and what is done because of one has its number too. So a
 message that comes again, or late, is known as one that has been dealt with.
@@ -16,7 +18,7 @@ from typing import Annotated
 
 import msgspec
 
-from flowml_runtime.wire.base import MAX_ARRAYS, Count
+from flowml_runtime.wire.base import MAX_ARRAYS, Count, Name
 from flowml_runtime.wire.training import SiteState, StageState, StoreState, TrainingMessage, Waiting
 
 Owner = Annotated[str, msgspec.Meta(max_length=1024)]
@@ -46,16 +48,20 @@ class Paused(TrainingMessage, frozen=True):
 class Export(TrainingMessage, frozen=True):
     """All replicas have stopped, with these next clocks. Once everything that they have sent is applied or waits here,
     tell what lives between steps. `pushed` are rows (replica, store, clock) as in `Paused`. `last`: the replicas have
-    no more work, so what waits for others is applied."""
+    no more work, so what waits for others is applied. `whole`: tell the driver. `copied`: tell other workers, which
+    have the snapshot of number `complete` already, if there is one."""
 
     clocks: tuple[Count, ...]
     pushed: tuple[tuple[Count, Count, Count], ...] = ()
     last: bool = False
     number: Count = 0
+    whole: bool = True
+    copied: bool = False
+    complete: Count | None = None
 
 
 class Exported(TrainingMessage, frozen=True):
-    """Where the machines of a worker stand. So many messages with `buffers` come too."""
+    """Where the machines of a worker stand. So many messages with `buffers` come too, or copies of them are made."""
 
     stages: tuple[StageState, ...]
     stores: tuple[StoreState, ...]
@@ -69,5 +75,28 @@ class Buffers(TrainingMessage, frozen=True):
     """The buffers of one owner, by name: see `worker.training.resident`. No owner: there are no more."""
 
     owner: Owner = ""
+    names: Annotated[tuple[Owner, ...], msgspec.Meta(max_length=MAX_ARRAYS)] = ()
+    number: Count = 0
+
+
+class Copy(TrainingMessage, frozen=True):
+    """A copy of the buffers of `owner` on `worker`, for snapshot `number`; `complete` is as in `Export`. The receiver
+    passes it on to the first of `rest`, which has the others to come. `same`: they are those of the complete snapshot,
+    and do not come again."""
+
+    owner: Owner
+    worker: Name
+    names: Annotated[tuple[Owner, ...], msgspec.Meta(max_length=MAX_ARRAYS)] = ()
+    rest: Annotated[tuple[Name, ...], msgspec.Meta(max_length=64)] = ()
+    same: bool = False
+    number: Count = 0
+    complete: Count | None = None
+
+
+class Copied(TrainingMessage, frozen=True):
+    """All workers of its chain have the copy of the buffers of `owner` on `worker`."""
+
+    owner: Owner
+    worker: Name
     names: Annotated[tuple[Owner, ...], msgspec.Meta(max_length=MAX_ARRAYS)] = ()
     number: Count = 0

@@ -9,12 +9,12 @@ import msgspec
 from flowml.numbers import MOST
 from flowml.policy.waits import Waits
 from flowml.splits import Shuffle
-from flowml_runtime.wire.base import Count, Name, PlanMessage
+from flowml_runtime.wire.base import MAX_ARRAYS, Count, Name, PlanMessage
 
 # Training. A clock is a step of one replica; a store homes the parameters of one layer group.
 
 
-class Item(msgspec.Struct, frozen=True):
+class Item(msgspec.Struct, frozen=True, gc=False):
     """A work item: `size` examples from `start` in the order of epoch `epoch`. `sequence` is never reused.
 
     Several replicas may compute an item. `copy` is 0 for the first, and counts the others.
@@ -116,6 +116,15 @@ class TrainingMessage(PlanMessage, frozen=True, kw_only=True):
     cause: Count = 0
 
 
+class Copies(msgspec.Struct, frozen=True):
+    """Each worker has so many copies of what it keeps on others, which keep them under the name of a `fit`. `memory` is
+    that of each worker, in bytes; 1 if it is unknown."""
+
+    count: Count
+    fit: Annotated[str, msgspec.Meta(max_length=256)]
+    memory: Annotated[tuple[tuple[Name, Count], ...], msgspec.Meta(max_length=MAX_ARRAYS)]
+
+
 class StartTraining(TrainingMessage, frozen=True):
     """Begin a fit with a loaded training plan. Store values and the source follow in separate messages.
 
@@ -125,7 +134,7 @@ class StartTraining(TrainingMessage, frozen=True):
     copies every `check_replicas` steps and at the end; 0: never. `on_nonfinite` says how
     gradients with NaN or infinity are treated. Replicas stop before the clock `hold`, as with `Hold`. `stopped`: the
     run goes on where a snapshot was taken, whose buffers follow. `fit`: workers keep what they tell of snapshots, for
-    a driver that goes on with the fit of this name; "": they do not.
+    a driver that goes on with the fit of this name; "": they do not. `copies`: how they copy it to each other.
     """
 
     total_clocks: Count
@@ -139,6 +148,7 @@ class StartTraining(TrainingMessage, frozen=True):
     hold: Count = MOST
     stopped: Stopped | None = None
     fit: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    copies: Copies | None = None
 
 
 class Source(TrainingMessage, frozen=True):
@@ -187,6 +197,7 @@ class Gossip(TrainingMessage, frozen=True):
     """The parameters of a store that replica `source` had before the step of `clock`, for its neighbour `replica`.
 
     With a `part` it is the sum of the gradients of a site for its leader, which both are: of `weight` microbatches.
+    Between mirrors it has the changes of that step, or `ahead` of them only the positions of the changed elements.
     """
 
     store: Count
@@ -195,6 +206,7 @@ class Gossip(TrainingMessage, frozen=True):
     clock: Count
     part: Count | None = None
     weight: Count = 0
+    ahead: bool = False
 
 
 class Ask(TrainingMessage, frozen=True):
@@ -232,7 +244,8 @@ class Contribution(TrainingMessage, frozen=True):
 
     `empty` says that the replica contributes nothing at this clock, so that the home does not wait for it. If batches
     are cut into portions, `replica` is the number of the portion, and `copy` that of its work item. `of_site`: it is
-    the sum of the site that `replica` leads.
+    the sum of the site that `replica` leads, or in a tree that of `replica` and its children. Then `terms` are the
+    replicas below that were in time, with their coefficients in the sum.
     """
 
     store: Count
@@ -245,12 +258,14 @@ class Contribution(TrainingMessage, frozen=True):
     empty: bool = False
     copy: Count = 0
     of_site: bool = False
+    terms: tuple[tuple[Count, float], ...] = ()
 
 
 class Arrived(TrainingMessage, frozen=True):
     """Home to the leader of the store's group: `replica`'s contribution to `store` at `clock` is complete.
 
-    `weight` is the number of microbatch gradients in it, and `copy` is that of the part that came last.
+    `weight` is the number of microbatch gradients in it, and `copy` is that of the part that came last. `terms` are as
+    in `Contribution`.
     """
 
     store: Count
@@ -258,6 +273,7 @@ class Arrived(TrainingMessage, frozen=True):
     clock: Count
     weight: Count = 1
     copy: Count = 0
+    terms: tuple[tuple[Count, float], ...] = ()
 
 
 class Commit(TrainingMessage, frozen=True):

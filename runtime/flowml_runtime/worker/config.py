@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from flowml_runtime.transport.ending import Ending
+from flowml_runtime.worker.leaving import NOTICE_S
 
 ORPHAN_S = 600.0
 """How long workers that outlive their drivers keep a fit whose driver is lost, unless they are told otherwise."""
@@ -32,8 +33,14 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A folder that the workers of this machine share, where they keep what they compile. "": they share nothing."""
     compile_cache: tuple[tuple[str, str | int | float | bool | None], ...] = ()
     """The settings of JAX's persistent compilation cache: (name, value)."""
+    spare: bool = False
+    """It waits until it is asked to take the place of a lost worker."""
+    places: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """For a spare: the cores of each worker whose place it may take."""
     orphan_s: float = 0.0
     """How long it keeps the newest snapshot of a fit whose driver is lost."""
+    notice_s: float = NOTICE_S
+    """How long it may take to hand over before it leaves."""
     ending: Ending | None = None
     """For tests: where its process ends."""
 

@@ -1,7 +1,8 @@
 """Runs a worker's process from its configuration to its end.
 
 `serve` pins the process to its cores before XLA starts, because XLA sizes its thread pools by them. It then joins the
-cluster and runs a `Worker` until the coordinator is lost or the process is stopped. The configuration holds the token,
+cluster and runs a `Worker` until the coordinator is lost or the process is stopped. Then the last checkpoints of fits
+without a driver are written. The configuration holds the token,
 so it is passed through a pipe and never through arguments or the environment.
 """
 
@@ -11,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -20,12 +22,15 @@ from flowml_runtime.environment.machine import cores, memory_bytes
 from flowml_runtime.environment.spread import Spread, threads
 from flowml_runtime.execution.future import wait_heeding_signals
 from flowml_runtime.execution.programs import ExecutableCache, JaxDevice
-from flowml_runtime.membership.member import Membership, passing_name
+from flowml_runtime.membership.etcd_log import address_of
+from flowml_runtime.membership.member import Membership, passing_name, spare_name
 from flowml_runtime.membership.process import tls_of
+from flowml_runtime.transport.addresses import bind_towards
 from flowml_runtime.transport.ending import Ends
-from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from flowml_runtime.worker.compile_cache import share_compilations
 from flowml_runtime.worker.config import WorkerConfig
+from flowml_runtime.worker.leaving import Departure, GiveNotice
 from flowml_runtime.worker.worker import Worker
 
 LOST_COORDINATOR = 1
@@ -36,10 +41,12 @@ SWITCH_INTERVAL_S = 5e-4
 
 
 def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) -> str:
-    """Run a worker until the coordinator is lost; returns the reason. Calls `joined` with the worker's name.
+    """Run a worker until the coordinator is lost; returns the reason, or "" if it has left after notice. Calls `joined`
+    with the worker's name.
 
-    Raises ClusterError if the cluster cannot be joined. After any exception in this thread (SystemExit from a signal
-    handler, KeyboardInterrupt) the worker leaves the cluster before it ends.
+    Raises ClusterError if the cluster cannot be joined. At `GiveNotice` in this thread the worker hands over first; at
+    a second one, and after any other exception (SystemExit from a signal handler, KeyboardInterrupt), it leaves the
+    cluster at once.
     """
     everywhere = cores()
     if config.cores:
@@ -50,7 +57,7 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
     turns = share_compilations(config, Spread(everywhere, threads() - before))
     tls = tls_of(config.tls)
     hosted = _Hosted()
-    bind = bind_towards(config.coordinator)
+    bind = bind_towards(address_of(config.coordinator))
     endpoint = GrpcEndpoint(
         passing_name(),
         config.token,
@@ -64,22 +71,81 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
         ends = Ends(config.ending)
         ends.watch_sent(endpoint)
         on_message = ends.watch_taken(on_message)
-    membership = Membership(endpoint, config.coordinator, on_message, hosted.on_lost, on_end=hosted.end)
+    membership = Membership(
+        endpoint,
+        config.coordinator,
+        on_message,
+        hosted.on_lost,
+        on_members=hosted.on_members,
+        on_end=hosted.end,
+        on_replace=hosted.on_replace,
+    )
     try:
         infos = _describe(config, devices)
-        name = membership.join(config.name, infos, python=config.python)
+        if config.spare:
+            name = _take_place(config, membership, hosted, infos, joined)
+            if not name:
+                return hosted.reason
+        else:
+            name = membership.join(config.name, infos, python=config.python)
         named = {f"{name}/{info.name}": device for info, device in zip(infos, devices, strict=True)}
         hosted.name = name
         own: dict[str, Any] = {"cache": ExecutableCache(turns), "orphan_s": config.orphan_s}
         hosted.worker = Worker(name, named, endpoint, python=config.python, **own)
         endpoint.on_sent = hosted.worker.traffic.sent
         hosted.ready.set()
+        hosted.departure = Departure(lambda: hosted.worker is None or hosted.worker.idle, hosted.go, config.notice_s)
+        hosted.on_members(membership.members)  # notice may have been given for it already
         joined(name)
-        wait_heeding_signals(hosted.over)
+        _wait(hosted, membership)
     finally:
-        membership.leave("its process was stopped")
+        if hosted.worker is not None:
+            hosted.worker.kept_fits.finish(config.notice_s)
+        membership.leave(hosted.last or "its process was stopped")
         endpoint.close()
     return hosted.reason
+
+
+def _take_place(
+    config: WorkerConfig,
+    membership: Membership,
+    hosted: _Hosted,
+    devices: tuple[wire.DeviceInfo, ...],
+    joined: Callable[[str], None],
+) -> str:
+    """Wait as a spare for a place, and take it. Returns the worker's name, or "" if the coordinator is lost."""
+    spare = membership.join(config.name or spare_name())
+    joined(spare)
+    while True:
+        wait_heeding_signals(hosted.asked)
+        asked = hosted.place
+        if hosted.over.is_set() or asked is None:
+            return ""
+        hosted.asked.clear()
+        _move_to(dict(config.places).get(asked.worker, ()))
+        name = membership.become(asked, devices, python=config.python)
+        if name != spare:
+            return name
+
+
+def _move_to(own: tuple[int, ...]) -> None:
+    """Move all threads of this process to the cores of the worker whose place it takes."""
+    if own:
+        for thread in threads():
+            with suppress(OSError):  # it has ended
+                os.sched_setaffinity(thread, own)
+
+
+def _wait(hosted: _Hosted, membership: Membership) -> None:
+    """Wait until the worker ends. A signal may have it hand over first."""
+    while True:
+        try:
+            wait_heeding_signals(hosted.over)
+            return
+        except GiveNotice:
+            if not hosted.depart():
+                raise
+            membership.give_notice(hosted.name)
 
 
 READY_S = 60.0
@@ -95,6 +161,12 @@ class _Hosted:
         self.ready = threading.Event()
         self.over = threading.Event()
         self.reason = ""
+        self.asked = threading.Event()
+        """Set when a spare is to take a place, or the coordinator is lost."""
+        self.place: wire.Replace | None = None
+        self.last = ""
+        """What others are told when it leaves after notice."""
+        self.departure: Departure | None = None
 
     def on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
         if self.worker is None:
@@ -106,9 +178,29 @@ class _Hosted:
         if self.worker is not None:
             self.worker.on_lost(peer, reason)
 
+    def on_replace(self, asked: wire.Replace) -> None:
+        self.place = asked
+        self.asked.set()
+
+    def on_members(self, members: tuple[wire.Member, ...]) -> None:
+        if any(m.worker == self.name and m.leaving for m in members):
+            self.depart()
+
+    def depart(self) -> bool:
+        """The worker has given notice. False if it had before, or has not joined."""
+        if self.worker is None or self.departure is None or not self.departure.begin():
+            return False
+        self.worker.kept_fits.leave()
+        return True
+
+    def go(self, reason: str) -> None:
+        self.last = reason
+        self.over.set()
+
     def end(self, reason: str) -> None:
         self.reason = f"{self.name} ends: its coordinator was lost: {reason}"
         self.over.set()
+        self.asked.set()
 
 
 def _devices(config: WorkerConfig) -> list[JaxDevice]:

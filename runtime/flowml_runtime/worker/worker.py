@@ -16,7 +16,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -62,6 +62,9 @@ JOIN_S = 5.0
 class TrainingHandler(Protocol):
     """Hosts a training plan on this worker. It is called on receiving threads, so only `close` may wait."""
 
+    @property
+    def busy(self) -> bool: ...
+
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None: ...
     def on_lost(self, peer: str, reason: str) -> None: ...
     def close(self) -> None: ...
@@ -102,6 +105,13 @@ class _Hosted:
     programs: Mapping[str, LoadedProgram] = field(default_factory=dict[str, LoadedProgram])
     """Of a training plan, by device: steps of another plan of its driver may run them, see `variant`."""
     closed: bool = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is being loaded, or something of it runs here."""
+        if self.training is not None:
+            return self.training.busy
+        return not self.devices or any(executor.busy for executor in list(self.executors.values()))
 
 
 class Worker:
@@ -179,6 +189,14 @@ class Worker:
             if hosted.training is not None:
                 hosted.training.on_lost(peer, reason)
         self.kept_fits.on_lost(peer)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no driver would miss this worker now: no fit runs here, no call, no value is kept here, and no last
+        checkpoint is being written."""
+        if self._keeping.kept.sizes() or self.kept_fits.writes:
+            return False
+        return not any(hosted.busy for hosted in list(self._plans.values()))
 
     def local_step(self, plan_id: str) -> LocalStep | None:
         """A direct way to run a plan from this process, if the whole plan is one program on this worker."""
@@ -332,17 +350,20 @@ class Worker:
             return
         if hosted.complete:
             try:
-                self._loader.submit(self._load, plan_id, hosted)
+                self._loader.submit(self._load, plan_id, hosted, message.rehearse)
             except RuntimeError:  # closing
                 self.unload(plan_id)
 
-    def _load(self, plan_id: str, hosted: _Hosted) -> None:
+    def _load(self, plan_id: str, hosted: _Hosted, rehearse: bool) -> None:
+        if hosted.closed:  # unloaded before its turn
+            return
         try:
             data, parts = hosted.arriving.taken()
             plan = own_calls.put_into(plan_id, Plan.decode(data.tobytes(), f"plan {plan_id}"))
             held = self._keeping.held(hosted.driver, hosted.held, f"plan {plan.name!r}")
-            programs = load_programs(plan, self.devices, self._cache, python=self.python, parts=parts, held=held)
-            del data, parts, held
+            about: dict[str, Any] = {"python": self.python, "parts": parts, "held": held, "rehearse": rehearse}
+            programs = load_programs(plan, self.devices, self._cache, **about)
+            del data, parts, held, about
             for link in plan.links:
                 if link.measured and worker_of(link.source) == self.name:
                     known = Link(link.latency_s, link.bytes_per_s, link.way, measured=True)

@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plots", type=Path, metavar="DIR", help="also write the plot of `policies` there, as SVG")
     parser.add_argument("--repeats", type=positive, metavar="N", help="measurements a row (default: as each needs)")
     parser.add_argument("--jobs", type=positive, metavar="N", help="processes of `simulator` (default: one a core)")
+    parser.add_argument("--machines", type=positive, metavar="N", help="machines of `simulator` (default: 20000)")
     parser.add_argument("--make-peers", action="store_true", help="install Ray and TensorFlow for later runs, and end")
 
 
@@ -91,7 +92,7 @@ def main(arguments: argparse.Namespace) -> int:
     results: dict[str, Sequence[Row]] = {}
     for name in names:
         try:
-            own = {"jobs": arguments.jobs} if name == "simulator" else {}
+            own = {"jobs": arguments.jobs, "machines": arguments.machines} if name == "simulator" else {}
             results[name] = BENCHMARKS[name].rows(arguments.repeats, **own)
         except BenchError as error:
             raise BenchError(f"{name}: {error}") from None

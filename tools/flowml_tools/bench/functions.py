@@ -40,7 +40,7 @@ def two_layers(x: Any) -> jax.Array:
 def carried(x: Any, length: int) -> jax.Array:
     """One layer makes float32[length] and the next reads it. On different devices, the array crosses between them."""
     with fm.layer("make"):
-        y = jnp.arange(length, dtype=jnp.float32) * x
+        y = _made(x, length)
     with fm.layer("take"):
         return y[_where(x)]
 
@@ -49,14 +49,19 @@ def kept(x: Any, length: int) -> jax.Array:
     """The same, with `make` and `take` on one device.
 
     The index of the element is computed by `aside` on another device, so `make` and `take` are two tasks and the array
-    exists between them. In one task, XLA would compute only the requested element and never write the array.
+    exists between them. In one task, XLA would compute only the requested element and never write the array. The
+    barrier in `make` keeps it a task of its own: what XLA fuses with its reader is moved to the reader's task.
     """
     with fm.layer("aside"):
         where = _where(x)
     with fm.layer("make"):
-        y = jnp.arange(length, dtype=jnp.float32) * x
+        y = _made(x, length)
     with fm.layer("take"):
         return y[where]
+
+
+def _made(x: Any, length: int) -> jax.Array:
+    return jax.lax.optimization_barrier(jnp.arange(length, dtype=jnp.float32) * x)
 
 
 def _where(x: Any) -> jax.Array:

@@ -2,8 +2,8 @@
 
 A network of two layers learns scikit-learn's digits on eight replicas, of which a quarter is four times as slow as the
 others. The fits run under a virtual clock with arithmetic: losses and accuracies are computed, and times are those of
-the models, so the table is the same on every machine. A few policies are trained on threads too, with the drawn times
-as pauses, to show that their real times are the virtual ones.
+the models, so the table is the same on every machine. A few policies are trained on threads and on processes too, with
+the drawn times as pauses, to show that their real times are the virtual ones.
 
 All policies have the same optimizer and the same number of steps, for none of which they were tuned. The loss is that
 of the training examples, as a mean over `WINDOW` steps. A replica of a code computes twice as many examples in a step,
@@ -32,8 +32,10 @@ SEEDS = 3
 REPLICAS, BATCH, STEPS = 8, 64, 240
 TARGET, WINDOW = 0.4, 12
 STEP_S, PAUSE_S = 0.1, 0.06
-"""The mean seconds of a replica's step under the virtual clock, and of the pauses on threads."""
+"""The mean seconds of a replica's step under the virtual clock, and of the pauses of real workers."""
 REAL = ("synchronous()", "quorum(0.75)", "local_sgd(4)", "asynchronous()")
+KINDS = ("threads", "processes")
+"""The real workers."""
 LAYERS = ("hidden", "output")
 
 
@@ -71,7 +73,7 @@ def machines(mean_s: float) -> ComputeModel:
 
 
 def rows(repeats: int | None, steps: int = STEPS, only: Sequence[str] = (), real: Sequence[str] = REAL) -> list[Row]:
-    """The rows of each policy. `repeats` is the number of seeds; `real` names the policies that threads train too."""
+    """The rows of each policy. `repeats` is the number of seeds; `real` names those that real workers train too."""
     chosen = {name: policy for name, policy in compositions().items() if not only or name in only}
     plain: dict[str, Row] = {}
     found: list[Row] = []
@@ -81,10 +83,11 @@ def rows(repeats: int | None, steps: int = STEPS, only: Sequence[str] = (), real
         for row in described(name, fits, plain):
             plain.setdefault(row.group[1], row)
             found.append(row)
-    for name in real:
-        if name in chosen:
-            tell(f"policies: {name} on threads")
-            found += on_threads(name, chosen[name], steps // 4)
+    for kind in KINDS:
+        for name in real:
+            if name in chosen:
+                tell(f"policies: {name} on {kind}")
+                found.append(on_workers(kind, name, chosen[name], steps // 4))
     return found
 
 
@@ -196,17 +199,19 @@ def described(name: str, fits: Sequence[Fitted], plain: dict[str, Row]) -> list[
     ]
 
 
-def on_threads(name: str, policy: fm.Policy, steps: int) -> list[Row]:
-    """The seconds of a step on threads that pause as the model says, beside those of the simulation of such pauses."""
+def on_workers(kind: str, name: str, policy: fm.Policy, steps: int) -> Row:
+    """The seconds of a step on workers of a kind that pause as the model says, beside those of the simulation of such
+    pauses."""
     import flowml as fm
 
     pauses, quick = machines(PAUSE_S), fm.sim.Constant(1e-4)
-    with fm.Cluster.threads(workers=REPLICAS) as cluster:
+    start = {"threads": fm.Cluster.threads, "processes": fm.Cluster.local}[kind]
+    with start(workers=REPLICAS) as cluster:
         real, _ = trained(cluster, policy, 0, steps, pauses)
     with fm.SimulatedCluster(REPLICAS, quick, fm.sim.Network(1e-4, 1e9)) as cluster:
         virtual, _ = trained(cluster, policy, 0, steps, pauses)
     times = [Sample((step_s(result),)) for result in (virtual, real)]
-    return [Row(f"{name}: seconds a step", "s", times[0], Peer("threads", times[1]), group=(name, "threads"))]
+    return Row(f"{name}: seconds a step on {kind}", "s", times[0], Peer(kind, times[1]), group=(name, kind))
 
 
 def step_s(result: TrainingResult) -> float:
@@ -217,7 +222,7 @@ def step_s(result: TrainingResult) -> float:
 
 
 def render(benchmark: str, found: Sequence[Row]) -> str:
-    """One line for each policy, and one for each that threads have trained."""
+    """One line for each policy, and one for each that real workers have trained."""
     cells = {row.group: row for row in found}
     names = list(dict.fromkeys(row.group[0] for row in found))
     head = ("", f"to loss {TARGET:g}", "accuracy", *(f"{layer}/step" for layer in LAYERS), "idle", "lost")
@@ -229,7 +234,7 @@ def render(benchmark: str, found: Sequence[Row]) -> str:
         f"mean of {seeds} seeds ± standard deviation"
     )
     table = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    real = [row for row in found if row.group[1:] == ("threads",)]
+    real = [row for row in found if row.group[1] in KINDS]
     return "\n".join([title, *(f"  {line}".rstrip() for line in table), *map(_beside, real)])
 
 
@@ -252,7 +257,7 @@ def _beside(row: Row) -> str:
     assert real is not None
     off = row.ours.median / real.median - 1
     return (
-        f"  {row.group[0]} on threads, pauses of {PAUSE_S * 1e3:g} ms: a step took {real.median * 1e3:.1f} ms, "
+        f"  {row.group[0]} on {row.group[1]}, pauses of {PAUSE_S * 1e3:g} ms: a step took {real.median * 1e3:.1f} ms, "
         f"simulated {row.ours.median * 1e3:.1f} ms, {off:+.1%}"
     )
 

@@ -1,9 +1,10 @@
-"""Measures what the kill of a worker process costs a fit that goes on, beside one that is started again.
+"""Measures what the kill of a process costs a fit that goes on, beside one that is started again.
 
-Ours is `fit(on_loss="replace")`: the process is started again, and the fit goes on from the newest snapshot in the
-driver's memory. The peer ends with the error of the loss, as most training does. It then starts a new cluster in the
-same Python process, and goes on from its newest checkpoint. A new interpreter and JAX would take a few seconds more.
-Both write checkpoints equally often, and train the same model on the same examples with the same kills.
+Ours is `fit(on_loss="replace")`: a spare takes the worker's place, or the process is started again, and the fit goes on
+from the newest snapshot in the driver's memory. The peer ends with the error of the loss, as most training does. It
+then starts a new cluster in the same Python process, and goes on from its newest checkpoint. A new interpreter and JAX
+would take a few seconds more. Both write checkpoints equally often, and train the same model on the same examples with
+the same kills.
 
 The gap after a kill is the longest time between two new steps soon after it. It includes that others notice the loss,
 that a process starts and loads the plan, and that steps since the snapshot are done again. Goodput is the time of a fit
@@ -21,11 +22,14 @@ from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
+from flowml_tools.bench import lost
 from flowml_tools.bench.rows import Goal, Peer, Row, Sample
 from flowml_tools.bench.stragglers import loss, problem
 from flowml_tools.bench.timing import interleave
 
-SUMMARY = "the kill of a worker: a fit that goes on against a restart from its checkpoint"
+SUMMARY = (
+    "the kill of a worker, the coordinator or the driver: a fit that goes on against a restart from its checkpoint"
+)
 REPEATS = 5
 REPLICAS, STEPS, KILLS = 4, 100, 3
 PAUSE_S = 0.02
@@ -123,30 +127,39 @@ class Fits:
 
 
 def rows(repeats: int | None, steps: int = STEPS, start: Start | None = None) -> list[Row]:
-    """`start` starts a cluster."""
+    """`start` starts a cluster for all fits; without it also lost coordinators and drivers are measured."""
     import flowml as fm
 
     found: list[Row] = []
-    start = start or (lambda: fm.Cluster.local(workers=REPLICAS))
+    count = repeats or REPEATS
+    spare = start or (lambda: fm.Cluster.local(workers=REPLICAS, spares=1))
+    again = start or (lambda: fm.Cluster.local(workers=REPLICAS))
     for what, victim in VICTIMS.items():
-        ours, peer = (Fits(start, victim, steps, goes_on=goes_on) for goes_on in (True, False))
-        shares = interleave(f"recovery, {what}", [ours.goodput, peer.goodput], repeats or REPEATS, warm_up=0)
-        found += _compared(what, ours.gaps, peer.gaps, shares, steps)
-    return found
+        fits = [
+            Fits(spare, victim, steps, goes_on=True),
+            Fits(again, victim, steps, goes_on=True),
+            Fits(again, victim, steps, goes_on=False),
+        ]
+        shares = interleave(f"recovery, {what}", [each.goodput for each in fits], count, warm_up=0)
+        peer = fits[-1].gaps, shares[-1]
+        for how, ours, share in zip(("a spare", "started again"), fits, shares, strict=False):
+            found += _compared(f"{what}, {how}", (ours.gaps, share), peer, steps)
+    return found if start else [*found, *lost.rows(count, steps)]
 
 
 def _compared(
-    what: str, ours: Sequence[float], peer: Sequence[float], shares: Sequence[Sample], steps: int
+    what: str, ours: tuple[Sequence[float], Sample], peer: tuple[Sequence[float], Sample], steps: int
 ) -> list[Row]:
+    """Each side: its gaps, and its goodput."""
     other = "restart from checkpoint"
-    gaps, late = [Sample(tuple(x)) for x in (ours, peer)], [Sample((_p95(x),)) for x in (ours, peer)]
+    gaps, late = [Sample(tuple(x)) for x, _ in (ours, peer)], [Sample((_p95(x),)) for x, _ in (ours, peer)]
     goal = Goal("at most", LIMIT_S, of="value")
     name = f"kill of a {what}"
-    often = f"goodput, a {what} killed every {steps // (KILLS + 1)} steps of {1e3 * PAUSE_S:.0f} ms"
+    often = f"{name} every {steps // (KILLS + 1)} steps of {1e3 * PAUSE_S:.0f} ms: goodput"
     return [
-        Row(f"{name}: gap, median of {len(ours)}", "s", gaps[0], Peer(other, gaps[1])),
+        Row(f"{name}: gap, median of {len(ours[0])}", "s", gaps[0], Peer(other, gaps[1])),
         Row(f"{name}: gap, 95th percentile", "s", late[0], Peer(other, late[1]), goal),
-        Row(often, "share", shares[0], Peer(other, shares[1]), Goal("at least", 1.0)),
+        Row(often, "share", ours[1], Peer(other, peer[1]), Goal("at least", 1.0)),
     ]
 
 

@@ -10,6 +10,7 @@ history     the record; `timeline` puts it in order, and `checker` and `contents
             `snapshots` those of its snapshots
 coverage    which values of knobs have met which kinds of faults
 knobs       which knobs no case draws, and why
+members     whole fits whose workers leave, are lost and come back
 campaign    many seeds, and what to print of one that fails
 """
 
@@ -30,6 +31,9 @@ stalls, interrupted fits, and lost, repeated and reordered messages. The driver'
 those of real runs. Their invariants are checked after every event, and the history of the run at its end: staleness
 bounds, contributions lost or applied twice, coefficients, the ledger, copies, and bytes.
 
+With --members each seed is a whole fit whose workers leave with and without notice and come back, which shrinks, waits
+for them or is elastic.
+
 A seed that breaks a promise is printed with its case, what it broke, its last events, and the command that repeats it.
 """
 SEEDS = 10_000
@@ -42,12 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
     parser.add_argument("--time", type=seconds, default=None, metavar="SECONDS", help="stop then (no limit)")
     parser.add_argument("--coverage", action="store_true", help="print how often each value meets each kind of fault")
+    parser.add_argument("--members", action="store_true", help="whole fits whose workers leave and come back")
     parser.add_argument("--events", type=positive, default=30, metavar="N", help="the last events to print (30)")
 
 
 def main(arguments: argparse.Namespace) -> int:
     from flowml_tools.faults.campaign import campaign
 
+    if arguments.members:
+        return _members(arguments)
     if arguments.seed is not None:
         return _one(arguments.seed, arguments.events)
     began, failed = time.monotonic(), 0
@@ -64,6 +71,26 @@ def main(arguments: argparse.Namespace) -> int:
         _cover(ran)
     few = f" of {len(seeds)}, which the time did not allow," if len(ran) < len(seeds) else ""
     print(f"{count(len(ran), 'seed')}{few} in {time.monotonic() - began:.0f} s: {failed or 'none'} broke a promise")
+    return 1 if failed else 0
+
+
+def _members(arguments: argparse.Namespace) -> int:
+    from flowml_tools.faults.members import MembersCase
+
+    first, number = (arguments.first, arguments.seeds) if arguments.seed is None else (arguments.seed, 1)
+    began, ran, failed = time.monotonic(), 0, 0
+    for seed in range(first, first + number):
+        if time.monotonic() - began > (arguments.time or float("inf")):
+            break
+        ran += 1
+        case = MembersCase.of(seed)
+        if wrong := case.run():
+            failed += 1
+            print(
+                f"seed {seed} breaks a promise: {wrong}\n{case}\nagain: flowml faults --members --seed {seed}",
+                flush=True,
+            )
+    print(f"{count(ran, 'fit')} in {time.monotonic() - began:.0f} s: {failed or 'none'} broke a promise")
     return 1 if failed else 0
 
 

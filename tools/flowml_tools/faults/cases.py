@@ -48,7 +48,8 @@ class Case:
     crashed: tuple[int, float] | None = None
     """The worker that stops, and when. It ends the fit."""
     interrupted_s: float | None = None
-    """When the fit is ended by its caller."""
+    """When the fit is ended by its caller. Another one then begins on the same workers, where steps of the first may
+    still run."""
     homes: sim.Homes = AT_ONCE
     rhythm: Rhythm | None = None
     """When snapshots are taken; None: never."""
@@ -56,8 +57,6 @@ class Case:
     """When snapshots are asked for beside those."""
     patience_s: float | None = None
     """How long replicas stand for a snapshot before it is withdrawn; None: until all have stopped."""
-    again: bool = False
-    """Whether another fit then begins on the same workers, where steps of the first one may still run."""
 
     @property
     def crashes_home(self) -> bool:
@@ -104,7 +103,6 @@ class Case:
             lost=lost,
             crashed=crashed,
             interrupted_s=interrupted,
-            again=not any(p.local or p.adds_up or p.filters or p.pull_filters for p in chosen),
         )
         case = _longer_after_a_loss(_with_own_parameters_apart(case))
         return _with_slow_homes(
@@ -138,7 +136,7 @@ class Case:
         if self.lost is not None:
             run.lose(*self.lost)
         if self.interrupted_s is not None:
-            run.interrupt(self.interrupted_s, again=self.again)
+            run.interrupt(self.interrupted_s)
         if self.crashed is not None:
             run.crash(*self.crashed)
         return run
@@ -202,7 +200,7 @@ def _with_own_parameters_apart(case: Case) -> Case:
     late = sim.Straggler(case.compute, factor=20, workers=tuple(range(case.stages)))
     most = MOST_STEPS // (case.replicas * case.stages)
     changes: dict[str, Any] = {"policies": apart(rng, case.replicas), "compute": late, "clocks": max(case.clocks, most)}
-    return replace(case, **changes, lost=None, again=False)
+    return replace(case, **changes, lost=None)
 
 
 def _longer_after_a_loss(case: Case) -> Case:

@@ -77,7 +77,7 @@ def _decision(seen: Timeline, group: Group, commit: Commit, began: float) -> Ite
     everyone = group.senders
     there = [r for r in everyone if seen.has_arrived(group, r, message.clock, place)]
     where = f"clock {message.clock} of group {group.number}"
-    if message.excluded != tuple(r for r in everyone if r not in there):
+    if tuple(r for r in message.excluded if r in everyone) != tuple(r for r in everyone if r not in there):
         yield f"{where} is committed without {message.excluded}, and with {there} arrived"
     gone = seen.gone_at(seen.leader(group), place, sites=group.relayed)
     if not there:

@@ -8,7 +8,7 @@ is sound, and a new value of a knob is tested as soon as its row has it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flowml import filters
@@ -44,7 +44,7 @@ from flowml.policy import (
     check_composition,
     cutting,
 )
-from flowml.policy.compose import check_count
+from flowml.policy.compose import check_sites
 from flowml.policy.graphs import check_members
 
 Knobs = Mapping[str, Any]
@@ -298,16 +298,21 @@ def policies(rng: random.Random, replicas: int, stores: int, kind: str | None = 
         whole = WHOLES[agreed](rng, replicas) if agreed in WHOLES else None
         pool = [_like(rng, replicas, whole) if whole else policy(rng, replicas, kind) for _ in range(rng.randint(1, 3))]
         chosen = tuple(rng.choice(pool) for _ in range(stores))
-        check_composition({str(i): p for i, p in enumerate(chosen)}, replicas)
-        for p in chosen:
-            if isinstance(p.topology, Hierarchy) and p.sited:
-                sites = len(p.topology.split(range(replicas)))
-                check_count("a layer", p.quorum, sites, "sites")
-                if isinstance(p.remote, Gossip):
-                    check_members(p.remote.graph, sites, "sites")
+        check_drawn(chosen, replicas)
         return chosen
 
     return _sound(model)
+
+
+def check_drawn(chosen: Sequence[Policy], replicas: int) -> None:
+    """Check that so many replicas, and the sites that they form, can do what policies say. Raises PolicyError."""
+    check_composition({str(i): p for i, p in enumerate(chosen)}, replicas)
+    for p in chosen:
+        if isinstance(p.topology, Hierarchy) and p.sited:
+            sites = p.topology.split(range(replicas))
+            check_sites("a layer", p, sites)
+            if isinstance(p.remote, Gossip):
+                check_members(p.remote.graph, len(sites), "sites")
 
 
 def apart(rng: random.Random, replicas: int) -> tuple[Policy, ...]:

@@ -121,6 +121,8 @@ def items(seen: Timeline) -> Iterator[str]:
     for turn in seen.turns:
         if turn.who == DRIVER:
             yield from count.tell(turn)
+            if any(isinstance(action, driver.Over) for action in turn.wanted):
+                break  # the ledger is settled: what a lost replica had sent before comes too late
     count.end()
     if seen.summary is not None:
         if not seen.coded:

@@ -32,6 +32,7 @@ _PLACES = ("flowml.policy", "flowml.sim")
 NEVER = {
     "Churn": "it makes crashes and returns at the level of a cluster, and these runs have one fit",
     "Churn.changes": "as Churn",
+    **dict.fromkeys(("Churn.notice_s", "Churn.start_s", "Churn.pause_s"), "as Churn"),
     "Crash": "the case itself stops a worker (`Case.crashed`)",
     "Crash.at_s": "as Crash",
     "Crash.noticed_s": "as Crash: a crash is noticed after 1 s",

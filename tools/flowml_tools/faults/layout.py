@@ -21,6 +21,7 @@ from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.sim.program import At, Edge, Sizes, StageProgram
 from flowml_runtime.sim.world import Layout
+from flowml_runtime.worker.training.exchange.positions import which
 from flowml_tools.faults.world import World
 
 MICROBATCHES = 2
@@ -178,7 +179,7 @@ def make(
     spec = ArraySpec((8,), "float32") if exact else ArraySpec((-(-size // COLUMNS), COLUMNS), "float64")
     training = _training(rules, devices, homes_on, spec)
     terms = Terms.of(training, clocks)
-    programs = {at: _program(names[at], at, terms) for at in grid}
+    programs = {(r, s): _program(devices[r][s], (r, s), terms) for r, s in grid}
     local = frozenset(i for i, s in enumerate(training.stores) if s.local is not None)
     sites = [s.sites for s in training.stores] if any(s.sites for s in training.stores) else ()
     layout = Layout(
@@ -188,8 +189,10 @@ def make(
         [s.parts for s in training.stores],
         Sizes.of(training),
         [s.name for s in training.stores],
+        ITEM_SIZE,
         local,
         sites,
+        list(map(which, training.stores)),
     )
     speculation = terms.speculation
     work = ledger.Work(

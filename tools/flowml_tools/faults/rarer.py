@@ -27,9 +27,9 @@ from flowml.policy import (
     Quorum,
     StalenessScaled,
     Sum,
-    check_composition,
 )
-from flowml.policy.graphs import RandomPairs
+from flowml.policy.graphs import CompleteGraph, NestedGraph, RandomPairs, RingGraph, TorusGraph
+from flowml_tools.faults.draws import check_drawn
 
 LIMITS = (1.0, 5.0, 20.0, 100.0)
 _BASES = (Sum(), Outer(), Mix(0.3), StalenessScaled(0.5), StalenessScaled())
@@ -56,7 +56,7 @@ def _changed(
     if chosen == policies:
         return policies
     try:
-        check_composition({str(i): p for i, p in enumerate(chosen)}, replicas)
+        check_drawn(chosen, replicas)
     except PolicyError:
         return policies
     return chosen
@@ -81,6 +81,10 @@ def _rarer(rng: random.Random, policy: Policy) -> Policy:
 def _topology(rng: random.Random, topology: Any) -> Any:
     if isinstance(topology, Hierarchy):
         return msgspec.structs.replace(topology, remote=_topology(rng, topology.remote))
+    if isinstance(topology, Gossip) and topology.graph == TorusGraph():
+        local, remote = (rng.choice((RingGraph(), RandomPairs(1), CompleteGraph())) for _ in range(2))
+        nested = NestedGraph(local, remote, rng.choice((1, 2)), rng.choice((2, 3)))
+        return Gossip(nested, topology.every, topology.pull)
     if isinstance(topology, Gossip) and topology.graph == RandomPairs():
         return Gossip(RandomPairs(rng.randint(1, 9)), topology.every, topology.pull)
     return topology

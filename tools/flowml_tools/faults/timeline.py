@@ -144,6 +144,9 @@ class Timeline:
                     known = self._at_leaders[told.store][told.replica, told.clock]
                     known.setdefault(told.part, 0 if told.empty else told.weight)
                     return
+                tree = self.terms.stores[told.store].tree
+                if tree and tree.adder_of(told.replica, summed=told.of_site) is not None:
+                    return  # what a home decodes shows whether parents have added it up
                 parts = self._parts[turn.who, told.store][told.replica, told.clock]
                 parts.setdefault(told.part, told)
                 self._arrive_here(place, turn.who, told)
@@ -190,7 +193,7 @@ class Timeline:
                 keys = tuple((w[0].replica, w[0].clock) if w else (-1, -1) for w in whose)
                 applied = Applied(place, action, keys, tuple(f for _, f in contributions))
                 self.applies[turn.who, store].append(applied)
-            case actions.Forward(parts=(wire.Contribution() as told, *_)):
+            case actions.Forward(parts=(wire.Contribution() as told, *_)) if self.terms.stores[told.store].relayed:
                 whose = [handles[turn.who, handled[0]] for handled, _ in action.contributions]
                 keys = tuple((w.replica, w.clock) for w in whose)
                 made = SiteSum(place, turn.who, told.clock, keys, self.there(told.store, told.replica, told.clock))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,8 +19,10 @@ from flowml_runtime.protocol.training import actions, driver, ledger
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save
 from flowml_runtime.protocol.training.terms import ReplicaLost
 from flowml_runtime.sim import network, world
+from flowml_runtime.sim.collectives import Collectives
 from flowml_runtime.sim.heap import Act, Clock
 from flowml_runtime.sim.node import Node
+from flowml_runtime.worker.training.exchange.positions import Backlog
 from flowml_tools.faults.checker import unmet
 from flowml_tools.faults.history import DRIVER, History, Saved, Sent, Turn
 from flowml_tools.faults.matrices import Matrices
@@ -66,7 +69,6 @@ class _Counted(network.Wires):
     """Notes the bytes that workers give to the network for each store, and lets messages come again."""
 
     histories: dict[int, History]
-    run: int
     news: list[tuple[History, int, Any]]
     """The publications, each with its place in a history. While one waits to be sent, a newer version may replace it,
     which may have more bytes."""
@@ -98,7 +100,8 @@ class _Counted(network.Wires):
                     self.news.append((history, len(history.facts), about))
                 history.facts.append(sent)
             elif isinstance(args[0], tuple):  # a chunk of a sum, whose key begins with the store
-                self.histories[self.run].facts.append(Sent(args[0][0], nbytes, published=False))
+                run = act.__self__.run  # pyright: ignore[reportFunctionMemberAccess]
+                self.histories[run].facts.append(Sent(args[0][0], nbytes, published=False))
         if self.twice and source != to:
             act = self._come_again(to, args[1], act)
         return super().send(source, to, nbytes, act, *args)
@@ -158,12 +161,7 @@ class World:
         self.terms, self.places = layout.terms, layout.places
         self.histories: dict[int, History] = {}
         self.history = self._begin(RUN)
-        seen = self.histories, self._run_of
-        self.values: Digits | Matrices = (
-            Digits(layout.programs, layout.places, *seen)
-            if self.training is None
-            else Matrices(layout.programs, self.training, *seen)
-        )
+        self.values = self._values()
         self.driver = Driver(self, self.history)
         model = self.network or Network(latency_s=0.0, bytes_per_s=1e30)
         numbers = {name: n for n, name in enumerate(self.places.workers)}
@@ -181,10 +179,28 @@ class World:
             stepped=self._stepped,
         )
         self._wires = _Counted(self.clock, model, numbers, tamper)
-        self._wires.histories, self._wires.run, self._wires.news = self.histories, RUN, []
+        self._wires.histories, self._wires.news = self.histories, []
         self._wires.rng, self._wires.twice = self.rng, self.twice
-        self.simulation.wires = self._wires
+        self.simulation.wires, self.simulation.backlog = self._wires, Backlog(self._wires.waiting)
         self.nodes = self.simulation.nodes
+        self._runs: dict[int, world.World] = {}
+        self.simulation.of_run = self._of_run
+
+    def _values(self) -> Digits | Matrices:
+        layout, seen = self.layout, (self.histories, self._run_of)
+        if self.training is None:
+            return Digits(layout.programs, layout.places, *seen)
+        return Matrices(layout.programs, self.training, *seen)
+
+    def _of_run(self, run: int) -> world.World:
+        """What real workers make anew for each run: values and sums. Messages, the clock and the workers are common."""
+        found = self._runs.get(run)
+        if found is None:
+            self.values = self._values() if self._runs else self.values
+            found = self._runs[run] = copy(self.simulation)
+            found.run, found.values = run, self.values
+            found.collectives = Collectives(found, self.layout.parts)
+        return found
 
     @property
     def applied(self) -> dict[int, list[list[tuple[int, int, int, float]]]]:
@@ -236,20 +252,18 @@ class World:
         if not self.driver.machine.over and not self.driver.ended:
             self.driver.tell(driver.Pause())
 
-    def interrupt(self, when: float, *, again: bool = True) -> None:
-        """End the first fit at this time, as an exception in a callback does, and perhaps begin another one at once."""
-        self.clock.after(when, 0, self._interrupt, again)
+    def interrupt(self, when: float) -> None:
+        """End the first fit at this time, as an exception in a callback does, and begin another one at once."""
+        self.clock.after(when, 0, self._interrupt)
 
-    def _interrupt(self, again: bool) -> None:
+    def _interrupt(self) -> None:
         if self.driver.machine.over or self.driver.ended:
             return
         self.driver.tell(driver.Stop())
         self.driver.ended = True
-        if again:
-            self.history = self._begin(RUN + self.terms.most_clocks)
-            self._wires.run = self.history.run
-            self.driver = Driver(self, self.history)
-            self.driver.tell(driver.Begin())
+        self.history = self._begin(RUN + self.terms.most_clocks)
+        self.driver = Driver(self, self.history)
+        self.driver.tell(driver.Begin())
 
     def crash(self, worker: int, when: float, noticed_s: float = 1.0) -> None:
         """A worker falls silent, which ends the fit when the driver learns of it."""
@@ -315,6 +329,11 @@ class Driver:
 
     def receive(self, peer: str, message: Any, value: Any) -> None:
         if isinstance(message, wire.StepFailed):
+            if message.step < self.history.run:  # of the fit before: this worker had not heard that it was over
+                self.world.crashed.add(message.worker)
+                self.tell(driver.StepFailed(message))  # which is about no step of this fit
+                self.tell(driver.WorkerLost(message.worker, "it does nothing more"))
+                return
             if message.worker not in unmet(Timeline.of(self.history), self.world.clock.now):
                 raise ProtocolError(f"{message.worker} fails at step {message.step}: {message.error}")
             self.world.crashed.add(message.worker)  # it does nothing more
@@ -357,8 +376,9 @@ class Driver:
                 for name in self.world.own_states(store):
                     simulation.deliver(name, wire.OwnState(**ids, store=store), ())  # pyright: ignore
             case driver.Feed(who, item):
-                for name in dict.fromkeys(self.world.places.stages[who]):
-                    batch = wire.Batch(**ids, device=name, sequence=item.sequence, slots=(0,))  # pyright: ignore
+                for stage, name in enumerate(self.world.places.stages[who]):
+                    device = simulation.programs[who, stage].device
+                    batch = wire.Batch(**ids, device=device, sequence=item.sequence, slots=(0,))  # pyright: ignore
                     simulation.deliver(name, batch, ())
             case driver.SendSource():
                 pass  # the values of items need no data

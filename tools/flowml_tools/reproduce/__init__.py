@@ -32,8 +32,11 @@ from flowml_tools.reproduce import (
     one_bit,
     parameter_server,
     power_sgd,
+    qsgd,
+    ring,
     rudra,
     sandblaster,
+    skeleton,
     sparse_loco,
     ssp,
     streaming_diloco,
@@ -64,6 +67,7 @@ CLAIMS: dict[str, Claim] = {
         coded_reduce,
         drop_compute,
         rudra,
+        ring,
         d_psgd,
         no_loco,
         diloco,
@@ -76,7 +80,9 @@ CLAIMS: dict[str, Claim] = {
         voting,
         power_sgd,
         one_bit,
+        qsgd,
         top_k,
+        skeleton,
     )
 }
 DESCRIPTION = (

@@ -28,7 +28,7 @@ def run(full: bool, seed: int) -> Outcome:
 
     import flowml as fm
 
-    steps, counts = (4000, (2, 4, 8, 16, 32, 64)) if full else (600, (8, 16))
+    steps, counts = (2000, (2, 4, 8, 16, 32, 64)) if full else (600, (8, 16))
 
     def goodput(policy: fm.Policy, learners: int) -> float:
         found = simulate(policy, learners, _failing(learners), steps=steps, seed=seed)

@@ -56,8 +56,8 @@ def run(full: bool, seed: int) -> Outcome:
         (
             at_least("speed against the server, links 15 times slower", 1.8, plain[15][0] / ours[15][0]),
             at_least("speed against the server, links 60 times slower", 1.8, plain[60][0] / ours[60][0]),
-            at_most("time of a step, links 15 times slower, against a LAN", 1.06, ours[15][0] / lan),
-            at_most("time of a step, links 60 times slower, against a LAN", 1.06, ours[60][0] / lan),
+            at_most("time of a step, links 15 times slower, against a LAN", 1.4, ours[15][0] / lan),
+            at_most("time of a step, links 60 times slower, against a LAN", 1.4, ours[60][0] / lan),
             at_most("loss against the server after as many steps", 1.1, max(o[1] for o in ours.values()) / plain[1][1]),
         ),
         Plot(
@@ -75,8 +75,8 @@ def run(full: bool, seed: int) -> Outcome:
 
 CLAIM = Claim(
     "Hsieh et al., Gaia, NSDI 2017",
-    "figures 8 to 10",
-    "Gaia is 1.8 to 53.5 times as fast as training that waits for slow links, within 6 % of a LAN or better, at the "
-    "same accuracy.",
+    "abstract, figures 8 to 10",
+    "Gaia is 1.8 to 53.5 times as fast as training that waits for slow links, and takes 0.94 to 1.4 times as long as "
+    "training in a LAN, at the same accuracy.",
     run,
 )

@@ -16,7 +16,7 @@ REPLICAS = 16
 def run(full: bool, seed: int) -> Outcome:
     import flowml as fm
 
-    steps, bounds = (2000, (0, 1, 2, 4, 8, 16)) if full else (100, (0, 2, 8))
+    steps, bounds = (500, (0, 1, 2, 4, 8, 16)) if full else (100, (0, 2, 8))
     base = fm.sim.LogNormal(mean_s=1.0, sigma=0.1)
     settings = {
         "transient": fm.sim.Straggler(base, factor=4, share=1.0, probability=0.05),

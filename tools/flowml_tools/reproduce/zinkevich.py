@@ -61,7 +61,7 @@ def _errors(replicas: int, fits: int, seed: int) -> Any:
         return 0.5 * jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
 
     cluster = fm.SimulatedCluster(replicas, fm.sim.Constant(1.0), fm.sim.Network(1e-4, 1e9), seed=seed)
-    policy = fm.policies.average_once()
+    policy = fm.policies.average_once() if replicas > 1 else fm.Policy()
     trainer = fm.Trainer(loss, optax.sgd(0.05), cluster=cluster, replicas=replicas, policies=policy)
     source, start = {"x": x, "y": y}, {"w": jnp.asarray(optimum)}
     settings: dict[str, Any] = {"batch_size": 4 * replicas, "steps": STEPS, "progress": False}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from flowml.plan import Training
 from flowml.policy import Requeue
-from flowml.training.pieces import short_items
+from flowml.training.pieces import short_items, short_parts
 from flowml_runtime.driver.training.tables import group_names
 from flowml_runtime.protocol.training.ledger import Work
 from flowml_runtime.protocol.training.terms import Terms
@@ -16,7 +16,7 @@ def work_of(training: Training, terms: Terms, examples: int, batch_size: int, re
     """The work of a fit of this plan over a source of so many examples. `rest` is the size of the short batch at the
     end of each epoch, if it is used."""
     replicas = len(training.replicas)
-    short = short_items(rest, training.items, training.microbatches) if rest else ()
+    short = short_items(rest, training) if rest else ()
     return Work(
         replicas=replicas,
         items_per_epoch=examples // batch_size * training.items + len(short),
@@ -36,7 +36,7 @@ def work_of(training: Training, terms: Terms, examples: int, batch_size: int, re
 
 def with_replicas(work: Work, replicas: int, microbatches: int, examples: int, batch_size: int, rest: int) -> Work:
     """The same work for another number of replicas and microbatches."""
-    short = short_items(rest, replicas, microbatches) if rest else ()
+    short = short_parts(rest, replicas, microbatches) if rest else ()
     return replace(
         work,
         replicas=replicas,

@@ -59,7 +59,9 @@ class Feeding:
         self._load = load
         self._item, self._items = training.item_size, training.items
         self._paths = training.batch_paths
-        self._coded = training.code is not None
+        code = training.code
+        self._load_of = len(code.row(0)) * training.items / code.partitions if code else 1
+        """How many times the examples of its work item a replica computes."""
         first = self._item, tuple((tuple(s.shape[1:]), s.dtype) for s in training.batch_specs)
         self._variants: dict[Shapes, Variant] = {first: Variant.of(handle)}
 
@@ -83,7 +85,7 @@ class Feeding:
                         or f"its first dimension must be {len(indices)}, a row for each index"
                     )
                 )
-        rows = self._item if self._coded else len(indices)
+        rows = round(len(indices) / self._load_of)
         structs = batch_structs(self._source, leaves, rows * self._items)
         key: Shapes = rows, tuple((x.shape[1:], str(x.dtype)) for x in jax.tree_util.tree_leaves(structs))
         if key not in self._variants:

@@ -84,7 +84,7 @@ class Fit:
         work = work_of(training, terms, source.examples, options.batch_size, options.rest)
         self._aligned = terms.aligned
         start, kept = self._start_message(), saving.resumed.content.ledger if saving.resumed else None
-        self._machine = protocol.TrainingDriver(start, terms, work, places, saving.rhythm, kept)
+        self._machine = protocol.TrainingDriver(start, terms, work, places, saving.rhythm(training), kept)
         computed = session.arithmetic  # else reports have no values, and every loss is NaN
         self._history = History(
             training,
@@ -142,7 +142,7 @@ class Fit:
                     self.saving.tell()
                     step, now = self._history.reached, self._time.now()
                     if not self._machine.misses and self.saving.due(step, now, aligned=self._aligned):
-                        self._step(protocol.Pause())
+                        self._step(protocol.Pause(self.saving.push_within(step, now)))
                 records = self._history.ready()
                 if records or self._observer.holds or self.saving.measures:
                     show(self._observer.ready(records, self._time.now() - began))
@@ -158,7 +158,9 @@ class Fit:
 
     def held(self, step: int, seconds: float) -> list[Record]:
         """The records before a step that this run, which has ended early after `seconds`, has not shown."""
-        return [r for r in self._observer.rest(self._history.rest(), seconds, {}, {}) if r["step"] < step]
+        waited = self.saving.copies.go_back(step) if self.saving.copies else []
+        rest = self._observer.rest(self._history.rest(), seconds, {}, {})
+        return [*waited, *(r for r in rest if r["step"] < step)]
 
     # The endpoint's threads.
 
@@ -225,6 +227,7 @@ class Fit:
             on_nonfinite=options.on_nonfinite,
             stopped=self.saving.resumed.content.stopped if self.saving.resumed else None,
             fit=self.saving.begin(self._handle.workers),
+            copies=self.saving.copies.begin(self._handle.workers) if self.saving.copies else None,
         )
 
     def _take(self, entry: Entry) -> None:
@@ -429,7 +432,10 @@ class Fit:
         return self._feeding.shapes
 
     def _feed(self, replica: int, item: wire.Item) -> None:
-        """Send each stage of a replica the leaves that it reads, and word of the programs that run on them."""
+        """Send each stage of a replica the leaves that it reads, and word of the programs that run on them. Without
+        arithmetic nothing reads them."""
+        if not self._session.arithmetic:
+            return
         order = self._order(item.epoch)
         mine = pieces(self._training, replica, item.sequence, item.start, item.size)
         variant, leaves = self._feeding.take(np.concatenate([order[p.start : p.start + p.size] for p in mine]))

@@ -17,6 +17,7 @@ from flowml.rows import seems_swapped
 from flowml.splits import Shards, Shuffle, WithReplacement
 from flowml.training.pieces import short_items
 from flowml_runtime.driver.checkpoint import Checkpoint
+from flowml_runtime.driver.training.copied import Copies
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.kept import KeptFit
 
@@ -46,6 +47,11 @@ class Asked:
     resume: Literal["auto"] | None
     on_loss: OnLoss
     min_replicas: int
+    elastic: bool
+    """Whether replicas whose workers join later take part from then on."""
+    replicate: int = 0
+    copies: Copies | None = None
+    """The copies that workers keep of each other's state, if they do."""
     kept: KeptFit | None = None
     """The fit as the workers keep it, if they outlive their driver."""
 
@@ -57,11 +63,11 @@ class Asked:
         progress: bool | None,
         validation: tuple[Any, int | None],
         saving: tuple[Checkpoint | None, Literal["auto"] | None],
-        losses: tuple[OnLoss, int | None],
+        losses: tuple[OnLoss, int | None, int, Literal["elastic"] | None],
     ) -> Asked:
         """`size` is batch size, epochs, steps, seed, shuffle and last; `validation` is validation and validate_every;
-        `saving` is checkpoint and resume; `losses` is on_loss and min_replicas. Raises ValueError or TypeError for what
-        makes no sense."""
+        `saving` is checkpoint and resume; `losses` is on_loss, min_replicas, replicate and replicas. Raises ValueError
+        or TypeError for what makes no sense."""
         data, callbacks = as_source(source), _checked(callbacks)
         batch_size, epochs, steps, seed, shuffle, last = size
         batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
@@ -74,12 +80,32 @@ class Asked:
             raise ValueError("validate_every is for validation=; give both or neither")
         every = max(1, data.examples // batch_size + bool(rest)) if every is None else every
         every = whole_number("validate_every", every, least=1)
-        on_loss, least = losses
-        choice("on_loss", on_loss, get_args(OnLoss))
-        if least is not None and on_loss != "shrink":
-            raise ValueError("min_replicas is for on_loss='shrink'; give both, or leave min_replicas out")
-        losses = on_loss, whole_number("min_replicas", 1 if least is None else least, least=1)
-        return Asked(data, batch_size, total, rest, seed, shuffle, progress, callbacks, given, every, *saving, *losses)
+        lasts = _lasts(*losses)
+        return Asked(data, batch_size, total, rest, seed, shuffle, progress, callbacks, given, every, *saving, *lasts)
+
+
+def _lasts(
+    on_loss: OnLoss, least: int | None, copies: int, replicas: Literal["elastic"] | None
+) -> tuple[OnLoss, int, bool, int]:
+    """What a fit does about lost workers, with how many replicas it goes on, whether others may join, and the copies of
+    each worker's state."""
+    choice("on_loss", on_loss, get_args(OnLoss))
+    if replicas not in (None, "elastic"):
+        raise ValueError(f"replicas={replicas!r}: give 'elastic', or leave it out; the Trainer has their number")
+    if replicas == "elastic" and on_loss == "replace":
+        raise ValueError("replicas='elastic' goes on without lost workers until others join; leave on_loss out")
+    on_loss = "shrink" if replicas == "elastic" else on_loss
+    if least is not None and on_loss != "shrink":
+        raise ValueError(
+            "min_replicas is for replicas='elastic' or on_loss='shrink'; give one of them, or leave min_replicas out"
+        )
+    if whole_number("replicate", copies) and on_loss == "raise":
+        raise ValueError(
+            "replicate= is for a fit that goes on after a loss; give on_loss='replace' or 'shrink' too, or leave "
+            "replicate out"
+        )
+    least = whole_number("min_replicas", 1 if least is None else least, least=1)
+    return on_loss, least, replicas == "elastic", copies
 
 
 def rest_of(source: Source, batch_size: int, last: Last) -> int:
@@ -87,19 +113,13 @@ def rest_of(source: Source, batch_size: int, last: Last) -> int:
     return source.examples % batch_size if choice("last", last, get_args(Last)) == "use" else 0
 
 
-def check_items(training: Training, rest: int, shuffle: Shuffle, *, simulated: bool) -> None:
-    """Raise ValueError or UnsupportedError if a fit of this plan cannot use a short batch of `rest` examples, or cannot
-    give its replicas examples of their own."""
-    if isinstance(shuffle, Shards):
+def check_items(training: Training, asked: Asked) -> None:
+    """Raise ValueError or UnsupportedError if a fit of this plan cannot use the short batch at the end of an epoch, or
+    cannot give its replicas examples of their own."""
+    if isinstance(asked.shuffle, Shards):
         _check_shards(training)
-    if not rest:
-        return
-    if training.code is not None or training.speculation is not None:
-        what = "a code" if training.code is not None else "portions that replicas take in turn"
-        raise UnsupportedError(f"last='use': with {what} all batches have one size; give last='drop'")
-    if simulated:
-        raise UnsupportedError("last='use': simulated workers run batches of one size; give last='drop'")
-    short_items(rest, training.items, training.microbatches)
+    if asked.rest:
+        short_items(asked.rest, training)
 
 
 def _check_shards(training: Training) -> None:

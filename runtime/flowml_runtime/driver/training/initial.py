@@ -12,8 +12,11 @@ import numpy as np
 
 from flowml.errors import FlowmlWarning, named
 from flowml.ir._jax import array_of, array_type, path_name
+from flowml.training.adapted import has_inside
 from flowml.training.local import Restarting
+from flowml.training.private import PrivateOptimizer
 from flowml_runtime.driver.training.fills import filled
+from flowml_runtime.driver.training.outcome import OnNonFinite
 from flowml_runtime.driver.training.structs import check_values, structs
 
 
@@ -95,6 +98,12 @@ def warn_of_watchers(state: Any, on_nonfinite: str, stacklevel: int) -> None:
             FlowmlWarning,
             stacklevel=stacklevel + 1,
         )
+
+
+def nonfinite_of(optimizer: Any, asked: OnNonFinite) -> OnNonFinite:
+    """What a fit does with gradients that are not finite. The noise of a private optimizer is for the whole batch of a
+    step, and would be too little for what is left without a replica, so such a fit leaves none out."""
+    return "raise" if asked == "refuse" and has_inside(optimizer, PrivateOptimizer) else asked
 
 
 def own_array(leaf: Any) -> jax.Array:

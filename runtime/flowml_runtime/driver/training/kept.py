@@ -20,8 +20,10 @@ import numpy as np
 from flowml.errors import CheckpointError, DeadlineError, WorkerLostError
 from flowml.plan import ArraySpec
 from flowml_runtime import wire
+from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.session import Session
 from flowml_runtime.driver.training.snapshots import Content, Snapshot
+from flowml_runtime.environment import last_checkpoints
 
 OWNED_S = 10.0
 """How long to wait for the loss of the driver that has the fit. One that is gone is lost within seconds."""
@@ -35,9 +37,22 @@ _Answer = tuple[Any, Sequence[Any]]
 class KeptFit:
     """A fit that this driver has claimed, on these workers. Only the thread of the fit calls it."""
 
-    def __init__(self, session: Session, fit: str, workers: Sequence[str], wait_s: float) -> None:
-        """Waits so long for the loss of another driver that has it, and raises CheckpointError if that is not lost."""
+    def __init__(
+        self,
+        session: Session,
+        fit: str,
+        workers: Sequence[str],
+        wait_s: float,
+        *,
+        lasts: bool = True,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """Waits so long for the loss of another driver that has it, and raises CheckpointError if that is not lost.
+        Unless it `lasts`, it does not outlive this driver. If it does and no other driver comes, workers write its
+        last `checkpoint`."""
         self.fit = fit
+        self._lasts = lasts
+        self._directory = None if checkpoint is None else checkpoint.directory
         self._session = session
         self._workers = tuple(workers)
         self._numbers = count(1)
@@ -45,6 +60,12 @@ class KeptFit:
         self._answers: dict[int, _Answer | None] = {}
         """Number of a question -> the answer. None if the worker was lost."""
         self._asked: dict[int, str] = {}
+        self._told: set[str] = set()
+        """The workers that have what no step changes."""
+        self._written: dict[str, Any] = {}
+        """Where the last checkpoint is written."""
+        if checkpoint is not None:
+            self._written = {"directory": str(checkpoint.directory.absolute()), "keep": checkpoint.keep}
         session.register(fit, self)
         claimed = self._claimed(wait_s)
         self._found: Mapping[str, tuple[wire.Version, ...]] = {w: answer.versions for w, answer in claimed.items()}
@@ -79,23 +100,48 @@ class KeptFit:
     def begin(self, workers: Iterable[str]) -> None:
         """A run begins on these workers, some of which may have taken the places of lost ones."""
         for worker in workers:
-            self._session.tell(worker, wire.Claim(plan_id=self.fit, number=next(self._numbers)))
+            self._session.tell(worker, self._claim(next(self._numbers)))
+        self._told.clear()
         self._workers = tuple(dict.fromkeys((*self._workers, *workers)))
 
     def completed(self, key: str, snapshot: Snapshot) -> None:
-        """A snapshot is complete: each worker keeps its part, and the rest but for what is not trained, which another
-        driver has too."""
-        content = msgspec.structs.replace(snapshot.content, untrained=())
+        """A snapshot is complete: each worker keeps its part, and the rest. What is not trained comes with the first
+        snapshot of a run."""
+        content = snapshot.content
         of_owners = {f"{owner}/{name}" for owner, names in content.owners.items() for name in names}
         leaves = (leaf.buffer for leaf in (*content.params, *content.opt_state, *content.state))
-        rest = {buffer: snapshot.arrays[buffer] for buffer in leaves if buffer not in of_owners}
+        rest = [buffer for buffer in dict.fromkeys(leaves) if buffer not in of_owners]
+        fixed = [leaf.buffer for leaf in content.untrained]
         encoded = np.frombuffer(msgspec.json.encode(content), np.uint8)
-        arrays = [encoded, *(np.asarray(a) for a in rest.values())]
-        specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
-        about: dict[str, Any] = {"key": key, "steps": content.steps, "names": tuple(rest), "specs": specs}
+        about: dict[str, Any] = {"plan_id": self.fit, "key": key, "steps": content.steps, "names": tuple(rest)}
         for worker in self._workers:
+            new = () if worker in self._told else tuple(fixed)
+            arrays = [encoded, *(np.asarray(snapshot.arrays[name]) for name in (*rest, *new))]
+            specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
             with suppress(WorkerLostError):
-                self._session.endpoint.send(worker, wire.Completed(plan_id=self.fit, **about), arrays)
+                self._session.endpoint.send(worker, wire.Completed(**about, fixed=new, specs=specs), arrays)
+                self._told.add(worker)
+
+    def buffers(self, key: str, owners: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]] | None:
+        """What workers keep of a snapshot of these owners, by owner and name. None if something is nowhere any more."""
+        answers = self._ask(dict.fromkeys(self._workers, self._claim))
+        places: dict[str, list[str]] = {owner: [] for owner in owners}
+        for worker, (answer, _) in answers.items():
+            there = (o for version in answer.versions if version.key == key for o in version.owners if o in places)
+            for owner in there:
+                places[owner].append(worker)
+        found: dict[str, Any] = {}
+        while places and all(places.values()):
+            wanted: dict[str, list[str]] = {}
+            for owner, workers in places.items():
+                wanted.setdefault(workers.pop(), []).append(owner)
+            for worker, mine in wanted.items():
+                read = self._read({worker: mine}, key)  # None if it is lost meanwhile: another may have them
+                found |= read or {}
+                places = places if read is None else {o: at for o, at in places.items() if o not in mine}
+        if places:
+            return None
+        return {owner: {name: found[f"{owner}/{name}"] for name in names} for owner, names in owners.items()}
 
     def release(self, *, over: bool) -> None:
         """Leave the fit to the next driver, or have the workers forget it."""
@@ -124,7 +170,7 @@ class KeptFit:
             threading.Event().wait(AGAIN_S)
 
     def _claim(self, number: int) -> wire.Claim:
-        return wire.Claim(plan_id=self.fit, number=number)
+        return wire.Claim(plan_id=self.fit, number=number, lasts=self._lasts, **self._written)
 
     def _recovered(self, key: str) -> Snapshot | None:
         """A snapshot, of the parts that the workers keep. None if one is gone."""
@@ -136,13 +182,27 @@ class KeptFit:
         content = msgspec.json.decode(rest.pop("/").tobytes(), type=Content)
         arrays = {name.removeprefix("/"): array for name, array in rest.items()}
         places = {owner: worker for worker, version in kept.items() for owner in version.owners}
-        if not places.keys() >= content.owners.keys():
+        gone = [owner for owner in content.owners if owner not in places]
+        written = self._on_disk(key, content, gone) if gone else {}
+        if written is None:
             return None
         wanted: dict[str, list[str]] = {}
         for owner in content.owners:
-            wanted.setdefault(places[owner], []).append(owner)
+            if owner in places:
+                wanted.setdefault(places[owner], []).append(owner)
         parts = self._read(wanted, key)
-        return None if parts is None else Snapshot(content, arrays | parts)
+        return None if parts is None else Snapshot(content, arrays | written | parts)
+
+    def _on_disk(self, key: str, content: Content, owners: Sequence[str]) -> dict[str, Any] | None:
+        """What workers that have left since have written of these owners. None if it is not all there."""
+        if self._directory is None:
+            return None
+        try:
+            found = last_checkpoints.read(self._directory, key, owners)
+        except CheckpointError:
+            return None
+        names = [f"{owner}/{name}" for owner in owners for name in content.owners[owner]]
+        return found if found.keys() >= set(names) else None
 
     def _read(self, wanted: Mapping[str, Sequence[str]], key: str) -> dict[str, Any] | None:
         """The buffers of these owners at these workers, by "owner/name"."""
@@ -189,10 +249,12 @@ class KeptFit:
 
 
 @contextmanager
-def claimed(cluster: Any, fit: str, wait_s: float = OWNED_S) -> Generator[KeptFit]:
+def claimed(
+    cluster: Any, fit: str, wait_s: float = OWNED_S, checkpoint: Checkpoint | None = None
+) -> Generator[KeptFit]:
     """Have a fit on a cluster whose workers outlive their drivers. Raises CheckpointError if another driver has it."""
     workers = list(dict.fromkeys(d.worker for d in cluster.devices))
-    kept = KeptFit(cluster.session, fit, workers, wait_s)
+    kept = KeptFit(cluster.session, fit, workers, wait_s, checkpoint=checkpoint)
     over = False
     try:
         yield kept

@@ -4,6 +4,9 @@
 
     replace    lost workers are started again, and the plan is the same
     shrink     replicas with a stage on a lost worker are left out, and their stores move (`flowml.training.without`)
+    elastic    the same, and replicas whose workers join take part from a snapshot on (`regrouping`)
+
+A worker that has given notice is left out or replaced in the same way, from a snapshot on and with nothing done again.
 
 A run is an epoch of membership: every message names the plan and the run that it belongs to, and all others are
 dropped. A new run has another plan, as the workers name it, and the same executables.
@@ -16,23 +19,26 @@ one fate, and nothing is lost or applied twice. Records of steps that are done a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 
-from flowml.devices import worker_of
-from flowml.errors import FlowmlError, FlowmlWarning, UnsupportedError, WorkerLostError
+from flowml.errors import FlowmlError, FlowmlWarning, PolicyError, WorkerLostError
 from flowml.plan import Plan
+from flowml.policy.compose import check_count
+from flowml.render.units import listed
 from flowml.training.without import check_shrinks, why_too_few
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Callback, OnLoss
 from flowml_runtime.driver.training.history import Record
-from flowml_runtime.driver.training.outcome import Loss, Outcome
+from flowml_runtime.driver.training.outcome import Change, Loss, Outcome
 from flowml_runtime.driver.training.program import Program
+from flowml_runtime.driver.training.regrouping import Regrouped, Regrouping, lost_replicas
 from flowml_runtime.driver.training.saving import Saving
+from flowml_runtime.membership.advice import lost_itself, without_remedy
 
 MOST_IN_VAIN = 10
 """How many losses without a new step in between a fit survives. More say that a step itself ends the worker."""
@@ -42,12 +48,8 @@ Make = Callable[[LoadedPlan, int, Saving], Fit]
 
 
 def prepare(cluster: Any, on_loss: OnLoss) -> None:
-    """Replace workers that were lost before the fit. Raises UnsupportedError if those of the cluster cannot be."""
-    if on_loss != "raise" and not hasattr(cluster, "bring_back"):
-        raise UnsupportedError(
-            f"on_loss={on_loss!r}: simulated workers are lost and come back as the churn of their cluster says; leave "
-            "on_loss out"
-        )
+    """A fit begins: replace workers that were lost before it."""
+    cluster.session.time.begin_fit(goes_on=on_loss != "raise")
     if on_loss == "replace":
         cluster.bring_back(cluster.lost)
 
@@ -55,29 +57,60 @@ def prepare(cluster: Any, on_loss: OnLoss) -> None:
 class Losses:
     """What a fit does about lost workers."""
 
-    def __init__(self, cluster: Any, program: Program, on_loss: OnLoss, least: int) -> None:
-        """A fit goes on with at least `least` replicas."""
+    def __init__(self, cluster: Any, program: Program, on_loss: OnLoss, least: int, *, elastic: bool = False) -> None:
+        """A fit goes on with at least `least` replicas. If it is `elastic` it begins with those whose workers are
+        there. Raises ValueError if these are too few."""
         self.on_loss: OnLoss = on_loss
+        self._remedy = "give" if elastic else "give on_loss='replace', or"
+        """What to do if too few replicas are left. An elastic fit replaces no worker."""
         self.gone: dict[str, None] = {}
         """The workers whose replicas are left out."""
         self._cluster = cluster
         self._program = program
         self._least = least
         if on_loss == "shrink":
-            check_shrinks(program.training)
+            check_shrinks(program.training, program.spec.optimizer)
             if least > len(program.training.replicas):
                 raise ValueError(
                     f"min_replicas={least} can never be met: the Trainer has {len(program.training.replicas)} replicas"
                 )
+            if least > 1:
+                _check_least(program, least)
+        self.regrouping: Regrouping | None = None
+        if on_loss == "shrink":
+            self.regrouping = Regrouping(cluster, program, lambda gone: not self._why_not(gone), joins=elastic)
+        if elastic:
+            self._begin_with_those_there()
 
     def load(self, meanwhile: Callable[[], None]) -> LoadedPlan:
         """Load the plan of the fit. Calls `meanwhile` while workers compile it."""
         try:
-            return self._program.load(meanwhile=meanwhile)
+            return self._program.load(self.gone, meanwhile=meanwhile)
         except WorkerLostError as error:
+            self.check_driver(error)
             if self.on_loss == "raise":
                 raise
             return self.after(error)[0]
+
+    def check_driver(self, error: FlowmlError) -> None:
+        """Raise another error than this one of a lost worker if the worker is there, and counts this driver as lost."""
+        worker = error.worker if isinstance(error, WorkerLostError) else None
+        if worker is not None and (why := self._cluster.why_refused(worker)):
+            raise WorkerLostError(lost_itself(worker, why), step=error.step) from error
+
+    def _begin_with_those_there(self) -> None:
+        """Leave out the replicas whose workers have not joined yet."""
+        there, training = {device.worker for device in self._cluster.devices}, self._program.training
+        self.gone = {worker: None for worker in self._program.workers() if worker not in there}
+        left = self._left(self.gone)
+        if len(left) < self._least:
+            raise ValueError(
+                f"{len(left)} of {len(training.replicas)} replicas have their workers, and the fit needs "
+                f"{self._least} (min_replicas=) to begin; start {', '.join(self.gone)} with `flowml worker`, or give a "
+                "smaller min_replicas"
+            )
+        if why := why_too_few(training, left):
+            raise ValueError(f"{why}; start {', '.join(self.gone)} with `flowml worker`")
 
     def after(self, error: FlowmlError) -> tuple[LoadedPlan, tuple[str, ...]]:
         """Load the plan after workers were lost: it, and they. Raises `error` if none was, or too few are left."""
@@ -98,24 +131,71 @@ class Losses:
             except WorkerLostError as another:
                 error = another
 
+    def ready(self) -> bool:
+        """Whether the next run can begin with other workers, before any is lost. Called for each message of a fit."""
+        if self.regrouping is not None:
+            return self.regrouping.ready()
+        return bool(self._cluster.leaving) and not self._cluster.leaving.isdisjoint(self._program.workers())
+
+    def regroup(self) -> tuple[LoadedPlan, tuple[str, ...], tuple[str, ...]]:
+        """The plan of the next run, and the workers that have joined and that leave, once it is `ready`."""
+        were = self.gone
+        if self.regrouping is None:
+            return self._hand_over()
+        handle, gone = self.regrouping.take()
+        self._program.take(handle, gone)
+        self.gone = dict.fromkeys(sorted(gone))
+        return handle, tuple(w for w in were if w not in gone), tuple(w for w in self.gone if w not in were)
+
+    def _hand_over(self) -> tuple[LoadedPlan, tuple[str, ...], tuple[str, ...]]:
+        """Have others in the place of workers that leave, which they do now, because the run has ended."""
+        leave = tuple(worker for worker in self._program.workers() if worker in self._cluster.leaving)
+        for worker in leave:
+            self._cluster.notice(worker)
+        self._cluster.bring_back(leave)
+        try:
+            return self._program.load(anew=True), leave, leave
+        except WorkerLostError as error:
+            return self.after(error)[0], leave, leave
+
+    def _why_not(self, gone: Collection[str]) -> str:
+        """Why the fit cannot go on without these workers, if it cannot."""
+        left = self._left(gone)
+        return why_too_few(self._program.training, left) or ("too few" if len(left) < self._least else "")
+
+    def _left(self, gone: Collection[str]) -> list[int]:
+        """The replicas that have no stage on these workers."""
+        training = self._program.training
+        lost = lost_replicas(training, gone)
+        return [r for r in range(len(training.replicas)) if r not in lost]
+
     def _leave_out(self, workers: Sequence[str], error: FlowmlError) -> None:
         self.gone.update(dict.fromkeys(workers))
         replicas = self._program.training.replicas
-        left = [r for r, devices in enumerate(replicas) if {*map(worker_of, devices)}.isdisjoint(self.gone)]
+        left = self._left(self.gone)
         why = why_too_few(self._program.training, left)
         if why:
             raise WorkerLostError(
-                f"{error}. {why}; give on_loss='replace', or a code for more stragglers",
+                f"{without_remedy(str(error))}. {why}; {self._remedy} a code for more stragglers",
                 worker=workers[0],
                 step=error.step,
             ) from error
         if len(left) < self._least:
             raise WorkerLostError(
-                f"{error}. {len(left)} of {len(replicas)} replicas are left, and the fit needs {self._least} "
-                "(min_replicas=); give on_loss='replace', or more replicas",
+                f"{without_remedy(str(error))}. {len(left)} of {len(replicas)} replicas are left, and the fit needs "
+                f"{self._least} (min_replicas=); {self._remedy} a smaller min_replicas",
                 worker=workers[0],
                 step=error.step,
             ) from error
+
+
+def _check_least(program: Program, least: int) -> None:
+    """Raise ValueError if the policies need more replicas than the fewest with which a fit is to go on."""
+    for store in () if any(s.sites for s in program.training.stores) else program.training.stores:
+        try:
+            check_count(store.name, store.policy.quorum, least)
+        except PolicyError as error:
+            raise ValueError(f"min_replicas={least} cannot hold: with so few replicas {error}") from None
 
 
 class Runs:
@@ -126,6 +206,7 @@ class Runs:
         """The newest run."""
         self.first = first.saving.first
         """The first step of the first run."""
+        self._regroup_to(first, losses)
         self._program = program
         self._make = make
         self._losses = losses
@@ -133,6 +214,7 @@ class Runs:
         self._told = -1
         """The newest step whose record callbacks have seen."""
         self._survived: list[Loss] = []
+        self._changes: list[Change] = []
         self._in_vain = 0
         """The newest losses without a new step before them."""
         self._reached = -1
@@ -146,7 +228,11 @@ class Runs:
     def run(self, callbacks: Sequence[Callback]) -> Outcome:
         """Train to the end. Raises the error of a loss that the fit cannot go on after."""
         if self._losses.on_loss == "raise":
-            return self.fit.run(*self._leaves(), callbacks)
+            try:
+                return self.fit.run(*self._leaves(), callbacks)
+            except WorkerLostError as error:
+                self._losses.check_driver(error)
+                raise
 
         def take(record: Record) -> None:
             while self._records and self._records[-1]["step"] >= record["step"]:
@@ -157,37 +243,76 @@ class Runs:
                 for callback in callbacks:
                     callback(record)
 
+        try:
+            return self._run([take])
+        finally:
+            if self._losses.regrouping is not None:
+                self._losses.regrouping.forget()
+
+    def _run(self, callbacks: Sequence[Callback]) -> Outcome:
+        """One run after the other."""
         time = self._program.session.time
         began, held = time.now(), list[Record]()
         while True:
             try:
-                outcome = self.fit.run(*self._leaves(), [take], held, time.now() - began)
-                return replace(outcome, history=self._records, losses=tuple(self._survived))
+                outcome = self.fit.run(*self._leaves(), callbacks, held, time.now() - began)
+                changes = tuple(self._changes)
+                return replace(outcome, history=self._records, losses=tuple(self._survived), changes=changes)
+            except Regrouped:
+                held = self._regroup(began)
             except FlowmlError as error:
                 held = self._go_on(error, began)
 
     def _go_on(self, error: FlowmlError, began: float) -> list[Record]:
         """Prepare the next run after a loss. Returns the records that it is to show first."""
+        self._losses.check_driver(error)
         before, now = self.fit, self._program.session.time.now
         lost_at = now()
         self._in_vain = self._in_vain + 1 if self._told == self._reached else 1
         self._reached = self._told
         if self._in_vain > MOST_IN_VAIN and isinstance(error, WorkerLostError):
             raise WorkerLostError(
-                f"{error}. Workers were lost {self._in_vain} times without a new step in between, so the step itself "
-                "may end them; look at their memory and at the code that runs in the step",
+                f"{without_remedy(str(error))}. Workers were lost {self._in_vain} times without a new step in between, "
+                "so the step itself may end them; look at their memory and at the code that runs in the step",
                 worker=error.worker,
                 step=error.step,
             ) from error
         handle, gone = self._losses.after(error)
         assert handle.plan.training is not None
-        saving = before.saving.again(handle.plan.training)
-        self.fit = self._make(handle, self._program.reserve(before.total), saving)
+        self._next(handle)
         why = str(error) if before.lost is None else before.lost.reason
-        loss = Loss(gone, why, before.step, saving.first, now() - lost_at)
+        loss = Loss(gone, why, before.step, self.fit.saving.first, now() - lost_at)
         self._survived.append(loss)
         warnings.warn(_told(loss, self._losses.on_loss), FlowmlWarning, stacklevel=5)
-        return before.held(saving.first, lost_at - began)
+        return before.held(self.fit.saving.first, lost_at - began)
+
+    def _regroup(self, began: float) -> list[Record]:
+        """Prepare the next run with other replicas. Returns the records that it is to show first."""
+        before, now = self.fit, self._program.session.time.now
+        stopped_at = now()
+        handle, joined, left = self._losses.regroup()
+        self._next(handle)
+        assert handle.plan.training is not None
+        replicas = len(handle.plan.training.live)
+        self._changes.append(Change(joined, self.fit.saving.first, replicas, now() - stopped_at, left))
+        return before.held(self.fit.saving.first, stopped_at - began)
+
+    def _next(self, handle: LoadedPlan) -> None:
+        """The next run is of this plan."""
+        before = self.fit
+        assert handle.plan.training is not None
+        saving = before.saving.again(handle.plan.training, before.total)
+        self.fit = self._make(handle, self._program.reserve(before.total), saving)
+        self._regroup_to(self.fit, self._losses)
+
+    @staticmethod
+    def _regroup_to(fit: Fit, losses: Losses) -> None:
+        """Let workers join and leave this run."""
+        if losses.regrouping is not None:
+            fit.saving.waits_for_push = True
+            losses.regrouping.begin(losses.gone)
+        if losses.on_loss != "raise":
+            fit.saving.regroups = losses.ready
 
     def _leaves(self) -> tuple[Sequence[Any], Sequence[Any]]:
         params, state, _ = self.fit.saving.trees
@@ -195,9 +320,10 @@ class Runs:
 
 
 def _told(loss: Loss, on_loss: OnLoss) -> str:
-    workers = " and ".join(loss.workers)
-    how = f"replaced within {loss.seconds:.1f} s" if on_loss == "replace" else "left out with its replica"
+    one = len(loss.workers) == 1
+    was, its = ("was", "its replica") if one else ("were", "their replicas")
+    how = f"replaced within {loss.seconds:.1f} s" if on_loss == "replace" else f"left out with {its}"
     return (
-        f"{workers} was lost at step {loss.step} ({loss.reason}) and was {how}; the fit goes on from step "
-        f"{loss.resumed_at}"
+        f"{listed(loss.workers)} {was} lost at step {loss.step} ({loss.reason}) and {was} {how}; the fit goes on "
+        f"from step {loss.resumed_at}"
     )

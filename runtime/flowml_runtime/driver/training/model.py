@@ -35,7 +35,15 @@ class Model:
 
     def without(self, lost: Iterable[int], ended: Sequence[tuple[Any, ...]]) -> Model:
         """The same for a run that leaves out these replicas, which have ended with these leaves."""
-        return replace(self, lost={**{r: ended[r] for r in lost}, **self.lost})
+        return replace(self, lost={r: self.lost.get(r, ended[r]) for r in lost})
+
+    def with_sums(self) -> Model:
+        """The same for a run whose first replica goes on with what all others have added up, the lost ones included."""
+        lost: dict[int, tuple[Any, ...]] = {}
+        for r, leaves in self.lost.items():
+            triples = zip(self.rules, self.replicas[r], leaves, strict=True)
+            lost[r] = tuple(begun if rule == "sum" else x for rule, begun, x in triples)
+        return replace(self, lost=lost)
 
     def last(self, ended: Sequence[tuple[Any, ...]]) -> Model:
         """The last state of each replica, if those that are left have ended with these leaves."""

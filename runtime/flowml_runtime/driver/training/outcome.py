@@ -51,6 +51,18 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Change:
+    """A change of the workers of a fit that is no loss: some have `joined`, and some have `left` after notice, before
+    the step `step`, which ran with so many `replicas`. The others stood still for `seconds`."""
+
+    joined: tuple[str, ...]
+    step: int
+    replicas: int
+    seconds: float
+    left: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Outcome:
     params: list[Any]
     state: list[Any]
@@ -64,6 +76,7 @@ class Outcome:
     model: tuple[tuple[Any, ...], ...] = ()
     """The last state of the model at each replica."""
     losses: tuple[Loss, ...] = ()
+    changes: tuple[Change, ...] = ()
 
 
 def as_buffer(value: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from flowml.plan import Plan
 from flowml.rows import seems_swapped
 from flowml.training.compiler import TrainingSpec
 from flowml.training.step import loss_takes_rng, name_of, weight_of
+from flowml_runtime.driver.training.convexity import convex_warning
 
 MOST_EXAMPLES = 32
 MOST_SECONDS = 1.0
@@ -43,16 +45,21 @@ if all dtypes have the precision of float32 or more, and if some dtype has less.
 class Looked:
     """Looks at a loss while workers compile, and warns when they have."""
 
-    def __init__(self, find: Callable[[], str | None]) -> None:
-        self._find = find
-        self._found: str | None = None
+    def __init__(self, *finds: Callable[[], str | None]) -> None:
+        self._finds = finds
+        self._found: list[str] = []
 
     def look(self) -> None:
-        self._found = self._find()
+        self._found = [text for find in self._finds if (text := find())]
 
     def warn(self, stacklevel: int) -> None:
-        if self._found:
-            warnings.warn(self._found, FlowmlWarning, stacklevel=stacklevel + 1)
+        for text in self._found:
+            warnings.warn(text, FlowmlWarning, stacklevel=stacklevel + 1)
+
+
+def looking(*about: Any) -> Looked:
+    """What looks whether a loss is a mean, and convex where a method needs it; `about` is as for `mean_warning`."""
+    return Looked(partial(mean_warning, *about), partial(convex_warning, *about))
 
 
 def mean_warning(

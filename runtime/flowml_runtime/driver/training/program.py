@@ -10,8 +10,11 @@ from flowml.devices import worker_of
 from flowml.numbers import whole_number
 from flowml.plan import Training
 from flowml.training.compiler import TrainingCompiled, TrainingSpec
+from flowml.training.valued import is_given
 from flowml.training.without import without
 from flowml_runtime.driver.loaded_plan import LoadedPlan
+from flowml_runtime.driver.training.fingerprint import fingerprint
+from flowml_runtime.driver.training.initial import by_optimizer
 from flowml_runtime.driver.training.training_session import TrainingSession
 from flowml_runtime.protocol.training.terms import Terms
 
@@ -27,6 +30,14 @@ class Program:
     next_step: int = 0
     gone: frozenset[str] = frozenset()
     """The workers whose replicas `handle` leaves out."""
+    _update: str | None = None
+    """What `update_name` has found. Tracing takes time, and JAX remembers something of each trace."""
+
+    def update_name(self, state: Any, params: Any) -> str:
+        """The name of the update for a state and parameters of the shapes of the program, as in `fingerprint`."""
+        if self._update is None:
+            self._update = fingerprint(by_optimizer(self.spec.optimizer, self.compiled.outer, state), params)
+        return self._update
 
     @property
     def training(self) -> Training:
@@ -37,7 +48,7 @@ class Program:
     @property
     def parameters(self) -> int:
         """The number of leaves of the parameters."""
-        return sum(len(store.leaves) for store in self.training.stores)
+        return sum(not is_given(path) for store in self.training.stores for path in store.paths)
 
     def workers(self, gone: Collection[str] = ()) -> tuple[str, ...]:
         """The workers that run it, without replicas that have a stage on those that are `gone`."""
@@ -63,6 +74,19 @@ class Program:
         if known is not None:
             self.session.release(known)
         return self.handle
+
+    def load_beside(self, gone: Collection[str]) -> LoadedPlan:
+        """Load the plan without replicas with a stage on these workers, beside the one that is loaded and in use.
+        Workers that have joined run it once, so that their first step does not take longer than others."""
+        plan, there = self.compiled.plan, () if self.handle is None else self.handle.workers
+        joined = tuple(worker for worker in self.workers(gone) if worker not in there)
+        return self.session.load(without(plan, gone) if gone else plan, lambda: None, joined)
+
+    def take(self, handle: LoadedPlan, gone: Collection[str]) -> None:
+        """Use a plan that `load_beside` has loaded."""
+        if self.handle is not None:
+            self.session.release(self.handle)
+        self.handle, self.gone = handle, frozenset(gone)
 
     def reserve(self, total: int) -> int:
         """Reserve step numbers for a fit of `total` steps; returns the first. No other fit of the plan uses them."""

@@ -144,10 +144,10 @@ class _Form:
     def give_state(self) -> None:
         """The state of the model, as its rules have joined that of all replicas. What is added up begins at one."""
         joined = [self.old.arrays[leaf.buffer] for leaf in self.old.content.state]
-        for r, begun in enumerate(self.model.replicas if joined else ()):
-            leaves = [
-                b if rule == "sum" and r else j for rule, j, b in zip(self.model.rules, joined, begun, strict=True)
-            ]
+        first = self.training.live[0]
+        for r in self.training.live if joined else ():
+            triples = zip(self.model.rules, joined, self.model.replicas[r], strict=True)
+            leaves = [begun if rule == "sum" and r != first else j for rule, j, begun in triples]
             for stage in dict.fromkeys(leaf.stage for leaf in self.training.state):
                 mine = [leaves[i] for i, leaf in enumerate(self.training.state) if leaf.stage == stage]
                 self.give(f"replica/{r}/stage/{stage}/model/state", {f"leaf/{i}": a for i, a in enumerate(mine)})

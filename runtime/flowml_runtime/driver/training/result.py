@@ -15,7 +15,7 @@ from flowml.training.untrained import Untrained
 from flowml.training.valued import own_of
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.model import Model
-from flowml_runtime.driver.training.outcome import Loss, Outcome
+from flowml_runtime.driver.training.outcome import Change, Loss, Outcome
 from flowml_runtime.driver.training.snapshots import Trees
 from flowml_runtime.driver.training.stragglers import Stragglers
 from flowml_runtime.driver.training.tables import layer_table
@@ -54,6 +54,8 @@ class TrainingResult:
     """The last state of the model, if the loss has one."""
     losses: tuple[Loss, ...] = ()
     """The losses of workers after which the fit went on, in order."""
+    changes: tuple[Change, ...] = ()
+    """When workers have joined the fit, or have left it after notice, in order."""
     replica_states: tuple[Any, ...] = field(default=(), repr=False)
     """The same of each replica, before `state_rules` joined them."""
     resumed_at: int = 0
@@ -95,6 +97,7 @@ def result_of(trees: Trees, outcome: Outcome, plan: Plan, model: Model, first: i
         staleness=outcome.staleness,
         late=outcome.stragglers,
         losses=outcome.losses,
+        changes=outcome.changes,
         resumed_at=first,
         virtual_seconds=simulated.virtual_seconds if simulated else None,
         trace_hash=simulated.trace_hash if simulated else None,

@@ -12,10 +12,11 @@ from typing import Any
 from flowml.errors import CheckpointError, FlowmlWarning
 from flowml.plan import Training
 from flowml_runtime.driver.checkpoint import Checkpoint, newest
+from flowml_runtime.driver.training.copied import copying
 from flowml_runtime.driver.training.differing import check
 from flowml_runtime.driver.training.fingerprint import differ
 from flowml_runtime.driver.training.fit_arguments import Asked
-from flowml_runtime.driver.training.kept import KeptFit, claimed
+from flowml_runtime.driver.training.kept import OWNED_S, KeptFit, claimed
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.reshaping import reshaped
 from flowml_runtime.driver.training.result import restored
@@ -26,6 +27,13 @@ from flowml_runtime.environment import checkpoints
 
 @contextmanager
 def writing(asked: Asked, cluster: Any) -> Generator[Asked]:
+    """Have what a fit writes: `_writing`, and the copies that workers keep of each other's state."""
+    with _writing(asked, cluster) as found, copying(cluster, asked.replicate) as copies:
+        yield replace(found, copies=copies)
+
+
+@contextmanager
+def _writing(asked: Asked, cluster: Any) -> Generator[Asked]:
     """Have the directory of snapshots, which no other fit writes meanwhile, and the fit on workers that outlive their
     driver.
 
@@ -50,27 +58,31 @@ def writing(asked: Asked, cluster: Any) -> Generator[Asked]:
             _check_empty(directory, anew=anew)
             yield asked
             return
-        kept = _taken(stack, directory, cluster, anew=anew)
+        kept = _taken(stack, checkpoint, cluster, anew=anew)
         yield replace(asked, kept=kept if kept.keeps else None)
 
 
-def _taken(stack: ExitStack, directory: Path, cluster: Any, *, anew: bool) -> KeptFit:
+def _taken(stack: ExitStack, checkpoint: Checkpoint, cluster: Any, *, anew: bool) -> KeptFit:
     """Have a directory, and its fit on workers that outlive their driver. If the process that has the directory is the
     fit's driver, and was lost by the workers, it is suspended, and loses the directory too."""
-    me = cluster.session.endpoint.name
+    me, directory = cluster.session.endpoint.name, checkpoint.directory
+
+    def claim(wait_s: float, *, anew: bool = False) -> KeptFit:
+        return stack.enter_context(claimed(cluster, checkpoints.identity(directory, anew=anew), wait_s, checkpoint))
+
     try:
         stack.enter_context(checkpoints.locked(directory, me))
     except checkpoints.InUseError as error:
         if anew or not error.driver:
             raise
         try:
-            kept = stack.enter_context(claimed(cluster, checkpoints.identity(directory, anew=False), 0.0))
+            kept = claim(0.0)
         except CheckpointError:
             raise error from None
         stack.enter_context(checkpoints.locked(directory, me, kept.lost))
         return kept
     _check_empty(directory, anew=anew)
-    return stack.enter_context(claimed(cluster, checkpoints.identity(directory, anew=anew)))
+    return claim(OWNED_S, anew=anew)
 
 
 def _check_empty(directory: Path, *, anew: bool) -> None:
@@ -118,7 +130,10 @@ def _newest(checkpoint: Checkpoint, kept: KeptFit | None, trees: Trees) -> tuple
     written = checkpoints.snapshots(checkpoint.directory)
     held = None if kept is None else kept.newest(checkpoints.step_of(written[0]) if written else 0)
     if held is None:
-        return newest(checkpoint.directory)
+        found = newest(checkpoint.directory)
+        if found is not None:
+            checkpoints.set_aside(checkpoint.directory, checkpoints.step_of(found[0]))
+        return found
     snapshot, where = with_untrained(held, trees[2]), f"of step {held.content.steps} that the workers keep"
     try:
         snapshot.write(checkpoint.directory, checkpoint.keep)

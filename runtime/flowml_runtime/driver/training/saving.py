@@ -1,33 +1,36 @@
-"""Takes the snapshots of one fit in the driver: when they are due, and a thread that writes them.
+"""Takes the snapshots of one fit in the driver, and decides when they are due and what becomes of them.
 
-The fit goes on while the thread writes. A snapshot waits until the one before is written, so that a slow disk slows the
-fit down instead of filling memory. If the disk refuses, the fit goes on with a warning.
+The fit goes on while a thread writes them (`writing`). If the disk refuses, the fit goes on with a warning.
 """
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
-from flowml.errors import CheckpointError, FlowmlWarning
+from flowml.errors import FlowmlWarning
 from flowml.plan import Training
-from flowml_runtime import service
 from flowml_runtime.driver.checkpoint import Checkpoint
+from flowml_runtime.driver.training.copied import Copied, Copies
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.kept import KeptFit
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.patience import Patience
+from flowml_runtime.driver.training.regrouping import Regrouped
+from flowml_runtime.driver.training.reshaping import reshaped
 from flowml_runtime.driver.training.result import restored
 from flowml_runtime.driver.training.snapshots import Figures, Snapshot, Trees, taken
 from flowml_runtime.driver.training.validation import Validation
+from flowml_runtime.driver.training.writing import Writer
+from flowml_runtime.protocol.training.clocks import after_push
 from flowml_runtime.protocol.training.ledger import LedgerState
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save
 
 LEAST_PAUSE_S = 0.25
 """The least time between two snapshots that are taken for memory."""
+PUSH_WITHIN_S = 10.0
+"""How long a replica that leaves may go on to its next push. It may have half a minute in all."""
 MOST_SHARE = 1 / 20
 """Of the time of a fit, for such snapshots."""
 
@@ -57,36 +60,66 @@ class Saving:
         self._kept = kept
         self._saved_step = self._validated_step = self.first
         self._saved_at: float | None = None
-        self._writer: threading.Thread | None = None
-        self._wrong: str | None = None
+        self._writer = None if checkpoint is None else Writer(checkpoint)
         self.keeps = False
         """Whether the newest snapshot stays in memory, so that the fit can go on from it after a loss."""
         self.newest = resumed
         """The newest snapshot in memory."""
         self._kept_at: float | None = None
-        self._asked_at: float | None = None
-        """When the snapshot for memory became due that is being taken."""
+        self._stood_at: float | None = None
+        """Since when replicas stand for the snapshot that is being taken."""
         self._pause_s = LEAST_PAUSE_S
         self._patience = Patience()
         self._measured: tuple[int, float] | None = None
         """After how many steps, and when, the time of a step is measured from: the first ones compile."""
+        self.copies: Copies | None = None
+        """What workers keep of each other's state."""
+        self.regroups: Callable[[], bool] = lambda: False
+        """Whether the run is to end at the next snapshot, and another one with other replicas begins there."""
+        self.waits_for_push = False
+        """Whether replicas leave at such a snapshot, which would lose what they have not pushed."""
+        self._aligned = False
+        """Whether replicas share clocks."""
         self._withdrawn = False
         """Whether a snapshot was withdrawn, so that the next one is not due at a clock."""
 
-    def again(self, training: Training) -> Saving:
+    def again(self, training: Training, total: int) -> Saving:
         """The snapshots of the run of `training` that goes on from the newest one in memory, or from the beginning."""
-        found, trees = self.newest and self.newest.of_live(training), self.trees
+        newest, trees = self._newest(), self.trees
+        there = {stage.replica for stage in newest.content.stopped.stages} if newest is not None else set[int]()
+        grows = bool(there) and not there.issuperset(training.live)  # with portions no replica has a state of its own
+        found = newest and (self._grown(newest, training, total) if grows else newest.of_live(training))
         if found is not None:
             pairs = zip(trees[:2], (found.content.params, found.content.opt_state), strict=True)
             params, state = (restored(tree, found.leaves(leaves)) for tree, leaves in pairs)
             trees = params, state, trees[2]
-        ended = self.newest.states(training, self.model) if self.newest is not None else self.model.replicas
+        ended = newest.states(training, self.model) if newest is not None else self.model.replicas
         model = self.model.without(training.lost, ended)
+        model = model.with_sums() if grows else model
         after = Saving(self._checkpoint, found, self._figures, trees, model, self._kept)
-        after.keeps, after.validation = self.keeps, self.validation
+        after.keeps, after.validation, after.copies = self.keeps, self.validation, self.copies
         if after.validation is not None:
             after.validation.go_back(after.first)
         return after
+
+    def _newest(self) -> Snapshot | None:
+        """The newest snapshot: the one in memory, or a newer one of which workers have copies."""
+        copied = self.copies and self.copies.newest
+        if self.copies is None or copied is None or self._figures is None:
+            return self.newest
+        if self.newest is not None and self.newest.content.steps >= copied.step:
+            return self.newest
+        buffers = self.copies.recovered()
+        if buffers is None:
+            return self.newest
+        about = copied.training, self._figures, copied.step, copied.stopped, copied.ledger
+        self.newest = taken(*about, buffers, self.trees, self.model)
+        return self.newest
+
+    def _grown(self, newest: Snapshot, training: Training, total: int) -> Snapshot:
+        """The snapshot for more replicas than it is of."""
+        assert self._figures is not None
+        return reshaped(newest, training, total, self._figures, self.model).snapshot
 
     def begin(self, workers: Iterable[str]) -> str:
         """A run begins on these workers. Returns the name under which they keep the fit, "" if they do not."""
@@ -95,27 +128,29 @@ class Saving:
         self._kept.begin(workers)
         return self._kept.fit
 
-    @property
-    def rhythm(self) -> Rhythm | None:
+    def rhythm(self, training: Training) -> Rhythm | None:
         """The rhythm of snapshots, where replicas share clocks."""
         if not self.wanted:
             return None
         written = self._checkpoint.every_steps if self._checkpoint else None
-        return Rhythm(written or 0, self.validation.every if self.validation else 0)
+        copied = self.copies.rhythm(training) if self.copies else 0
+        return Rhythm(written or 0, self.validation.every if self.validation else 0, copied)
 
     @property
     def wanted(self) -> bool:
         """Whether there are snapshots at all."""
-        return self._checkpoint is not None or self.validation is not None or self.keeps
+        return self._checkpoint is not None or self.validation is not None or self.keeps or self.copies is not None
 
     def due(self, step: int, now: float, *, aligned: bool) -> bool:
         """Whether a snapshot is due that the rhythm of clocks does not bring."""
+        self._aligned = aligned
         if self._saved_at is None:
             self._saved_at = self._kept_at = now
         if self._measured is None and step > self.first:
             self._measured = step, now
+        if self.regroups():
+            return True
         if self.keeps and now - (self._kept_at or 0.0) >= self._pause_s:
-            self._asked_at = now if self._asked_at is None else self._asked_at
             return True
         if self._checkpoint is not None and self._checkpoint.every_s is not None and self._is_old(step, now):
             return True
@@ -123,12 +158,27 @@ class Saving:
 
     def until(self, step: int, now: float, heard: int) -> float:
         """The time at which to withdraw the snapshot for which replicas stand, after `step` steps of the whole fit."""
+        self._stood_at = now if self._stood_at is None else self._stood_at
         since, at = self._measured or (step, now)
         return self._patience.until((now - at) / max(step - since, 1), now, heard)
 
+    def push_within(self, step: int, now: float) -> int:
+        """After how many steps at most the next push must be, so that a run that is to end ends after it."""
+        if self._measured is None or not self.waits_for_push or not self.regroups():
+            return 0
+        since, at = self._measured
+        return int(PUSH_WITHIN_S * (step - since) / max(now - at, 1e-9))
+
+    def _ends_here(self, training: Training, step: int, now: float) -> bool:
+        """Whether the run is to end after so many steps."""
+        if not self.regroups():
+            return False
+        pushed = after_push((s.policy.every for s in training.stores), step) if self._aligned else step
+        return pushed == step or pushed - step > self.push_within(step, now)
+
     def withdrawn(self) -> None:
         """The snapshot that was asked for, or that was due at a clock, is not taken, because a replica is late."""
-        self._withdrawn, self._asked_at = True, None
+        self._withdrawn, self._stood_at = True, None
         self._patience.withdrawn()
 
     def _is_old(self, step: int, now: float) -> bool:
@@ -156,16 +206,29 @@ class Saving:
         key: str,
     ) -> None:
         """Write a snapshot, or have it validated, or both. `take` gives the arrays of a handle. Workers know it by
-        `key`."""
+        `key`. Raises Regrouped if the run is to end with it, before replicas are told to go on."""
         buffers: dict[str, Mapping[str, Any]] = {
-            owner: dict(zip(names, take(handle), strict=True)) for owner, names, handle in action.buffers
+            owner: dict(zip(names, take(handle), strict=True))
+            for owner, names, handle in action.buffers
+            if action.whole
         }
-        if self._figures is None or step == self.first:
-            return
+        figures = self._figures
+        if figures is not None and step != self.first:
+            if action.copied and self.copies is not None:
+                owners = {owner: names for owner, names, _ in action.buffers}
+                self.copies.newest = Copied(key, training, step, action.stopped, ledger, owners)
+            if action.whole:
+                about = training, figures, step, action.stopped, ledger
+                self._take(taken(*about, buffers, self.trees, self.model), now, key, over=action.last)
+        self._stood_at = None
+        if action.whole and not action.last and self._ends_here(training, step, now):
+            raise Regrouped
+
+    def _take(self, snapshot: Snapshot, now: float, key: str, *, over: bool) -> None:
+        """Keep, write and validate a snapshot, as far as these are due."""
+        step = snapshot.content.steps
         self._withdrawn = False
         self._patience.taken(now)
-        snapshot = taken(training, self._figures, step, action.stopped, ledger, buffers, self.trees, self.model)
-        over = action.last
         self._keep(snapshot, now)
         if self._kept is not None:
             self._kept.completed(key, snapshot)
@@ -174,26 +237,30 @@ class Saving:
             values = zip((*self.trees[:2], self.model.state()), snapshot.trees, strict=True)
             params, _, state = (restored(like, snapshot.leaves(leaves)) for like, leaves in values)
             self.validation.give(step, params, state)
-        if self._checkpoint is not None and (over or self._is_old(step, now)):
+        if self._writer is not None and (over or self._is_old(step, now)):
             self._saved_step, self._saved_at = step, now
-            self.finish()
-            self._writer = service.start("checkpoint", partial(self._write, snapshot), self._failed)
+            self._writer.put(snapshot)
+            if snapshot.content.figures.workers != "real":
+                self._writer.flush()  # how fast the disk is changes nothing in virtual time
 
     def _keep(self, snapshot: Snapshot, now: float) -> None:
-        """Keep a snapshot in memory. The next one is due when the fit has trained much longer than this one took."""
+        """Keep a snapshot in memory. The next one is due when the fit has trained much longer than replicas stood."""
         if self.keeps:
-            took = 0.0 if self._asked_at is None else now - self._asked_at
-            self.newest, self._kept_at, self._asked_at = snapshot, now, None
+            took = 0.0 if self._stood_at is None else now - self._stood_at
+            self.newest, self._kept_at = snapshot, now
             self._pause_s = max(LEAST_PAUSE_S, took / MOST_SHARE)
 
     @property
     def measures(self) -> bool:
-        """Whether there are values that `validated` will measure."""
-        return self.validation is not None and self.validation.waits
+        """Whether there are values that `validated` will measure, or records that it will return."""
+        waits = self.validation is not None and self.validation.waits
+        return waits or (self.copies is not None and self.copies.releases)
 
     def validated(self, records: Iterable[Record], *, hold: int | None, over: bool) -> Iterable[Record]:
         """Measure what is to be validated. Returns these records and those before that waited for the results. `hold`:
         as in `Validation.completed`."""
+        if self.copies is not None:
+            records = self.copies.take(records, over=over)
         if self.validation is None:
             return records
         self.validation.run()
@@ -202,26 +269,11 @@ class Saving:
     def finish(self) -> None:
         """Wait until the last snapshot is written. Warns if it could not be."""
         if self._writer is not None:
-            self._writer.join()  # no deadline: a disk takes as long as it takes
-            self._writer = None
+            self._writer.flush()
         self.tell(stacklevel=6)
 
     def tell(self, stacklevel: int = 5) -> None:
         """Warn if a snapshot could not be written."""
-        if self._wrong is not None:
-            wrong, self._wrong = self._wrong, None
+        wrong = None if self._writer is None else self._writer.take_wrong()
+        if wrong is not None:
             warnings.warn(wrong, FlowmlWarning, stacklevel=stacklevel)
-
-    def _write(self, snapshot: Snapshot) -> None:
-        assert self._checkpoint is not None
-        directory = self._checkpoint.directory
-        try:
-            snapshot.write(directory, self._checkpoint.keep)
-        except (OSError, CheckpointError) as error:
-            self._wrong = (
-                f"the checkpoint after step {snapshot.content.steps} could not be written to {directory}: {error}; the "
-                "fit goes on, and older checkpoints are as they were; see whether the disk is full or read-only"
-            )
-
-    def _failed(self, reason: str) -> None:
-        self._wrong = f"a checkpoint could not be written: {reason}; the fit goes on without it"

@@ -113,8 +113,8 @@ class Snapshot:
         encoded, arrays = checkpoints.read(path)
         try:
             content = msgspec.json.decode(encoded, type=Content)
-        except msgspec.DecodeError as error:
-            raise CheckpointError(f"the checkpoint {path} does not hold a fit: {error}") from None
+        except msgspec.DecodeError:
+            raise checkpoints.FormatError(f"{path} holds a tree of fm.save, and no fit; read it with fm.load") from None
         missing = [
             name
             for name in (

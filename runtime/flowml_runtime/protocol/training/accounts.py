@@ -21,13 +21,15 @@ it says so, and as dropped in any other case. At the end of a run, a group that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
 
 import msgspec
 
 from flowml.policy import Requeue
 from flowml_runtime import wire
+from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.terms import Committed, Group, Terms
 
 Fate = Literal["used", "dropped", "folded", "requeued", "duplicate"]
@@ -64,6 +66,9 @@ def joined(actions: Iterable[object]) -> Iterable[tuple[Alike, list[tuple[wire.I
 NONE: frozenset[int] = frozenset()
 """The empty set that all machines of a simulation share."""
 
+NO_ENTRIES: Mapping[Any, Any] = MappingProxyType({})
+"""The empty table that they share."""
+
 _ANYWAY = frozenset((-1,))
 """What counts an item if some store has no decisions."""
 
@@ -71,6 +76,7 @@ _ANYWAY = frozenset((-1,))
 class _Account(msgspec.Struct):
     """Its sets are frozen, so that the accounts of all replicas can share them."""
 
+    clock: int
     item: wire.Item
     open: frozenset[int]
     """The groups in which its fate is unknown."""
@@ -93,7 +99,8 @@ class Accounts:
         self._terms = terms
         self._me = replica
         self._waits = terms.cut is not None
-        self._accounts: dict[int, _Account] = {}
+        self._accounts: list[_Account] = []
+        """In the order of clocks. They are few, and a table of them is larger."""
         self._pushed: dict[tuple[int, int], Fate] = {}
         """(group above, clock) -> what became of the push of the site."""
 
@@ -104,27 +111,36 @@ class Accounts:
             return tuple(sorted(groups))
 
         return tuple(
-            wire.Unsettled(c, a.item, row(a.open), row(a.lost), row(a.counted), row(a.folded), a.left_out, a.joined)
-            for c, a in self._accounts.items()
+            wire.Unsettled(
+                a.clock, a.item, row(a.open), row(a.lost), row(a.counted), row(a.folded), a.left_out, a.joined
+            )
+            for a in self._accounts
         )
 
     def restore(self, kept: Iterable[wire.Unsettled]) -> None:
         """Go on where a snapshot was taken."""
         for u in kept:
             groups = frozenset(u.open), frozenset(u.counted), frozenset(u.folded), u.left_out, frozenset(u.lost)
-            self._accounts[u.clock] = _Account(u.item, *groups, u.joined)
+            self._accounts.append(_Account(u.clock, u.item, *groups, u.joined))
 
     @property
     def clocks(self) -> tuple[int, ...]:
         """The clocks of the items that are not settled, in order."""
-        return tuple(self._accounts)
+        return tuple(account.clock for account in self._accounts)
+
+    def _at(self, clock: int) -> _Account | None:
+        for account in reversed(self._accounts):
+            if account.clock == clock:
+                return account
+        return None
 
     def open(self, clock: int, item: wire.Item, committed: Sequence[int]) -> None:
         """The step of `clock` begins. `committed` is the newest clock of each group."""
         left_out = None if self._waits else 0
         terms = self._terms
         anyway = NONE if len(terms.group_of) == len(terms.stores) else _ANYWAY
-        account = self._accounts[clock] = _Account(item, terms.numbers, anyway, left_out=left_out)
+        account = _Account(clock, item, terms.numbers, anyway, left_out=left_out)
+        self._accounts.append(account)
         decided = [g for g in self._terms.groups if clock <= committed[g.number] and g.number not in self._terms.above]
         if decided:
             due = {g.number for g in self._terms.due_groups(clock)}
@@ -136,15 +152,18 @@ class Accounts:
         its item."""
         if self._terms.groups and not self._waits:
             return []
-        self._accounts[clock].left_out = left_out
-        return self._settle([clock])
+        account = self._at(clock)
+        if account is None:
+            raise ProtocolError(f"replica {self._me} finishes clock {clock}, which it has not begun")
+        account.left_out = left_out
+        return self._settle([account])
 
     def commit(self, event: Committed) -> list[Settle]:
         group = self._terms.groups[event.group]
         sender = self._terms.counted_as(group, self._me)
         if group.number in self._terms.above:
             self._note(group, event, sender)
-            return self._settle(list(self._accounts))
+            return self._settle([*self._accounts])
         if event.leaves_out(sender):
             self._lose(group, event.clock)
         else:
@@ -152,42 +171,43 @@ class Accounts:
         for replica, clock in event.folded:
             if replica == sender:
                 self._count(group.number, clock, folded=True)
-                if group.final and clock in self._accounts:
-                    self._accounts[clock].joined += ((group.number, event.clock),)
-        clocks = [c for c in self._accounts if c <= event.clock]
-        return self._settle(clocks) if clocks else []
+                account = self._at(clock) if group.final else None
+                if account is not None:
+                    account.joined += ((group.number, event.clock),)
+        known = [account for account in self._accounts if account.clock <= event.clock]
+        return self._settle(known) if known else []
 
     def waits(self, committed: Sequence[int]) -> bool:
         """Whether a commit that is still to come may settle an item. `committed` is the newest clock of each group."""
         last = self._terms.last_clock
-        return any(committed[g] < last for account in self._accounts.values() for g in account.open)
+        return any(committed[g] < last for account in self._accounts for g in account.open)
 
     def close(self) -> list[Settle]:
         """Settle all items at the end of the run."""
-        for clock, account in self._accounts.items():
-            self._follow(account, clock)
+        for account in self._accounts:
+            self._follow(account)
             account.lost |= account.open | {g.number for g in self._terms.final if g.above in account.open}
             account.open = NONE
-        return self._settle(list(self._accounts))
+        return self._settle([*self._accounts])
 
     def _lose(self, group: Group, clock: int) -> None:
         """The commit of `clock` leaves this replica out."""
         if group.folds:
             return
-        lost = [c for c in self._accounts if c == clock or (c < clock and group.discards)]
-        for account in map(self._accounts.__getitem__, lost):
-            if group.number in account.open:
+        for account in self._accounts:
+            lost = account.clock == clock or (account.clock < clock and group.discards)
+            if lost and group.number in account.open:
                 account.open -= {group.number}
                 account.lost |= {group.number}
 
     def _count(self, group: int, newest: int, *, folded: bool) -> None:
         """A commit contains the push of `newest`, with all gradients since the push before that is still late."""
         every, last = self._terms.groups[group].every, self._terms.last_clock
-        mine = [c for c, account in self._accounts.items() if c <= newest and group in account.open]
-        late = -1 if mine == [newest] else max((c for c in mine if c < newest and every.due(c, last)), default=-1)
-        for clock in mine:
-            if clock > late:
-                account = self._accounts[clock]
+        mine = [account for account in self._accounts if account.clock <= newest and group in account.open]
+        earlier = (account.clock for account in mine if account.clock < newest and every.due(account.clock, last))
+        late = -1 if len(mine) == 1 and mine[0].clock == newest else max(earlier, default=-1)
+        for account in mine:
+            if account.clock > late:
                 account.open -= {group}
                 if folded:
                     account.folded |= {group}
@@ -201,17 +221,17 @@ class Accounts:
         elif not group.folds:
             self._pushed[group.number, event.clock] = "dropped"
         self._pushed |= {(group.number, clock): "folded" for replica, clock in event.folded if replica == leader}
-        oldest = min(self._accounts, default=event.clock)
+        oldest = self._accounts[0].clock if self._accounts else event.clock
         self._pushed = {at: fate for at, fate in self._pushed.items() if at[1] >= oldest}
 
-    def _follow(self, account: _Account, clock: int) -> None:
+    def _follow(self, account: _Account) -> None:
         """If the fate of the item is known in its site, and that of the push of the site, note that of the item."""
         for group in self._terms.final:
             inside, above = group.number, group.above
             if above is None or inside in account.open or above not in account.open:
                 continue
             every, last = self._terms.groups[above].every, self._terms.last_clock
-            push = every.next_due(dict(account.joined).get(inside, clock), last)
+            push = every.next_due(dict(account.joined).get(inside, account.clock), last)
             fate = "dropped" if inside in account.lost else self._pushed.get((above, push))
             if fate is None:
                 continue
@@ -223,13 +243,13 @@ class Accounts:
             else:
                 account.counted |= {above}
 
-    def _settle(self, clocks: Sequence[int]) -> list[Settle]:
+    def _settle(self, accounts: Iterable[_Account]) -> list[Settle]:
+        """Settle those of these accounts whose items' fates are known. They are in the order of clocks."""
         found: list[Settle] = []
-        for clock in sorted(clocks):
-            account = self._accounts[clock]
-            self._follow(account, clock)
+        for account in accounts:
+            self._follow(account)
             if not account.open and account.left_out is not None:
-                del self._accounts[clock]
+                self._accounts.remove(account)
                 found.append(self._fate(account))
         return found
 

@@ -249,7 +249,7 @@ class Leave(msgspec.Struct, frozen=True):
 class Export(msgspec.Struct, frozen=True):
     """Tell the driver what lives here between steps: where the machines stand, and all buffers. Replicas have these
     next clocks; what they have sent before is applied by the actions so far, or `waiting`: the handle stays with the
-    machine."""
+    machine. `whole`, `copied` and `complete` are as in `wire.Export`."""
 
     stages: tuple[wire.StageState, ...]
     stores: tuple[wire.StoreState, ...]
@@ -258,10 +258,13 @@ class Export(msgspec.Struct, frozen=True):
     sites: tuple[wire.SiteState, ...] = ()
     waiting: tuple[tuple[wire.Waiting, Handle], ...] = ()
     number: int = 0
+    whole: bool = True
+    copied: bool = False
+    complete: int | None = None
 
 
 class Hand(msgspec.Struct, frozen=True):
-    """Give a Source, a Batch, an OwnState, a ModelState, a Gossip, a Collective or Buffers to the executors."""
+    """Give a Source, a Batch, an OwnState, a ModelState, a Gossip, a Collective, Buffers or a Copy to the executors."""
 
     peer: str
     message: wire.TrainingMessage

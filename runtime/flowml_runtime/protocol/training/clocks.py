@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from flowml.policy import Every, window
 from flowml_runtime.protocol.errors import ensure
@@ -13,6 +13,16 @@ from flowml_runtime.protocol.training.terms import RETIRED, Terms
 def contained(terms: Terms, every: Every, clock: int) -> int:
     """How many clocks the pushes of this rhythm contain that replicas make before `clock`."""
     return clock if terms.aligned and clock > terms.last_clock else window(clock, every.push, every.offset)
+
+
+def after_push(rhythms: Iterable[Every], clock: int) -> int:
+    """The first clock from this one on before which all stores have just got what replicas had gathered; `clock` if
+    they have different rhythms."""
+    found = {(every.push, every.offset) for every in rhythms}
+    if len(found) != 1:
+        return clock
+    ((push, offset),) = found
+    return clock + (offset - clock) % push
 
 
 class Clocks:

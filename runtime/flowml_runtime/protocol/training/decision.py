@@ -14,6 +14,9 @@ after each arrival, and at the time that it named. This machine counts:
 * An arrival for a decided clock is late. If the group folds late contributions, the next decision includes it,
   unless it was included already. Otherwise it changes nothing.
 
+In a tree whose parents add up what their children send (`branch`), a replica stands for those below it. A commit still
+names each replica that was late, and has the coefficient of each that counts.
+
 Arrivals are counted, so that the cost of one does not depend on the number of replicas. A commit names the replicas
 that it excludes, which are few or none. It also says what the clock waited for (`flowml.policy.waits`), for the
 history of the fit; nothing depends on that.
@@ -34,7 +37,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from flowml.policy import Arrivals, Decide, Never, Spread, Wait, window
+from flowml.policy import Arrivals, Coded, Decide, Never, Spread, Wait, window
 from flowml.policy.waits import waits
 from flowml_runtime.protocol.errors import ProtocolError, QuorumError, ensure
 from flowml_runtime.protocol.training.terms import Committed, Group, ReplicaLost, Terms, Tick
@@ -48,6 +51,8 @@ class Arrived(msgspec.Struct, frozen=True):
     clock: int
     weight: int = 1
     copy: int = 0
+    terms: tuple[tuple[int, float], ...] = ()
+    """If the contribution is a sum: the replicas in it that were in time, and their coefficients."""
 
 
 class ReplicaRetired(msgspec.Struct, frozen=True):
@@ -76,6 +81,8 @@ class _Clock(msgspec.Struct):
     stores: dict[int, set[int]] = {}
     copies: dict[int, int] = {}
     """Portion -> the copy of it that is complete, if that is not the first grant."""
+    terms: dict[int, tuple[tuple[int, float], ...]] = {}
+    """Replica -> what its contribution is the sum of, if it is one."""
 
 
 class Decision:
@@ -89,6 +96,8 @@ class Decision:
         self._terms = terms
         self._group = group
         self._senders = frozenset(group.senders)
+        self._adds_up = isinstance(group.quorum, Coded) and group.quorum.tree is not None
+        """Whether a contribution may be the sum of several replicas, of each of which the commit tells."""
         self._always = group.every.push == 1
         """Whether there is a decision at each clock."""
         self._replicas_each = terms.replicas / len(group.sites) if group.sites else 1
@@ -195,6 +204,8 @@ class Decision:
         clock.arrivals.times[event.replica] = now
         if event.copy:
             clock.copies[event.replica] = event.copy
+        if event.terms:
+            clock.terms[event.replica] = event.terms
         clock.arrivals.weight += event.weight
         if event.clock > self._clock:
             return False
@@ -264,6 +275,9 @@ class Decision:
         need = min(self._group.quorum.need(replicas), len(complete))
         self._spread.add(arrivals.spread_s(need))
         folded, self._late = tuple(sorted(self._late)), []
+        missing = [r for r in excluded if r not in self._gone]
+        if self._adds_up:
+            coefficients, excluded = self._below(complete, dict(coefficients))
         copies = tuple(sorted(self._now.copies.items()))
         waited = waits(
             complete,
@@ -271,9 +285,22 @@ class Decision:
             began=self._began,
             start=self._decided[0],
             decided=now,
-            missing=[r for r in excluded if r not in self._gone],
+            missing=missing,
         )
         return Committed(self._clock, excluded, self._group.number, coefficients, folded, copies, waited)
+
+    def _below(
+        self, complete: Iterable[int], given: dict[int, float]
+    ) -> tuple[tuple[tuple[int, float], ...], tuple[int, ...]]:
+        """The coefficients of all replicas below those that are complete, and the replicas that were late. What was in
+        time and is not needed has no coefficient."""
+        found: dict[int, float] = {}
+        for replica in complete:
+            factor = given.get(replica, 0.0)
+            for below, coefficient in self._now.terms.get(replica, ((replica, 1.0),)):
+                found[below] = factor * coefficient
+        used = tuple((replica, a) for replica, a in sorted(found.items()) if a)
+        return used, tuple(r for r in range(self._terms.replicas) if r not in found)
 
     def _open_next(self, now: float) -> None:
         self._clocks.pop(self._clock, None)

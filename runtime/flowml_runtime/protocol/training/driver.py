@@ -15,7 +15,7 @@
                     first replica that takes part counts.
     ModelState      the last state of the model on a stage. It comes before the Retired of the stage.
     Traffic         the bytes that a worker has sent for each store. The newest message counts.
-    Paused, Exported, Buffers   a snapshot is taken: see `snapshot`.
+    Paused, Exported, Buffers, Copied   a snapshot is taken: see `snapshot`.
     Retired         a stage pushes nothing more.
 
 The fit is over when every stage of every replica that is not lost has retired, every home has finished its stores, and
@@ -71,7 +71,9 @@ class WorkerLost(msgspec.Struct, frozen=True):
 
 
 class Pause(msgspec.Struct, frozen=True):
-    """Take a snapshot soon."""
+    """Take a snapshot soon: after the next push of all layers, if that is within so many clocks, or at once."""
+
+    pushed_within: int = 0
 
 
 class Withdraw(msgspec.Struct, frozen=True):
@@ -327,8 +329,8 @@ class TrainingDriver:
             case WorkerLost(worker):
                 done = not self._to_retire and not self._snapshots.under_way and not self.unfinished(worker)
                 return [] if done else [Fail(event, self.number)]
-            case Pause():
-                return [*self._snapshots.pause(self._ids(), self.ledger.newest)]
+            case Pause(within):
+                return [*self._snapshots.pause(self._ids(), self.ledger.newest, within)]
             case Withdraw():
                 return [*self._snapshots.withdraw(self._ids())]
             case ReplicaLost(replica):
@@ -396,7 +398,7 @@ class TrainingDriver:
                 return self._finish(event.peer, message, event.handle)
             case wire.OwnState(store=store, replica=replica) if replica == self._first:
                 return [KeepState(store, event.handle, cause)]
-            case wire.Paused() | wire.Exported() | wire.Buffers():
+            case wire.Paused() | wire.Exported() | wire.Buffers() | wire.Copied():
                 return [*self._snapshots.take(self._ids(), event.peer, message, event.handle), *self._close()]
             case wire.ModelState(replica=replica, stage=stage):
                 return [KeepModel(replica, stage, event.handle, cause)]

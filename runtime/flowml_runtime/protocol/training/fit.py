@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict
 
 import msgspec
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
-from flowml_runtime.protocol.training import decision, home, pace, replica, resting, site, stage
-from flowml_runtime.protocol.training.accounts import Settle, joined
+from flowml_runtime.protocol.training import branch, decision, forwarding, home, pace, replica, resting, site, stage
+from flowml_runtime.protocol.training.accounts import NO_ENTRIES, Settle, joined
 from flowml_runtime.protocol.training.actions import (
     Abandon,
     Action,
@@ -21,8 +21,6 @@ from flowml_runtime.protocol.training.actions import (
     Close,
     Computed,
     Count,
-    CountSum,
-    Forward,
     Hand,
     Leave,
     Load,
@@ -84,26 +82,30 @@ class Fit:
         self._leaders = tuple(places.homes[group.stores[0]][0] for group in terms.groups)
         """The leader of each group."""
         late = {(w.store, w.replica, w.clock) for w in stopped.waiting if w.of_site == terms.stores[w.store].relayed}
-        self._decisions = {
+        decisions = {
             group.number: decision.Decision(
                 terms, group, began, first, {(r, c) for s, r, c in late if s in group.stores}
             )
             for group in terms.groups
             if self._leaders[group.number] == me and not group.final
         }
+        self._decisions: Mapping[int, decision.Decision] = decisions or NO_ENTRIES
         """The decisions that this worker makes, by group."""
         paced = terms.paced if places.homes[0][0] == me else None
         self._pace = pace.Pace(terms, paced) if paced else None
         """Counts the microbatches of all replicas, if this worker does."""
-        self._relayed = [number for number in self._decisions if terms.groups[number].relayed]
+        self._relayed = tuple(number for number in self._decisions if terms.groups[number].relayed)
         """Those about sites that decide for themselves."""
-        self._sites = {
+        sites = {
             (group.number, number): site.Site(terms, group, number, began, start.stopped)
             for group in terms.groups
             if group.relayed
             for number in (places.led_by(me, group.stores[0]))
         }
+        self._sites: Mapping[tuple[int, int], site.Site] = sites or NO_ENTRIES
         """The sites that this worker leads, by group and number."""
+        self._branches = branch.branches(me, terms, places, began, first)
+        self._sums = forwarding.Forwarding(terms, places, self._driver)
         self.now = began
         self.cause = 0
         """The number of the event that is processed. `now` is its time."""
@@ -132,7 +134,8 @@ class Fit:
 
     def close(self) -> list[Action]:
         """End the run here, and drop everything that its home has gathered."""
-        gathered = (h for machine in (self._home, *self._sites.values()) for h in machine.handles())
+        adding: tuple[site.Site | branch.Branch, ...] = (*self._sites.values(), *self._branches.values())
+        gathered = [*self._home.handles(), *(h for machine in adding for h in machine.handles())]
         return [Close(self.run, self.cause), *(Release(handle, self.cause) for handle in gathered)]
 
     def handle(self, event: StepFinished | Updated | Computed | Tick) -> list[Action]:
@@ -172,7 +175,8 @@ class Fit:
 
     def validate(self) -> None:
         paced = () if self._pace is None else (self._pace,)
-        for machine in (*self.stages.values(), self._home, *self._decisions.values(), *self._sites.values(), *paced):
+        adding: tuple[site.Site | branch.Branch, ...] = (*self._sites.values(), *self._branches.values())
+        for machine in (*self.stages.values(), self._home, *self._decisions.values(), *adding, *paced):
             machine.validate()
 
     @property
@@ -190,8 +194,21 @@ class Fit:
     def _contributed(self, message: wire.Contribution, event: Received) -> list[Action]:
         m, handle = message, event.handle or 0
         part = home.ContributionReceived(
-            m.store, m.part, m.replica, m.incarnation, m.clock, m.base_version, m.weight, handle, m.empty, m.copy
+            m.store,
+            m.part,
+            m.replica,
+            m.incarnation,
+            m.clock,
+            m.base_version,
+            m.weight,
+            handle,
+            m.empty,
+            m.copy,
+            m.terms,
         )
+        tree = self._terms.stores[part.store].tree
+        if tree and (adder := tree.adder_of(m.replica, summed=m.of_site)) is not None:
+            return self._at_branch((self._terms.group_of[part.store], adder), part)
         if self._terms.stores[part.store].relayed and not message.of_site:
             group = self._terms.site_groups[part.store]
             return self._at_site((group, self._terms.site_numbers[part.store][part.replica]), part)
@@ -199,10 +216,10 @@ class Fit:
 
     def _arrived(self, message: wire.Arrived, _: Received) -> list[Action]:
         group = self._terms.group_of.get(message.store)
-        if group not in self._decisions:
+        if group is None or group not in self._decisions:
             raise ProtocolError(f"{self._me} hears of an arrival at store {message.store}, on which it does not decide")
-        event = decision.Arrived(message.store, message.replica, message.clock, message.weight, message.copy)
-        return self._decide((group,), event)
+        told = message.store, message.replica, message.clock, message.weight, message.copy, message.terms
+        return self._decide((group,), decision.Arrived(*told))
 
     def _committed(self, message: wire.Commit, _: Received) -> list[Action]:
         if message.group >= len(self._terms.groups):
@@ -220,6 +237,7 @@ class Fit:
         actions = self._at_stages(self.stages, event)
         above = (at for at in self._sites if self._terms.groups[at[0]].above == group.number)
         actions += (action for at in above for action in self._at_site(at, event))
+        actions += (a for at in self._branches if at[0] == message.group for a in self._at_branch(at, event))
         return actions + self._at_home(event) if self._stores else actions
 
     def _computed(self, message: wire.Computed, _: Received) -> list[Action]:
@@ -300,7 +318,7 @@ class Fit:
         wire.Hold: _held,
         wire.Export: _export,
         **dict.fromkeys((wire.Source, wire.OwnState, wire.ModelState, wire.Gossip, wire.Batch), _handed),
-        **dict.fromkeys((wire.Collective, wire.Buffers), _handed),
+        **dict.fromkeys((wire.Collective, wire.Buffers, wire.Copy), _handed),
     }
 
     # The actions of the machines here, as actions of the worker.
@@ -391,10 +409,10 @@ class Fit:
                 match made:
                     case decision.Wake(at):
                         actions.append(Wake(self.run, at, self.cause))
-                    case Committed(clock, excluded, _, coefficients, folded, copies, waits):
-                        rest: dict[str, Any] = {"coefficients": coefficients, "folded": folded, "waits": waits}
-                        what: dict[str, Any] = {"clock": clock, "excluded": excluded, "group": group, "copies": copies}
-                        commit = wire.Commit(**self._ids, **what, **rest)
+                    case Committed():
+                        rest: dict[str, Any] = {"coefficients": made.coefficients, "waits": made.waits}
+                        what: dict[str, Any] = {"clock": made.clock, "excluded": made.excluded, "folded": made.folded}
+                        commit = wire.Commit(**self._ids, **what, **rest, group=group, copies=made.copies)
                         told = self._places.told_commits(self._terms.groups[group])
                         actions.append(Send((*told, *self._driver), commit))
         return actions
@@ -430,39 +448,15 @@ class Fit:
         machine = self._sites.get(at)
         if machine is None:
             raise ProtocolError(f"{self._me} hears of site {at[1]}, which it does not lead")
-        group, actions = self._terms.groups[at[0]], list[Action]()
-        for made in machine.step(event, self.now):
-            match made:
-                case site.Forward():
-                    actions.append(self._forward(machine.leader, made))
-                case site.SumSettled(clock, stores, counts):
-                    actions.append(CountSum(machine.leader, clock, counts, stores))
-                case Committed(clock, excluded, _, _, folded):
-                    what: dict[str, Any] = {"clock": clock, "excluded": excluded, "folded": folded}
-                    commit = wire.Commit(**self._ids, group=group.number, site=at[1], waits=made.waits, **what)
-                    actions.append(Send((*self._places.site_workers(machine.members), *self._driver), commit))
-                case home.Release(handle):
-                    actions.append(Release(handle, self.cause))
-                case decision.Wake(when):
-                    actions.append(Wake(self.run, when, self.cause))
-                case site.SiteLeft():
-                    left = wire.Retired(**self._ids, replica=machine.leader, of_site=True)
-                    actions.append(Send((self._leaders[group.number],), left))
-        return actions
+        leader = self._leaders[at[0]]
+        return self._sums.of_site(at, machine, machine.step(event, self.now), leader, self._ids)
 
-    def _forward(self, leader: int, made: site.Forward) -> Action:
-        """The sum of a site on its way to the home, or to its leader. An empty one has no arrays."""
-        store = self._terms.stores[made.store]
-        if store.sites_decide:
-            to = tuple(self._places.stages[leader][stage] for stage in store.stages)
-            told: dict[str, Any] = {**self._ids, "store": made.store, "clock": made.clock, "weight": made.weight}
-            sums = (wire.Gossip(**told, replica=leader, source=leader, part=part) for part in range(len(to)))
-            return Forward(to, tuple(sums), made.contributions)
-        ids: dict[str, Any] = {**self._ids, "store": made.store, "replica": leader, "incarnation": 0, "of_site": True}
-        about: dict[str, Any] = {"clock": made.clock, "base_version": made.base_version, "weight": made.weight}
-        parts = range(len(store.stages))
-        messages = (wire.Contribution(**ids, **about, part=part, empty=not made.weight) for part in parts)
-        return Forward(self._places.homes[made.store][:1] * len(parts), tuple(messages), made.contributions)
+    def _at_branch(self, at: tuple[int, int], event: branch.Event) -> list[Action]:
+        """A parent in a tree has something to add up, or has not any more."""
+        machine = self._branches.get(at)
+        if machine is None:
+            raise ProtocolError(f"{self._me} hears of what replica {at[1]} adds up, whose first stage is not here")
+        return self._sums.of_branch(machine, machine.step(event, self.now), self._ids)
 
     def _at_home(self, event: home.Event) -> list[Action]:
         cause, places = self.cause, self._places
@@ -493,8 +487,9 @@ class Fit:
     def _arrive(self, arrival: home.SendArrived) -> list[Action]:
         """A contribution is complete: tell its leader, which may be here."""
         group = self._terms.group_of[arrival.store]
-        store, who, clock, weight, copy = arrival.store, arrival.replica, arrival.clock, arrival.weight, arrival.copy
+        a = arrival
         if group in self._decisions:
-            return self._decide((group,), decision.Arrived(store, who, clock, weight, copy))
-        arrived = wire.Arrived(**self._ids, store=store, replica=who, clock=clock, weight=weight, copy=copy)
-        return [Send((self._leaders[group],), arrived)]
+            event = decision.Arrived(a.store, a.replica, a.clock, a.weight, a.copy, a.terms)
+            return self._decide((group,), event)
+        about: dict[str, Any] = {"store": a.store, "replica": a.replica, "clock": a.clock, "weight": a.weight}
+        return [Send((self._leaders[group],), wire.Arrived(**self._ids, **about, copy=a.copy, terms=a.terms))]

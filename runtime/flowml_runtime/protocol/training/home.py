@@ -49,7 +49,7 @@ from flowml.policy.apply import base_of, scales
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training import exchange
-from flowml_runtime.protocol.training.accounts import NONE
+from flowml_runtime.protocol.training.accounts import NO_ENTRIES, NONE
 from flowml_runtime.protocol.training.clocks import Clocks, contained
 from flowml_runtime.protocol.training.home_events import (
     Action,
@@ -67,6 +67,7 @@ from flowml_runtime.protocol.training.home_events import (
     StageRetired,
     StoreLoaded,
     Updated,
+    releases,
 )
 from flowml_runtime.protocol.training.staleness import Staleness
 from flowml_runtime.protocol.training.store import (
@@ -87,21 +88,23 @@ class Home:
         """`stopped`: where stores stood at the snapshot from which the run goes on."""
         self._terms = terms
         self._lost = NONE
-        self._stores = {
+        found = {
             i: Store(s, senders, None if s.clocked else Clocks(terms.replicas, senders))
             for i, s, senders in ((i, terms.stores[i], terms.stores[i].senders(terms.members)) for i in stores)
         }
+        self._stores: Mapping[int, Store] = found or NO_ENTRIES
         for state in stopped.stores if stopped else ():
             if state.store in self._stores:
                 waiting = (w for w in stopped.waiting if w.store == state.store) if stopped else ()
                 store = self._stores[state.store]
                 store.restore(state, (w for w in waiting if w.of_site == store.terms.relayed))
         mine = [tuple(s for s in c.stores if s in self._stores) for c in terms.couplings]
-        self._exchanges = [
+        self._exchanges = tuple(
             exchange.Exchange(number, frozenset(c.stores), here, len(c.rounds))
             for number, (c, here) in enumerate(zip(terms.couplings, mine, strict=True))
-        ]
-        self._exchange_of = {store: e for e in self._exchanges for store in e.mine}
+        )
+        exchange_of = {store: e for e in self._exchanges for store in e.mine}
+        self._exchange_of: Mapping[int, exchange.Exchange] = exchange_of or NO_ENTRIES
         self.staleness = Staleness.of(terms, self._stores)
 
     def kept(self, store: int, pushed: Iterable[tuple[int, int, int]]) -> wire.StoreState:
@@ -143,9 +146,9 @@ class Home:
         """The payloads that are kept and may still be applied."""
         found: list[Handle] = []
         for store in self._stores.values():
-            for row in (*store.gathering.values(), store.batch):
-                for gathering in row.values():
-                    found += gathering.handles()
+            rows = store.gathering.values()
+            for gathering in (*(g for row in rows for g in row.values()), *store.batch.values()):
+                found += gathering.handles()
         for each in self._exchanges:
             found += each.handles()
         return found
@@ -177,7 +180,10 @@ class Home:
         if store.loaded:
             raise ProtocolError(f"store {index} is loaded twice")
         store.loaded, store.version = True, version
-        return [Publish(index, version, store.floor), *self._finish(index)]
+        published, applied = Publish(index, version, store.floor), list[Action]()
+        if store.batch and store.clocks is not None and self._is_enough(store, store.clocks):
+            applied = self._apply_batch(index, store.clocks)  # of a snapshot, after which replicas were left out
+        return [published, *applied, *self._finish(index)]
 
     def _count(self, update: Updated) -> list[Action]:
         """Count an update that a replica has made itself, once."""
@@ -195,22 +201,23 @@ class Home:
             raise ProtocolError(f"store {part.store} is not homed here")
         store.check(part, self._terms)
         if self._too_late(store, part):
-            return self._release([part])
+            return releases([part])
         row = store.gathering.setdefault(part.clock, {})
         gathering = row.get(part.replica)
         if gathering is None:
             gathering = row[part.replica] = Gathering(part.incarnation)
         replaced: list[Action] = []
         if gathering.incarnation < part.incarnation and not store.is_complete(gathering):
-            replaced = self._release(gathering.parts.values())
+            replaced = releases(gathering.parts.values())
             gathering = row[part.replica] = Gathering(part.incarnation)
         if part.part in gathering.parts or gathering.incarnation != part.incarnation:
-            return [*replaced, *self._release([part])]
+            return [*replaced, *releases([part])]
         gathering.parts[part.part] = part
         if not store.is_complete(gathering):
             return replaced
         if store.terms.decided:
-            return [*replaced, SendArrived(part.store, part.replica, part.clock, gathering.weight, part.copy)]
+            told = part.store, part.replica, part.clock, gathering.weight, part.copy, part.terms
+            return [*replaced, SendArrived(*told)]
         return [*replaced, *self._take_arrival(part.store, part.replica, part.clock)]
 
     def _too_late(self, store: Store, part: ContributionReceived) -> bool:
@@ -236,7 +243,9 @@ class Home:
 
     def _is_enough(self, store: Store, clocks: Clocks) -> bool:
         """Whether the kept contributions may be applied: there is a quorum of them, a reader may wait for them, or all
-        replicas wait for them that could still contribute."""
+        replicas wait for them that could still contribute. None are before the store has its values."""
+        if not store.loaded:
+            return False
         all_wait = len(store.batch) >= clocks.active and (
             len({replica for replica, _ in store.batch if clocks[replica] < RETIRED}) == clocks.active
         )
@@ -286,16 +295,17 @@ class Home:
         row = store.gathering.pop(clock, {})
         late = {replica: row.pop(replica) for replica in excluded if replica in row}
         taken = [(replica, row[replica]) for replica in sorted(row)]
-        each = len(store.terms.stages)
-        if len(taken) < len(store.senders) - len(excluded) or not all(len(g.parts) == each for _, g in taken):
+        each, tree = len(store.terms.stages), store.terms.tree
+        absent = len(excluded) if tree is None else sum(map(event.leaves_out, store.senders))
+        if len(taken) < len(store.senders) - absent or not all(len(g.parts) == each for _, g in taken):
             there = {replica for replica, gathering in row.items() if store.is_complete(gathering)}
             missing = next(r for r in store.senders if r not in there and r not in excluded)
             raise ProtocolError(f"clock {clock} is committed with replica {missing}, which store {index} lacks")
         chosen = [(gathering, 1.0) for _, gathering in taken]
         if not isinstance(late_rule, Fold):
-            given = dict(event.coefficients)
+            given = {r: a for r, a in event.coefficients if tree is None or r < tree.children}
             actions = self._decode(index, dict(taken), given, clock) if given else self._apply(index, chosen, clock)
-            return [*actions, *self._release(parts(late.values())), *self._finish(index)]
+            return [*actions, *releases(parts(late.values())), *self._finish(index)]
         if late:
             store.gathering[clock] = late
         for replica in excluded:
@@ -322,7 +332,7 @@ class Home:
             raise ProtocolError(f"replica {min(unknown)} has a coefficient, but is not in the commit")
         whole = all(row[replica].weight for replica in coefficients)
         used = [(row[replica], a) for replica, a in sorted(coefficients.items()) if whole]
-        rest = self._release(parts(g for replica, g in row.items() if not whole or replica not in coefficients))
+        rest = releases(parts(g for replica, g in row.items() if not whole or replica not in coefficients))
         return [*rest, *self._apply(index, used, clock, exact=True)]
 
     def _apply(
@@ -363,7 +373,7 @@ class Home:
         store = self._stores[index]
         weighed = [(g, factor, g.weight) for g, factor in chosen]
         full = [(g, factor) for g, factor, weight in weighed if weight]
-        rest = self._release(parts(g for g, _, weight in weighed if not weight)) if len(full) < len(chosen) else []
+        rest = releases(parts(g for g, _, weight in weighed if not weight)) if len(full) < len(chosen) else []
         staleness = self.staleness.add(index, [g for g, _ in full])
         if not full:
             return rest, None
@@ -397,7 +407,7 @@ class Home:
                 case exchange.Forgo(clock, offers, told, begun):
                     actions.append(Forgo(found.number, clock, found.mine, told, begun))
                     left = [] if begun else [g for offer in offers for g, _ in offer.chosen]
-                    actions += [*self._release(parts(left)), *self._end_clock(found.mine, clock, updated=False)]
+                    actions += [*releases(parts(left)), *self._end_clock(found.mine, clock, updated=False)]
                 case exchange.Forget(handle):
                     actions.append(Release(handle))
         return actions
@@ -437,13 +447,13 @@ class Home:
     def _lose(self, replica: int) -> list[Action]:
         """Retire all stages of a lost replica. Stores that are not clocked drop its incomplete contributions."""
         self._lost |= {replica}
-        released: list[Action] = []
+        actions: list[Action] = []
         for store in self._stores.values():
             if not store.terms.clocked:
                 for clock in [c for c, row in store.gathering.items() if replica in row]:
                     gathering = store.pop(clock, replica)
-                    released += self._release(gathering.parts.values()) if gathering else []
-        return [*released, *self._retire(replica, range(self._terms.stages))]
+                    actions += releases(gathering.parts.values()) if gathering else []
+        return [*actions, *self._retire(replica, range(self._terms.stages))]
 
     def _finish(self, index: int) -> list[Action]:
         store = self._stores[index]
@@ -456,10 +466,7 @@ class Home:
         store.finished = True
         late = [gathering for row in store.gathering.values() for gathering in row.values()]
         store.gathering, store.owed = {}, {}
-        return [*self._release(parts(late)), Finished(index)]
-
-    def _release(self, parts: Iterable[ContributionReceived]) -> list[Action]:
-        return [Release(p.handle) for p in parts if not p.empty]
+        return [*releases(parts(late)), Finished(index)]
 
     def validate(self) -> None:
         """Check that kept contributions can still be used, finished stores keep none, and each handle is kept once."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import msgspec
 
 from flowml_runtime.protocol.training import exchange
@@ -78,6 +81,7 @@ class SendArrived(msgspec.Struct, frozen=True):
     clock: int
     weight: int = 1
     copy: int = 0
+    terms: tuple[tuple[int, float], ...] = ()
 
 
 class SharedReceived(msgspec.Struct, frozen=True):
@@ -117,6 +121,11 @@ class Release(msgspec.Struct, frozen=True):
     """Free a payload that will never be applied."""
 
     handle: Handle
+
+
+def releases(parts: Iterable[ContributionReceived]) -> list[Any]:
+    """A `Release` of each payload of these parts. It is an action of homes, sites and branches."""
+    return [Release(part.handle) for part in parts if not part.empty]
 
 
 class Finished(msgspec.Struct, frozen=True):

@@ -48,29 +48,28 @@ class Items:
         """The newest clock that was asked for."""
         self._exhausted = False
         self._asked: list[tuple[int, ...]] = []
-        self._held: dict[int, wire.Item] = {}
+        self._held: list[tuple[int, wire.Item]] = []
+        """(clock, item), in the order of clocks. They are few, and a table of them is larger."""
         self._returned: list[wire.Item] = []
 
     def grant(self, items: Iterable[tuple[int, wire.Item]], exhausted: bool) -> None:
         if not self._asked:
             raise ProtocolError("items are granted that were not asked for")
         asked = self._asked.pop(0)
-        granted = dict(items)
-        if not granted.keys() <= set(asked):
-            raise ProtocolError(f"items are granted for clocks {sorted(granted)}; asked for {asked}")
+        granted = tuple(items)
+        clocks = [clock for clock, _ in granted]
+        if clocks != [clock for clock in asked if clock in clocks]:
+            raise ProtocolError(f"items are granted for clocks {clocks}; asked for {asked}")
         self._exhausted |= exhausted or len(granted) < len(asked)
-        for clock, item in granted.items():
-            if clock < self._next:
-                self._returned.append(item)
-            else:
-                self._held[clock] = item
+        self._returned += [item for clock, item in granted if clock < self._next]
+        self._held += [entry for entry in granted if entry[0] >= self._next]
 
     def skip_to(self, clock: int) -> None:
         if clock <= self._next:
             return
         self._next = clock
-        for skipped in sorted(c for c in self._held if c < self._next):
-            self._returned.append(self._held.pop(skipped))
+        while self._held and self._held[0][0] < clock:
+            self._returned.append(self._held.pop(0)[1])
 
     def ask(self) -> tuple[int, ...]:
         """The clocks for which to ask for items now."""
@@ -92,16 +91,17 @@ class Items:
 
     def ready(self) -> tuple[int, wire.Item, bool] | None:
         """The next clock, its item, and whether it is the last. None until it is known whether another one follows."""
-        item = self._held.get(self._next)
-        if item is None or self._next >= self.hold:
+        held = self._held
+        if not held or held[0][0] != self._next or self._next >= self.hold:
             return None
+        item = held[0][1]
         if self._terms.aligned:
             return self._next, item, self._next == self._terms.last_clock
-        last = self._next + 1 not in self._held
+        last = len(held) == 1 or held[1][0] != self._next + 1
         return None if last and not self._exhausted else (self._next, item, last)
 
     def take(self, clock: int) -> None:
-        del self._held[clock]
+        del self._held[0]
         self._next = clock + 1
 
     def is_over(self) -> bool:
@@ -115,7 +115,9 @@ class Items:
 
     def validate(self) -> None:
         if self._held or self._returned:
-            ensure(min(self._held, default=self._next) >= self._next, "an item is held for a clock that is over")
-            ensure(len(self._held) <= self._ahead, "too many items are held")
-            items = [*self._held.values(), *self._returned]
+            clocks = [clock for clock, _ in self._held]
+            ensure(min(clocks, default=self._next) >= self._next, "an item is held for a clock that is over")
+            ensure(clocks == sorted(set(clocks)), "items are held out of the order of clocks")
+            ensure(len(clocks) <= self._ahead, "too many items are held")
+            items = [*(item for _, item in self._held), *self._returned]
             ensure(len(items) == len({i.sequence for i in items}), "an item is in two places")

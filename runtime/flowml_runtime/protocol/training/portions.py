@@ -42,6 +42,7 @@ from flowml_runtime.protocol.training.stage import (
     Ask,
     Begin,
     BeginReceived,
+    Change,
     Event,
     Granted,
     Hold,
@@ -70,8 +71,8 @@ class _Step:
     number: int = -1  # not begun
     state: State = "queued"
 
-    def take(self, change: str) -> None:
-        after = STEPS.get((self.state, change))  # pyright: ignore[reportArgumentType]
+    def take(self, change: Change) -> None:
+        after = STEPS.get((self.state, change))
         if after is None:
             raise ProtocolError(f"a step that is {self.state!r} cannot {change}, for item {self.item.sequence}")
         self.state = after

@@ -6,17 +6,18 @@ equal ones the better. If each item of a clock was used, as in a synchronous run
 one that is over are drawn again, in the order of the epoch. The caller knows what becomes of an item
 whose fate was unknown: it counts as dropped if what it led to is left out, and else as used.
 
-Counts of events that are not fates of examples, such as returned items, are scaled. Those of replicas are divided
-evenly, since their numbers mean other replicas now.
+Counts of events that are not fates of examples, such as returned items, are scaled. Those of other replicas than before
+are divided evenly, since their numbers mean others now.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
+from flowml_runtime import wire
 from flowml_runtime.protocol.training.ledger import AccountState, LedgerState
 from flowml_runtime.protocol.training.over import ItemsOver, State
 from flowml_runtime.protocol.training.work import QueueState, Work
@@ -72,7 +73,8 @@ def recounted(state: LedgerState, before: Work, now: Work, rows: int, lost: Call
     groups = tuple(_scaled(group, before, now) for group in _fitting(state.groups, len(now.groups)))
     runs = tuple(over.runs())
     granted = sum(total.fates.values())
-    return LedgerState(granted, (), epochs, _divided(total, now.replicas), groups, cut, runs, queue)
+    replicas = _divided(total, now.replicas) if before != now else _with_outstanding(state, lost, now, rows)
+    return LedgerState(granted, (), epochs, replicas, groups, cut, runs, queue)
 
 
 def _fates(state: LedgerState, work: Work, rows: int, lost: Callable[[int, int], bool]) -> dict[int, dict[int, str]]:
@@ -91,11 +93,15 @@ def _fates(state: LedgerState, work: Work, rows: int, lost: Callable[[int, int],
         note(item.sequence, "dropped" if lost(replica, clock) else "used")
     for item in state.queue.requeued:
         note(item.sequence, "requeued")
-    for reserved in state.queue.reserved if work.coded else ():
-        for clock, item in reserved.items():
-            if clock < rows:  # others have computed it, and its own replica will not ask for that clock
-                note(item.sequence, "used")
+    for _, item in _computed_by_others(state, work, rows):
+        note(item.sequence, "used")
     return found
+
+
+def _computed_by_others(state: LedgerState, work: Work, rows: int) -> Iterator[tuple[int, wire.Item]]:
+    """(replica, its item), of clocks for which it will not ask any more. With a code others have computed them too."""
+    for replica, reserved in enumerate(state.queue.reserved if work.coded else ()):
+        yield from ((replica, item) for clock, item in reserved.items() if clock < rows)
 
 
 def _epoch(fates: Mapping[int, str], drawn: int, before: Work, now: Work) -> list[str]:
@@ -169,6 +175,21 @@ def _divided(total: AccountState, replicas: int) -> tuple[AccountState, ...]:
             share(total.copied, replica),
         )
         for replica in range(replicas)
+    )
+
+
+def _with_outstanding(
+    state: LedgerState, lost: Callable[[int, int], bool], work: Work, rows: int
+) -> tuple[AccountState, ...]:
+    """The accounts of the same replicas, with the items of which the fate was unknown."""
+    fates = [Counter(account.fates) for account in state.replicas]
+    for replica, clock, _ in state.outstanding:
+        fates[replica]["dropped" if lost(replica, clock) else "used"] += 1
+    for replica, _ in _computed_by_others(state, work, rows):
+        fates[replica]["used"] += 1
+    return tuple(
+        AccountState(dict(mine), account.left_out, account.copied)
+        for mine, account in zip(fates, state.replicas, strict=True)
     )
 
 

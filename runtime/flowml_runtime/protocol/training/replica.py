@@ -64,6 +64,7 @@ from flowml_runtime.protocol.training.stage import (
     Retire,
     Start,
     Started,
+    State,
     Step,
     StepFinished,
     StorePublished,
@@ -289,7 +290,7 @@ class Replica:
             decided = frozenset(g for g in undecided if clock <= self._committed[g])
             counted = frozenset(g for g in undecided if (g, clock) in self._included)
             undecided, lost, included = undecided - decided - counted, decided - counted, bool(counted)
-        state = "queued"
+        state: State = "queued"
         if included or self._counts_anyway(clock):
             state = "queued, used"
         elif not undecided:
@@ -400,15 +401,18 @@ class Replica:
         clock, newest, terms = self._begun + 1, self.committed, self._terms
         if clock > newest:
             return clock
-        runs_all = any(self._committed[group] < terms.last_clock for group in terms.never_skipped)
-        while not runs_all and clock <= newest and terms.may_skip(clock):
-            if self._followed and self._counts_anyway(clock):
-                break  # others may run it
-            due = (g.number for g in terms.due_groups(clock) if g.number not in self._follows)
-            if any(clock > self._committed[number] for number in due):
-                break
+        if any(self._committed[group] < terms.last_clock for group in terms.never_skipped):
+            return clock  # it runs all
+        while clock <= newest and self._may_skip(clock):
             clock += 1
         return clock
+
+    def _may_skip(self, clock: int) -> bool:
+        """Whether no one needs the step of a clock that is not newer than the newest commit."""
+        if not self._terms.may_skip(clock) or (self._followed and self._counts_anyway(clock)):
+            return False  # others may run it
+        due = (g.number for g in self._terms.due_groups(clock) if g.number not in self._follows)
+        return all(clock <= self._committed[number] for number in due)
 
     def _counts_anyway(self, clock: int) -> bool:
         """Whether the step of `clock` runs to its end, whatever is decided about it."""

@@ -52,4 +52,7 @@ def export(
         tuple(site.kept() for site in led),
         tuple(waiting),
         asked.number,
+        asked.whole,
+        asked.copied,
+        asked.complete,
     )

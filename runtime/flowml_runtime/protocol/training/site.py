@@ -37,7 +37,7 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.decision import Arrived, Decision, ReplicaRetired, Wake
-from flowml_runtime.protocol.training.home import Release
+from flowml_runtime.protocol.training.home_events import Release, releases
 from flowml_runtime.protocol.training.store import ContributionReceived, Gathering, Handle, parts, waiting_part
 from flowml_runtime.protocol.training.terms import Committed, Group, ReplicaLost, Terms, Tick
 
@@ -175,11 +175,11 @@ class Site:
             )
         late = part.clock < self._decision.clock
         if late and part.clock not in self._owed.get(part.replica, ()):
-            return self._release([part])
+            return releases([part])
         row = self._rows.setdefault(part.clock, {})
         gathering = row.setdefault((part.store, part.replica), Gathering(part.incarnation))
         if part.part in gathering.parts:
-            return self._release([part])
+            return releases([part])
         gathering.parts[part.part] = part
         if len(gathering.parts) < len(terms.stages):
             return []
@@ -206,7 +206,7 @@ class Site:
         late = {at: row.pop(at) for at in list(row) if at[1] in excluded}
         if late and folds:
             self._rows[clock] = late
-        actions: list[Action] = [] if folds else self._release(parts(late.values()))
+        actions: list[Action] = [] if folds else releases(parts(late.values()))
         for store in self._group.stores:
             actions += self._forward(store, clock, row, made.folded, absent=len(excluded - self._lost) if folds else 0)
         for replica, earlier in made.folded:
@@ -232,7 +232,7 @@ class Site:
                 del self._rows[earlier]
             chosen.append((found, earlier))
         full = [(gathering, at) for gathering, at in chosen if gathering.weight]
-        rest = self._release(parts(gathering for gathering, _ in chosen if not gathering.weight))
+        rest = releases(parts(gathering for gathering, _ in chosen if not gathering.weight))
         if not full:
             return [*rest, Forward(store, clock, 0, 0, ())]
         late = self._group.late
@@ -291,7 +291,7 @@ class Site:
                 actions += [Forward(store, over, 0, 0, ()) for store in self._group.stores]
         if not self._group.folds:
             late = [self._rows.pop(c) for c in list(self._rows) if c <= clock]
-            actions += self._release(parts(g for row in late for g in row.values()))
+            actions += releases(parts(g for row in late for g in row.values()))
         for made in self._decision.pass_over(clock, now):
             actions += [made] if isinstance(made, Wake) else self._sum(made)
         return actions
@@ -305,9 +305,6 @@ class Site:
         actions = self._decide(event, now)
         all_left = len(self._left) == len(self.members) and not self._group.final
         return [*actions, SiteLeft()] if all_left else actions
-
-    def _release(self, given: Iterable[ContributionReceived]) -> list[Action]:
-        return [Release(part.handle) for part in given if not part.empty]
 
     def validate(self) -> None:
         """Check that only what may still be forwarded is kept, once."""

@@ -10,17 +10,21 @@
 * A run without common clocks stops where each replica happens to be, if no replica waits for another. Else one that
   has stopped would be waited for. So all stop before the same clock, and one that has no more items retires, but for
   the last one: the homes stay open for it.
+* One after which a replica leaves is taken after a push, if that is soon: then none of its local steps is lost.
 * A run that loses a replica takes no more snapshots. One that begins without it does, of the others.
 * A late replica, or one whose worker is late, holds a snapshot up. If others could go on without it, the caller
   withdraws the snapshot after a while: those that have stopped go on, and no other is taken before each of the late
   ones is heard of. One that was due at a clock is then taken later. The last one waits.
 * Each Hold has the next number. What comes because of an earlier one, or again, changes nothing.
 * Work items that a replica holds and has not begun count as not granted, if there are no common clocks.
+* Workers may copy what they tell to others. Where replicas wait for each other at each clock anyway, this is done as
+  often as the rhythm says, and the driver then gets the buffers only if it has asked for them or they are due.
+  Otherwise they are copied whenever the driver gets them. The snapshot is complete when all copies are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -28,6 +32,7 @@ import msgspec
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.actions import Release, Send
+from flowml_runtime.protocol.training.clocks import after_push
 from flowml_runtime.protocol.training.items import NO_HOLD
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.store import Handle
@@ -40,22 +45,27 @@ AT_END = NO_HOLD - 1
 class Rhythm(msgspec.Struct, frozen=True):
     """A snapshot after every so many clocks, counted from the first of the fit, and at the end; 0: only at the end.
 
-    A second number counts too, if it is not 0.
+    A second number counts too, if it is not 0. `copied`: workers copy what they keep to others, after so many clocks
+    where replicas wait for each other anyway; 0: they do not.
     """
 
     every: int = 0
     also: int = 0
+    copied: int = 0
 
 
 class Save(msgspec.Struct, frozen=True):
     """A snapshot is complete: where the machines stand, and the buffers as (owner, names, handle). `last`: the replicas
-    have no more work. `number` is that of the Hold."""
+    have no more work. `number` is that of the Hold. Without `whole` there are no handles. `copied`: other workers have
+    copies."""
 
     stopped: wire.Stopped
     buffers: tuple[tuple[str, tuple[str, ...], Handle | None], ...]
     cause: int
     last: bool = False
     number: int = 0
+    whole: bool = True
+    copied: bool = False
 
 
 class Snapshots:
@@ -67,12 +77,21 @@ class Snapshots:
         self._live = frozenset(range(terms.replicas)).difference(places.lost)
         self._rhythm = None if terms.aligned and first > terms.last_clock else rhythm
         """None also after the last snapshot."""
+        self._copies = rhythm is not None and rhythm.copied > 0
+        self._waits_anyway = terms.aligned and not terms.drops and terms.speculation is None
+        """Whether replicas wait for late ones at each clock, or at the next push."""
         self.hold = NO_HOLD if self._rhythm is None else self._next(first)
         """The clock before which replicas stop."""
         self._paused: dict[int, wire.Paused] = {}
         self._exported: dict[str, wire.Exported] = {}
         self._buffers: dict[tuple[str, str], tuple[tuple[str, ...], Handle | None]] = {}
         """(worker, owner) -> the names of the owner's buffers, and their handle."""
+        self._copied: dict[tuple[str, str], tuple[str, ...]] = {}
+        """(worker, owner) -> the names of the owner's buffers, of which the copies are there."""
+        self._wanted, self._whole = False, True
+        """Whether the driver has asked for buffers, and whether it gets those that workers have been asked for."""
+        self._complete: int | None = None
+        """The number of the newest complete snapshot."""
         self._numbers = 0
         """The Holds so far, without that with which the run began."""
         self._number = 0
@@ -81,17 +100,19 @@ class Snapshots:
         """Whether workers have been asked for what they keep, and some have not answered."""
         self._released: set[int] = set()
         """The replicas that may retire, because they have no more items and others may wait for them."""
-        self._waits_anyway = terms.aligned and not terms.drops and terms.speculation is None
-        """Whether replicas wait for late ones at each clock, or at the next push."""
         self.silent: set[int] = set()
         """The replicas that held up the snapshot that was withdrawn last, and have not been heard of since."""
 
-    def pause(self, ids: dict[str, Any], newest: int) -> list[Send]:
+    def pause(self, ids: dict[str, Any], newest: int, pushed_within: int = 0) -> list[Send]:
         """Stop soon: before the clock after the `newest` one that was granted, or at once if no replica waits for
-        another."""
+        another. If all push within so many clocks more, stop after that."""
+        self._wanted = True
         if self._rhythm is None or self.under_way or self._paused or self.silent:
             return []
         clock = newest + 1 if self._terms.aligned or self._terms.paced_by_slowest else 0
+        if self._terms.aligned and pushed_within:
+            pushed = after_push((store.policy.every for store in self._terms.stores), clock)
+            clock = pushed if pushed - clock <= pushed_within else clock
         if clock >= self.hold:
             return []
         return [self._hold_all(ids, clock)]
@@ -101,7 +122,7 @@ class Snapshots:
         """The number of messages so far about a snapshot for which replicas stand that could go on without others."""
         if not self._paused or self._waits_anyway or self._rhythm is None or self._released or self._is_last:
             return 0
-        return 1 + len(self._exported) + len(self._buffers)
+        return 1 + len(self._exported) + len(self._buffers) + len(self._copied)
 
     def withdraw(self, ids: dict[str, Any]) -> list[Send | Release]:
         """Let the replicas go on that stand for a snapshot. Nothing if none does."""
@@ -116,11 +137,17 @@ class Snapshots:
     def _has_told(self, worker: str) -> bool:
         """Whether all is here that a worker keeps."""
         told = self._exported.get(worker)
-        return told is not None and sum(peer == worker for peer, _ in self._buffers) == told.buffers
+        return told is not None and all(sum(w == worker for w, _ in there) == told.buffers for there in self._awaited)
+
+    @property
+    def _awaited(self) -> list[Mapping[tuple[str, str], object]]:
+        """What is here of the buffers and of the word of copies that come."""
+        return [*([self._buffers] if self._whole else []), *([self._copied] if self._copies else [])]
 
     def _forget(self, cause: int) -> list[Release]:
         """Drop what workers have told for a snapshot."""
         told, self._buffers, self._exported, self.under_way = self._buffers, {}, {}, False
+        self._copied = {}
         return [Release(handle, cause) for _, handle in told.values() if handle is not None]
 
     def hear(self, ids: dict[str, Any], replica: int, newest: int) -> list[Send]:
@@ -154,21 +181,40 @@ class Snapshots:
                 if len(self._paused) < len(self._live):
                     return self._release(ids, message)
                 self.under_way = True
-                pushed = tuple((r, *pair) for r, paused in sorted(self._paused.items()) for pair in paused.pushed)
-                told = wire.Export(**ids, clocks=self._clocks, pushed=pushed, last=self._is_last, number=self._number)
-                return [Send(self._workers, told)]
+                return [Send(self._workers, self._export(ids))]
             case wire.Exported() if self.under_way:
                 self._exported[peer] = message
             case wire.Buffers(owner=owner, names=names):
                 if (peer, owner) in self._buffers or not self.under_way:
                     return [] if handle is None else [Release(handle, ids["cause"])]
                 self._buffers[peer, owner] = names, handle
+            case wire.Copied(worker=worker, owner=owner, names=names):
+                if self.under_way:
+                    self._copied[worker, owner] = names
             case _:
                 raise ProtocolError(f"{type(message).__name__} does not belong to a snapshot")
         expected = sum(told.buffers for told in self._exported.values())
-        if len(self._exported) < len(self._workers) or len(self._buffers) < expected:
+        if len(self._exported) < len(self._workers) or any(len(there) < expected for there in self._awaited):
             return []
         return [self._save(ids["cause"]), *self._go_on(ids)]
+
+    def _export(self, ids: dict[str, Any]) -> wire.Export:
+        """Ask for what workers keep, now that all replicas have stopped."""
+        often = self._copies and self._waits_anyway and self._rhythm is not None
+        due = self._rhythm is not None and any(
+            n and self.hold % n == 0 for n in (self._rhythm.every, self._rhythm.also)
+        )
+        self._whole, self._wanted = not often or due or self._wanted or self._is_last, False
+        return wire.Export(
+            **ids,
+            clocks=self._clocks,
+            pushed=tuple((r, *pair) for r, paused in sorted(self._paused.items()) for pair in paused.pushed),
+            last=self._is_last,
+            number=self._number,
+            whole=self._whole,
+            copied=self._copies,
+            complete=self._complete,
+        )
 
     def _release(self, ids: dict[str, Any], paused: wire.Paused) -> list[Send | Save | Release]:
         """Let a replica that has stopped because it has no more items retire, unless it is the last."""
@@ -196,21 +242,24 @@ class Snapshots:
         stores = sorted((s for one in told for s in one.stores), key=lambda s: s.store)
         sites = sorted((s for one in told for s in one.sites), key=lambda s: (s.group, s.site))
         waiting = sorted((w for one in told for w in one.waiting), key=lambda w: (w.store, w.clock, w.replica, w.part))
-        kept = sorted(self._buffers.items(), key=lambda one: one[0][1])
+        found = self._buffers if self._whole else {at: (names, None) for at, names in self._copied.items()}
+        kept = sorted(found.items(), key=lambda one: one[0][1])
         buffers = ((owner, names, handle) for (_, owner), (names, handle) in kept)
+        self._complete = self._number
         stopped = wire.Stopped(self._clocks, tuple(stages), tuple(stores), tuple(sites), tuple(waiting))
-        return Save(stopped, tuple(buffers), cause, self._is_last, self._number)
+        return Save(stopped, tuple(buffers), cause, self._is_last, self._number, self._whole, self._copies)
 
     def _go_on(self, ids: dict[str, Any]) -> Sequence[Send]:
         clock = NO_HOLD if self._is_last else self._next(max(self._clocks))
         if self._is_last:
             self._rhythm = None
-        self._paused, self._exported, self._buffers, self.under_way = {}, {}, {}, False
+        self._paused, self._exported, self._buffers, self._copied, self.under_way = {}, {}, {}, {}, False
         return [self._hold_all(ids, clock)]
 
     def _next(self, clock: int) -> int:
         """The hold after the snapshot before `clock`."""
         if not self._terms.aligned:
             return AT_END
-        numbers = (self._rhythm.every, self._rhythm.also) if self._rhythm else ()
+        copied = self._rhythm.copied if self._rhythm and self._waits_anyway else 0
+        numbers = (self._rhythm.every, self._rhythm.also, copied) if self._rhythm else ()
         return min([self._terms.last_clock + 1, *((clock // n + 1) * n for n in numbers if n)])

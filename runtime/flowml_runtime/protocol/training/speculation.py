@@ -60,10 +60,9 @@ class PortionQueue:
             return self._grant(replica, next(iter(self._orphans)))
         if self._next >= self._work.total_clocks * self._work.row:
             return None
-        sequence, size = self._next, self._work.item_size
-        epoch, index = divmod(sequence, self._work.items_per_epoch)
+        sequence = self._next
         self._next += 1
-        item = wire.Item(sequence, epoch, index * size, size)
+        item = self._work.item(sequence)
         self._open[sequence] = _Open(item, holders={replica})
         self._unfinished[sequence] = None
         self._doing[replica].add(sequence)

@@ -30,6 +30,7 @@ class ContributionReceived(msgspec.Struct, frozen=True):
     handle: Handle
     empty: bool = False
     copy: int = 0
+    terms: tuple[tuple[int, float], ...] = ()
 
 
 _WEIGHT, _BASE_VERSION = attrgetter("weight"), attrgetter("base_version")
@@ -58,6 +59,11 @@ class Gathering(msgspec.Struct):
     def base_version(self) -> int:
         """The oldest version that a stage read."""
         return min(map(_BASE_VERSION, self.parts.values()))
+
+    @property
+    def terms(self) -> tuple[tuple[int, float], ...]:
+        """Whose gradients are in it, if it is a sum."""
+        return next(iter(self.parts.values())).terms
 
     def handles(self) -> tuple[Handle, ...]:
         if len(self.parts) == 1:

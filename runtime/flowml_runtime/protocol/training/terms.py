@@ -17,6 +17,7 @@ import msgspec
 from flowml.plan import Coupling, Training
 from flowml.policy import (
     UNBOUNDED,
+    Coded,
     Completion,
     Consensus,
     Deadline,
@@ -29,6 +30,7 @@ from flowml.policy import (
     cutting,
 )
 from flowml.policy.apply import base_of
+from flowml.policy.codes import TreeCode
 from flowml.policy.filters import feeds_back
 from flowml.policy.late import Drop, Late
 from flowml.policy.waits import Waits
@@ -55,7 +57,16 @@ class StoreTerms:
 
     def senders(self, members: int) -> Sequence[int]:
         """Which of so many replicas, or portions, are counted, in order."""
-        return tuple(site[0] for site in self.sites) or range(members)
+        return tuple(site[0] for site in self.sites) or range(members if self.tree is None else self.tree.children)
+
+    @cached_property
+    def tree(self) -> TreeCode | None:
+        """The tree whose parents add up what their children send (see `branch`), if there is one."""
+        return self.policy.quorum.tree if isinstance(self.policy.quorum, Coded) else None
+
+    def keeps_inside(self, replica: int, *, summed: bool) -> bool:
+        """Whether what a replica contributes is a part of what its site, or itself as a parent, pushes."""
+        return (self.tree.adder_of(replica, summed=summed) == replica) if self.tree else self.relayed and not summed
 
     @cached_property
     def relayed(self) -> bool:
@@ -64,13 +75,11 @@ class StoreTerms:
 
     @cached_property
     def sites_decide(self) -> bool:
-        """Whether what a leader decides about a step is final in its site; see `Policy.sites_decide`."""
         return self.relayed and self.policy.sites_decide
 
     @cached_property
     def forwarded(self) -> bool:
-        """Whether the homes get the sums of sites. What filters keep of those follows the fate of a sum, and not that
-        of a step of its leader."""
+        """Whether the homes get the sums of sites, whose fates what filters keep of them follows."""
         return self.relayed and not self.sites_decide
 
     @cached_property
@@ -202,8 +211,7 @@ class Terms:
         return portion, batch
 
     def lasting(self, total_clocks: int) -> Terms:
-        """The same terms for a run of `total_clocks`: themselves if they are for one, so that what they work out once
-        serves all machines of a simulation."""
+        """The same terms for a run of `total_clocks`: themselves if they are for one, as machines share them."""
         return self if total_clocks == self.total_clocks else replace(self, total_clocks=total_clocks)
 
     @cached_property
@@ -262,10 +270,9 @@ class Terms:
 
     def _may_drop(self, store: StoreTerms) -> bool:
         """Whether a decision about the store may leave a replica out, at any level that it takes part in."""
-        policy, inside = store.policy, store.policy.site_quorum
+        policy, inside = store.policy, None if store.sites_decide else store.policy.site_quorum
         if not policy.quorum.never_drops(len(store.sites) or self.replicas):
             return True
-        inside = None if store.sites_decide else inside
         return inside is not None and any(not inside.never_drops(len(site)) for site in store.sites)
 
     @cached_property
@@ -335,8 +342,7 @@ class Terms:
 
     @cached_property
     def may_wait(self) -> tuple[int, ...]:
-        """The stores at whose homes a contribution may wait: for its place in the staleness of others, or, if it was
-        late, for a later clock."""
+        """The stores at whose homes a contribution may wait: for the staleness of others or, if late, a later clock."""
         stores = enumerate(self.stores)
         return tuple(n for n, s in stores if not s.clocked or (s.decided and isinstance(s.policy.late, Fold)))
 
@@ -348,9 +354,8 @@ class Terms:
     @cached_property
     def _counts_always(self) -> bool:
         """Whether every step counts for some store: one without decisions, or of a group that leaves no replica out."""
-        if any(not s.decided and not s.sites_decide for s in self.stores):
-            return True
-        return any(not g.drops or g.folds for g in self.groups if g.number not in self.above)
+        whole = any(not s.decided and not s.sites_decide for s in self.stores)
+        return whole or any(not g.drops or g.folds for g in self.groups if g.number not in self.above)
 
     @cached_property
     def accumulating(self) -> dict[int, tuple[int, ...]]:
@@ -363,7 +368,7 @@ class Terms:
 
     @property
     def most_clocks(self) -> int:
-        """The most steps that one replica can run. One may do all the work if replicas share no clocks, or portions."""
+        """The most steps of one replica. One may do all the work if replicas share no clocks, or portions."""
         if self.speculation:
             return self.total_clocks * self.members
         return self.total_clocks if self.aligned else self.total_clocks * self.replicas
@@ -380,9 +385,8 @@ class Terms:
 
     def due_groups(self, clock: int) -> tuple[Group, ...]:
         """The groups that have a decision at `clock`."""
-        if self._at_every_clock:
-            return self.groups
-        return tuple(g for g in self.groups if g.every.due(clock, self.last_clock))
+        always, last = self._at_every_clock, self.last_clock
+        return self.groups if always else tuple(g for g in self.groups if g.every.due(clock, last))
 
     @cached_property
     def dropping(self) -> frozenset[int]:
@@ -433,17 +437,13 @@ class Terms:
 
     @cached_property
     def paced_by_slowest(self) -> bool:
-        """Whether replicas share no clocks and yet wait for slower ones: to read within a bound, or for the first
-        report of each."""
+        """Whether replicas share no clocks and yet wait for slower ones: within a bound, or for the first reports."""
         waiting = (p for p in self._arriving if p.staleness < UNBOUNDED or isinstance(base_of(p.apply), Consensus))
         return not self.aligned and any(not p.shared for p in waiting)
 
     def counts_anyway(self, clock: int) -> bool:
-        """Whether the step of `clock` counts for some store, whatever is decided about it.
-
-        It does for stores without decisions, for a group that gathers it for a later push, and for one that waits for
-        every replica or folds late contributions in.
-        """
+        """Whether the step of `clock` counts for some store, whatever is decided: for one without decisions, or of a
+        group that gathers it for a later push, waits for every replica, or folds late contributions in."""
         if self._at_every_clock or self._counts_always:
             return self._counts_always
         return any(not g.every.due(clock, self.last_clock) for g in self.groups if g.number not in self.above)

@@ -92,6 +92,9 @@ class Work:
         return whole * self.items_per_epoch + rest * self.row
 
 
+_APART = -1
+
+
 class WorkQueue:
     """Decides which item is next. It keeps only the order, and not the fate of items."""
 
@@ -102,15 +105,21 @@ class WorkQueue:
         """The number of items that were drawn for the first time."""
         self._back: dict[int, deque[wire.Item]] = {}
         self._requeued: deque[wire.Item] = deque()
-        self._reserved: list[dict[int, wire.Item]] = [{} for _ in range(work.replicas)]
-        self._rows = 0
+        self._rows: list[int] = []
+        """Of each row that was drawn the number of its first item, if its items are new ones in their order. The items
+        of a row are then not made before replicas take them. Else it is `_APART`."""
+        self._apart: dict[int, dict[int, wire.Item]] = {}
+        """Row -> replica -> its item, of other rows."""
+        self._next = [0] * work.replicas
+        """The first row of each replica that it may still take an item of."""
         self._epoch = 0  # the epoch that is being drained, if not aligned
         self._gone: set[int] = set()
         self._ended: set[int] = set()
 
     def state(self, unbegun: Iterable[tuple[int, int, wire.Item]]) -> QueueState:
         """What it knows, for a snapshot, as if these items, (replica, clock, item), had not been granted."""
-        reserved, back = [dict(found) for found in self._reserved], {e: [*found] for e, found in self._back.items()}
+        reserved = [dict(self._reserved(replica, len(self._rows))) for replica in range(self._work.replicas)]
+        back = {e: [*found] for e, found in self._back.items()}
         epoch = self._epoch
         for replica, clock, item in unbegun:
             epoch = epoch if self._work.aligned else min(epoch, item.epoch)
@@ -121,7 +130,7 @@ class WorkQueue:
         return QueueState(
             dict(self._fresh),
             self.drawn,
-            self._rows,
+            len(self._rows),
             epoch,
             tuple(sorted(self._ended)),
             {e: tuple(found) for e, found in back.items() if found},
@@ -131,10 +140,14 @@ class WorkQueue:
 
     def restore(self, state: QueueState) -> None:
         """Go on where a snapshot was taken."""
-        self._fresh, self.drawn, self._rows, self._epoch = dict(state.fresh), state.drawn, state.rows, state.epoch
+        self._fresh, self.drawn, self._epoch = dict(state.fresh), state.drawn, state.epoch
+        self._rows, self._apart = [_APART] * state.rows, {}
+        self._next = [min(found, default=state.rows) for found in state.reserved]
         self._ended, self._requeued = set(state.ended), deque(state.requeued)
         self._back = {e: deque(found) for e, found in state.back.items()}
-        self._reserved = [dict(found) for found in state.reserved]
+        for replica, found in enumerate(state.reserved):
+            for row, item in found.items():
+                self._apart.setdefault(row, {})[replica] = item
 
     def take(self, replica: int, clock: int) -> wire.Item | None:
         """The item of `replica` for `clock`. The clocks of a replica must ascend."""
@@ -167,7 +180,9 @@ class WorkQueue:
     def kept(self) -> int:
         """The number of items that were drawn, and that no replica has."""
         back = sum(map(len, self._back.values()))
-        return len(self._requeued) + back + sum(map(len, self._reserved))
+        rows = len(self._rows)
+        reserved = sum(len(self._reserved(replica, rows)) for replica, row in enumerate(self._next) if row < rows)
+        return len(self._requeued) + back + reserved
 
     def requeue(self, item: wire.Item) -> None:
         """Draw this item before any other, because a replica was too late with it."""
@@ -189,8 +204,7 @@ class WorkQueue:
 
     def skipped(self, replica: int, clock: int) -> list[wire.Item]:
         """Take the items that were drawn for clocks of `replica` before `clock`, which it will never ask for."""
-        reserved = self._reserved[replica]
-        return [reserved.pop(c) for c in sorted(reserved) if c < clock]
+        return [item for _, item in self._take_reserved(replica, clock)]
 
     def leave(self, replica: int) -> None:
         """Draw no more items for a lost replica, and give those already drawn to others.
@@ -200,29 +214,56 @@ class WorkQueue:
         if self._work.coded:
             return
         self._gone.add(replica)
-        self._skip(replica, self._work.total_clocks)
+        for _, item in self._take_reserved(replica, self._work.total_clocks):
+            self.give_back(item)
 
     def _take_from_row(self, replica: int, clock: int) -> wire.Item | None:
         if clock >= self._work.total_clocks:
             return None
-        while self._rows <= clock:
+        while len(self._rows) <= clock:
             self._draw_row()
-        self._skip(replica, clock)
-        return self._reserved[replica].pop(clock, None)
+        found = self._take_reserved(replica, clock + 1)
+        mine = found.pop()[1] if found and found[-1][0] == clock else None
+        for _, item in found:
+            self.give_back(item)
+        return mine
 
     def _draw_row(self) -> None:
-        row, epoch = self._rows, self._rows // self._work.clocks_per_epoch
-        for replica, reserved in enumerate(self._reserved):
-            if replica not in self._gone:
-                item = self._draw(epoch)
-                if item is not None:
-                    reserved[row] = item
-        self._rows += 1
+        row, epoch = len(self._rows), len(self._rows) // self._work.clocks_per_epoch
+        first, replicas = self._fresh.get(epoch, 0), self._work.replicas
+        if not self._gone and not self._requeued and first + replicas <= self._size(epoch):
+            self._fresh[epoch] = first + replicas
+            self.drawn += replicas
+            self._rows.append(epoch * self._work.items_per_epoch + first)
+            return
+        found = self._apart[row] = dict[int, wire.Item]()
+        for replica in range(replicas):
+            item = None if replica in self._gone else self._draw(epoch)
+            if item is not None:
+                found[replica] = item
+        self._rows.append(_APART)
 
-    def _skip(self, replica: int, clock: int) -> None:
-        reserved = self._reserved[replica]
-        while reserved and (oldest := next(iter(reserved))) < clock:
-            self.give_back(reserved.pop(oldest))
+    def _reserved(self, replica: int, end: int) -> list[tuple[int, wire.Item]]:
+        """(row, item) of what a replica may still take of the rows before `end`."""
+        found: list[tuple[int, wire.Item]] = []
+        for row in range(self._next[replica], min(end, len(self._rows))):
+            first = self._rows[row]
+            if first != _APART:
+                found.append((row, self._work.item(first + replica)))
+            elif (item := self._apart.get(row, {}).get(replica)) is not None:
+                found.append((row, item))
+        return found
+
+    def _take_reserved(self, replica: int, end: int) -> list[tuple[int, wire.Item]]:
+        """The same, and it takes them."""
+        found = self._reserved(replica, end)
+        self._next[replica] = max(self._next[replica], min(end, len(self._rows)))
+        for row, _ in found:
+            if self._rows[row] == _APART:
+                del self._apart[row][replica]
+                if not self._apart[row]:
+                    del self._apart[row]
+        return found
 
     def _draw(self, epoch: int) -> wire.Item | None:
         """The next item: first those that were late, then the epoch's order, then the items that came back."""

@@ -161,6 +161,9 @@ class TrainingWorker:
             specs=specs,
             of_site=self._rules.stores[store].sites_decide and not inside,
         )
+        tree = self._rules.stores[store].tree
+        if tree and (adder := tree.adder_of(member, summed=False)) is not None:
+            return Send(self._places.stages[adder][:1], message)
         if self._rules.stores[store].relayed and not message.of_site:
             return Send((self._places.relay(self._rules.site_of(store, start.replica)),), message)
         return Send(self._places.homes[store][:1], message)

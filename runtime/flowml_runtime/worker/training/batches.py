@@ -3,47 +3,48 @@ programs for their shapes."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from flowml.training.pieces import Piece
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.step_program import StepProgram, prepare
-from flowml_runtime.worker.training.examples import of_batch, of_source
+from flowml_runtime.worker.training.examples import Fed, of_batch, of_source
 from flowml_runtime.worker.training.run import Run
 
 
 class Batches:
     """The examples of the steps of one stage. A step waits here for its data."""
 
-    def __init__(self, run: Run, in_vain: Callable[[], bool]) -> None:
+    def __init__(self, run: Run, device: str, in_vain: Callable[[], bool]) -> None:
         """`in_vain()` is true when the step that waits is no longer needed."""
         self._run = run
+        self._device = device
         self._in_vain = in_vain
-        self._fed: OrderedDict[int, tuple[str, dict[int, Array]]] = OrderedDict()
-        """By work item the variant, and the leaves."""
+        self._fed: Fed[tuple[str, dict[int, Array]]] = Fed(ahead=run.training.speculation is not None)
+        """The variant and the leaves of each."""
+        self._leaves: dict[int, Array] = {}
+        """Those of the step that has begun."""
 
     def fed(self, item: wire.Item) -> bool:
         """Whether the driver sends the examples of a work item. Of an array source it sends only short items."""
         return self._run.start.source == "fed" or item.size != self._run.training.item_size
 
     def give(self, batch: wire.Batch, arrays: Sequence[Array]) -> None:
-        """Store the leaves of a work item. Work items arrive in the order of grants, which is the order of clocks."""
-        self._fed.pop(batch.sequence, None)  # the work item was given back and granted again
-        self._fed[batch.sequence] = batch.variant, dict(zip(batch.slots, arrays, strict=True))
+        """Store the leaves of a work item."""
+        leaves = dict(zip(batch.slots, arrays, strict=True))
+        self._fed.give(batch.device, batch.sequence, (batch.variant, leaves))
         self._run.changed.notify_all()
 
     def wait(self, item: wire.Item, step: int) -> str:
-        """The variant of a fed work item, once it is here. Batches before it are of clocks that are over or skipped."""
+        """The variant of a fed work item, once it is here."""
         with self._run.changed:
             what = f"work item {item.sequence} from the driver"
-            self._run.wait_for(lambda: item.sequence in self._fed, self._in_vain, what, step)
-            ahead = self._run.training.speculation is not None  # a portion of the next batch may be held meanwhile
-            for before in list(self._fed)[: list(self._fed).index(item.sequence)]:
-                if not ahead or before < item.sequence:
-                    del self._fed[before]
-            return self._fed[item.sequence][0]
+            self._run.wait_for(lambda: self._fed.has(self._device, item.sequence), self._in_vain, what, step)
+            found = self._fed.take(self._device, item.sequence)
+        assert found is not None
+        variant, self._leaves = found
+        return variant
 
     def examples(
         self, item: wire.Item, slots: Sequence[int], microbatch: int, piece: Piece, step: int
@@ -54,9 +55,7 @@ class Batches:
             with run.changed:
                 run.wait_for(lambda: all(s in run.source for s in slots), self._in_vain, "the data source", step)
             return of_source(start, run.source, slots, item.epoch, piece)
-        with run.changed:
-            _, batch = self._fed[item.sequence]
-        return of_batch(batch, slots, microbatch, piece)
+        return of_batch(self._leaves, slots, microbatch, piece)
 
 
 class Variants:

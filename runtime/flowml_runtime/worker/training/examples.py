@@ -1,11 +1,11 @@
-"""Takes the examples of a microbatch out of a source or a batch, makes the words of its key, and adds up what the
-microbatches of a step report. Both clocks use it."""
+"""Keeps the batches of a stage until their steps begin, takes the examples of a microbatch out of a source or a batch,
+makes the words of its key, and adds up what the microbatches of a step report. Both clocks use it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,47 @@ from flowml.splits import Shuffle
 from flowml.training.pieces import Piece
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array, aligned_copy
+
+V = TypeVar("V")
+
+
+class Fed(Generic[V]):
+    """The batches that the driver feeds some devices, until their steps begin. Those of one device come in the order of
+    grants, which is the order of its steps.
+
+    A replica may get a work item again before a stage has used it: its first stage has given the item up, and another
+    one has not heard of that yet. So a batch belongs to a grant, and each step uses up one.
+    """
+
+    def __init__(self, *, ahead: bool) -> None:
+        """`ahead`: a portion of the next batch may be held meanwhile, so that steps have another order."""
+        self._ahead = ahead
+        self._waiting: dict[str, list[tuple[int, V]]] = {}
+
+    def give(self, device: str, sequence: int, value: V) -> None:
+        """A batch with the examples of this work item has come."""
+        self._waiting.setdefault(device, []).append((sequence, value))
+
+    def has(self, device: str, sequence: int) -> bool:
+        return any(given == sequence for given, _ in self._waiting.get(device, ()))
+
+    def take(self, device: str, sequence: int) -> V | None:
+        """Remove the oldest batch of the work item, and those before it, whose steps are over or skipped.
+
+        The oldest may be of an earlier grant whose step never began: the examples are the same. It is none of a later
+        step, which would have nothing then. None if no batch is here.
+        """
+        waiting = self._waiting.get(device)
+        place = next((n for n, (given, _) in enumerate(waiting) if given == sequence), None) if waiting else None
+        if waiting is None or place is None:
+            return None
+        value = waiting[place][1]
+        kept = [entry for entry in waiting[:place] if entry[0] > sequence] if self._ahead else []
+        waiting[: place + 1] = kept
+        return value
+
+    def clear(self) -> None:
+        self._waiting.clear()
 
 
 def of_source(

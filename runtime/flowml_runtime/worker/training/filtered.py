@@ -12,6 +12,8 @@ residuals of error feedback, the basis of a low-rank approximation, and cached k
   where keys are cached the home decodes all contributions in the order in which they came. It may apply them in
   another order, because a late one can be folded in after a newer one, or not at all.
 * A contribution that waits is kept decoded in a snapshot, so that it does not depend on what the decoder remembers.
+* What replicas add up among themselves is encoded and decoded by a conversation of each with all others
+  (`Encoder.talk`), and homes get the sum whole. A sum that is refused takes nothing from a residual.
 * The weight that ends a weighted part, or a set of factors, is not filtered.
 """
 
@@ -31,6 +33,7 @@ from flowml.policy import Policy, filters
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.transport.arrays import Buffer
+from flowml_runtime.worker.training.finite import all_finite
 from flowml_runtime.worker.training.resident import Arrays, states, states_of
 
 Kept = Mapping[int, float]
@@ -84,6 +87,33 @@ class Encoder:
             sent += self._encode(store.policy.home_filters, key, array, about)
         specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in sent)
         return msgspec.structs.replace(message, specs=specs), sent
+
+    def talk(
+        self, store: int, part: int, clock: int, arrays: Sequence[Array], *, refuses: bool = True
+    ) -> filters.Talk | None:
+        """The part of this replica in a filtered sum; None if the sum is of whole arrays. One that `refuses` makes the
+        sum NaN if its arrays are not finite."""
+        chain, spec = self._stores[store].policy.summed_filters, self._stores[store].parts[part]
+        if not chain:
+            return None
+        keys = [(store, part, i) for i in range(len(arrays))]
+        with self._lock:
+            before = [self.buffers.get(key, {}) for key in keys]
+        summings = [
+            filters.add_up(
+                chain if i in spec.filtered else (),
+                np.asarray(array),
+                before[i],
+                filters.Context((self._seed[0], *keys[i], clock), clock, run=self._kernels),
+            )
+            for i, array in enumerate(arrays)
+        ]
+
+        def commit(after: Sequence[filters.State]) -> None:
+            with self._lock:
+                self.buffers.update((key, state) for key, state in zip(keys, after, strict=True) if state)
+
+        return filters.Talk(summings, commit, spoiled=refuses and not all_finite(arrays))
 
     def _encode(self, chain: filters.Chain, key: Key, value: Buffer, context: filters.Context) -> Sequence[Buffer]:
         with self._lock:

@@ -55,5 +55,6 @@ def sentence(layer: str, terms: StoreTerms, replicas: Sequence[int], verb: str) 
     )
     return (
         f"the gradient of layer {layer!r}, {whose}, holds NaN or infinity; lower the learning rate or look at the "
-        "data of this step, or give Trainer(on_nonfinite='refuse') to leave such gradients out"
+        "data of this step, or give Trainer(on_nonfinite='refuse') to leave such gradients out "
+        "(an optimizer that adds noise for whole batches allows none to be left out)"
     )

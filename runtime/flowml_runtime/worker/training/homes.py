@@ -99,7 +99,7 @@ class Homes:
         spec, add = self._specs[store], self._run.residents.add
         if worker_of(spec.copies[0]) == self._run.me:
             values = partial(self._export, store)
-            add(Resident(of_home(spec.name, VALUES), values, loaded, lane))
+            add(Resident(of_home(spec.name, VALUES), values, loaded, lane, lambda: self._held[store].values))
         if spec.policy.home_filters:
             known = partial(self._decoder.export, store), partial(self._decoder.restore, store)
             add(Resident(of_home(spec.name, "decoder"), *known, lane))

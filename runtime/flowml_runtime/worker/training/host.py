@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from flowml.arrays import ArraySpec
 from flowml.errors import FlowmlError
 from flowml.plan import Plan
+from flowml.policy import Coded
 from flowml.policy.filters import on_numpy
 from flowml_runtime import service, wire
 from flowml_runtime.execution.faults import step_failed
@@ -35,8 +36,10 @@ from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.story import entry
 from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
+from flowml_runtime.worker.training.copying import Copying
 from flowml_runtime.worker.training.exchange.agreement import Agreement
-from flowml_runtime.worker.training.exchange.reductions import Given, Reductions, summed
+from flowml_runtime.worker.training.exchange.positions import heard
+from flowml_runtime.worker.training.exchange.reductions import Given, Reductions
 from flowml_runtime.worker.training.exchange.relays import Relays
 from flowml_runtime.worker.training.filtered import Encoded
 from flowml_runtime.worker.training.homes import HomeAction, Homes
@@ -92,6 +95,11 @@ class TrainingHost:
         self._wakes: list[tuple[float, int]] = []
         """(time, run) of the Wakes that have not been answered, as a heap."""
         self._thread = service.start(f"{worker.name} training", self._work, self._end)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a fit runs here."""
+        return self._fit is not None
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
         fit = self._fit
@@ -161,9 +169,14 @@ class TrainingHost:
         return protocol.Received(peer, message, handle)
 
     def _note_encoded(self, handle: int, message: wire.Contribution) -> None:
-        """Note a contribution that a home decodes. What replicas send to the leader of their site is not encoded."""
+        """Note a contribution that a home decodes. What replicas send to the leader of their site, or to a parent in a
+        tree, is not encoded."""
         stores, store = self._plan.training.stores if self._plan.training else (), message.store
         encoded = store < len(stores) and (message.of_site or not stores[store].relayed)
+        quorum = stores[store].policy.quorum if encoded else None
+        if isinstance(quorum, Coded):
+            tree = quorum.tree
+            encoded = tree is None or tree.adder_of(message.replica, summed=message.of_site) is None
         if encoded and stores[store].policy.home_filters:
             self.encoded.add(handle, message, stores[store].policy)
 
@@ -262,6 +275,7 @@ class _Fit:
         self._exports = Lane(f"{run.me} snapshots run {run.number}")
         """Tells the driver what no other lane uses."""
         self._kept_fits = host.worker.kept_fits
+        self._copying = Copying(run, run.start.copies or wire.Copies(0, "", ()), self._kept_fits)
         self._fail = partial(host.fail, run.number, "a snapshot")
         self._stages = {
             (r, s): StageRunner(run, host, (r, s), host.programs[run.training.replicas[r][s]], self.reductions)
@@ -304,8 +318,8 @@ class _Fit:
             case protocol.Hand(_, wire.ModelState(replica=replica, stage=stage), handle):
                 self.run.model[replica, stage] = self._take(handle)
             case protocol.Hand(_, wire.Gossip() as told, handle) if not self._adds_up(told):
-                source = told.source if told.part is None else summed(told.part)
-                self.run.told[told.store, told.replica, source, told.clock] = self._take(handle)
+                run = self.run
+                run.lists = heard(told, self._take(handle), run.told, run.lists, run.positions)
             case protocol.Hand(_, wire.Buffers(owner=owner, names=names), handle):
                 arrays = self._take(handle)
                 if owner:
@@ -345,13 +359,18 @@ class _Fit:
             case protocol.Export():
                 self._export(action)
             case protocol.Hand(_, wire.Gossip(store=store, part=int(part)) as told, handle):
-                run.count_push(store, part, run.training.stores[store].parts[part].nbytes, run.me)
+                spec = run.training.stores[store]
                 given = Given(store, part, told.replica, told.clock, told.weight, told.cause)
-                self.reductions.push(given, self._take(handle))
+                run.count_push(store, part, spec.part_bytes(spec.parts[part]), run.me)
+                leader = self._stages[told.replica, spec.parts[part].stage]
+                self.reductions.push(leader.encoder, given, self._take(handle))
             case protocol.Leave(_, message, cause, of):
                 if of is not None:
                     self._stages[of].model.send(cause)
                 self._relays.after(partial(self._leave, message))
+            case protocol.Hand(_, wire.Copy() as copy, handle):
+                arrays = dict(zip(copy.names, self._take(handle), strict=not copy.same))
+                self._exports.put(partial(self._copying.take, copy, arrays), self._fail)
             case protocol.Hand(peer, wire.Collective() as message, handle):
                 self.reductions.on_message(peer, message, self._take(handle))
             case _:
@@ -363,7 +382,7 @@ class _Fit:
         self.run.send(self.run.driver, message)
 
     def _export(self, action: protocol.Export) -> None:
-        """Send the driver what lives here between steps. Does not wait."""
+        """Send what lives here between steps to the driver, to other workers, or to both. Does not wait."""
         run, found = self.run, self.run.residents.found.values()
         ids: dict[str, Any] = {"plan_id": run.plan_id, "run": run.number, "cause": action.cause}
         ids["number"] = action.number
@@ -382,6 +401,10 @@ class _Fit:
             if run.start.fit and self._machine.held <= action.number:
                 of = run.plan_id, run.number, action.number
                 self._kept_fits.export(run.driver, run.start.fit, of, resident.owner, arrays)
+            if action.copied:
+                self._copying.send(action, resident, arrays)
+            if not action.whole:
+                return
             specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays.values())
             message = wire.Buffers(**ids, owner=resident.owner, names=tuple(arrays), specs=specs)
             run.send(run.driver, message, list(arrays.values()))

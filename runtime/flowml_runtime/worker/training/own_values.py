@@ -86,7 +86,9 @@ class OwnValues(OwnRhythm):
         assert spec.local is not None and plan.training is not None
         super().__init__(spec.policy)
         self.spec = spec
-        self.dtype = plan.tasks[spec.local.update].inputs[len(spec.specs) + len(spec.local.state_specs)].dtype
+        self._own = len(spec.local.state) - spec.local.outer
+        """The leaves of state that are not those of an outer optimizer."""
+        self.dtype = plan.tasks[spec.local.update].inputs[len(spec.specs) + self._own].dtype
         """That of the coefficients, which divide by the number of microbatches of the replica's site."""
         self.params: Sequence[Array] = ()
         self.state: Sequence[Array] = ()
@@ -102,8 +104,6 @@ class OwnValues(OwnRhythm):
         """The replicas for which its reports count in a consensus, whose home divides by the number of all replicas."""
         added = plan.training.microbatches * (len(site.replicas) if site else 1)
         self._coefficients = aligned_copy(np.full((2, 1), 1 / added, self.dtype))
-        self._own = len(spec.local.state) - spec.local.outer
-        """The leaves of state that are not those of an outer optimizer."""
 
     def export(self) -> Arrays:
         """All buffers, for a snapshot between two steps."""

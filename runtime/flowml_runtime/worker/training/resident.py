@@ -34,12 +34,16 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Resident:
-    """The buffers of one owner. `lane` is the one whose thread changes them; without one nothing does between steps."""
+    """The buffers of one owner. `lane` is the one whose thread changes them; without one nothing does between steps.
+
+    With `state` they are replaced and never overwritten: what it gives is another object once they were replaced.
+    """
 
     owner: str
     export: Callable[[], Arrays]
     restore: Callable[[Arrays], None]
     lane: Lane | None = None
+    state: Callable[[], object] | None = None
 
 
 @dataclass

@@ -23,6 +23,7 @@ from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.transport.endpoint import Sender
 from flowml_runtime.worker.training.applying import Held
 from flowml_runtime.worker.training.counts import Bytes, Counts
+from flowml_runtime.worker.training.exchange.positions import Backlog, Lists, which
 from flowml_runtime.worker.training.filtered import Encoder, added
 from flowml_runtime.worker.training.finite import sentence
 from flowml_runtime.worker.training.published import StoreView
@@ -55,6 +56,7 @@ class Run:
         default_factory=dict[tuple[int, int, int, int], Sequence[Array]]
     )
     """(store, replica here, neighbour, clock) -> the neighbour's parameters before that step."""
+    lists: Lists = field(default_factory=dict[tuple[int, int, int, int], Sequence[Array]])
     shared: dict[int, Held] = field(default_factory=dict[int, Held])
     """The stores that the replicas here update themselves."""
     encoders: list[Encoder] = field(default_factory=list[Encoder])
@@ -73,6 +75,8 @@ class Run:
         self.training: Training = self.plan.training
         self.terms = Terms.of(self.training, self.start.total_clocks)
         self.counts = Counts(len(self.training.stores))
+        self.backlog = Backlog(lambda _, to: self.sender.waiting(to))
+        self.positions = [which(store) for store in self.training.stores]
         self.restored = self.start.stopped is None
         """Whether all buffers are here of the snapshot from which the run goes on, if it does."""
 

@@ -71,7 +71,7 @@ class StageRunner(EdgeServices):
         find = partial(host.worker.variant, device=loaded.name, driver=run.driver)
         self._variants = Variants(loaded, find, self.bind)
         self._starts: queue.SimpleQueue[Start | None] = queue.SimpleQueue()
-        self._batches = Batches(run, self._in_vain)
+        self._batches = Batches(run, self.device, self._in_vain)
         self._sums = Sums(run.training.stores, stage, loaded, run.number)
         self._own = {
             s: OwnValues(store, run.plan, loaded.tasks, self.replica)
@@ -94,8 +94,8 @@ class StageRunner(EdgeServices):
             if isinstance(own.spec.policy.remote, Gossip) and (s not in self._members or self._members[s].exchanges)
         }
         self._inside: list[tuple[int, int, int]] = []  # (store, part, steps) of the sums that this step waits for
-        self._encoder = Encoder(run.training.stores, self.replica, run.start.seed, Kernels(loaded.device))
-        run.encoders.append(self._encoder)
+        self.encoder = Encoder(run.training.stores, self.replica, run.start.seed, Kernels(loaded.device))
+        run.encoders.append(self.encoder)
         places = Places.of(run.training)
         self._reads = {s for s, homes in enumerate(places.readers) if any(run.me in told for told in homes.values())}
         """The stores that are published here."""
@@ -125,7 +125,7 @@ class StageRunner(EdgeServices):
                 add(Resident(owner("mirror"), found.export, found.restore))
             if any(part.stage == self.stage for part in spec.parts):
                 add(Resident(owner("sums"), partial(self._sums.export, store), partial(self._sums.restore, store)))
-                encoder = partial(self._encoder.export, store), partial(self._encoder.restore, store)
+                encoder = partial(self.encoder.export, store), partial(self.encoder.restore, store)
                 add(Resident(owner("filters"), *encoder))
             if store in self._reads:
                 add(Resident(owner("read"), partial(self._export, store), partial(self._restore, store)))
@@ -153,7 +153,7 @@ class StageRunner(EdgeServices):
 
     def settle(self, clock: int, stores: Sequence[int], *, counts: bool) -> None:
         self._sums.settle(clock, stores, counts=counts)
-        self._encoder.settle(clock, stores, counts=counts)
+        self.encoder.settle(clock, stores, counts=counts)
 
     def give(self, batch: wire.Batch, arrays: Sequence[Array]) -> None:
         self._batches.give(batch, arrays)
@@ -329,7 +329,7 @@ class StageRunner(EdgeServices):
                     self._held[store] = values
             else:
                 values = self._held[store]
-        if self._encoder.compares(store):
+        if self.encoder.compares(store):
             self._compared[store] = values
         if member is not None and not member.served:
             member.tell(heard, values, self._now.cause, self._read_versions[store])
@@ -403,9 +403,9 @@ class StageRunner(EdgeServices):
             self._share(store, part, total.weight, total.value)
             return
         if spec.collective:
-            self.run.count_push(store, part, spec.parts[part].nbytes, self.run.me)
+            self.run.count_push(store, part, spec.part_bytes(spec.parts[part]), self.run.me)
             given = Given(store, part, self.replica, self._now.clock, total.weight, self._now.cause)
-            send = partial(self._reduce, self._reductions.push, given, total.value)
+            send = partial(self._reduce, partial(self._reductions.push, self.encoder), given, total.value)
         else:
             contribution = self._worker.contribution(
                 self._now,
@@ -473,18 +473,20 @@ class StageRunner(EdgeServices):
         message: Any = contribution.message
         arrays = host_view(gradients.result(self.deadline_s), self.loaded.device)
         training = self.run.training
-        inside = training.stores[message.store].relayed and not message.of_site
+        terms, replica = self.run.terms.stores[message.store], message.replica
+        inside = terms.keeps_inside(replica, summed=message.of_site)
+        added = terms.tree is not None and terms.tree.adder_of(replica, summed=False) is not None
         counts = counted(arrays, training.stores[message.store].parts[message.part], training.microbatches)
         if self.run.start.on_nonfinite != "apply" and not all_finite(counts):
             self.run.refuse(message.store, message.clock, (self.replica,), "sends")
             message, arrays = msgspec.structs.replace(message, weight=0, empty=True, specs=()), ()
-        elif self._encoder.filters(message.store) and not inside:
-            message, arrays = self._encoder.encode(message, arrays, parameters)
+        elif self.encoder.filters(message.store) and not inside and not added:
+            message, arrays = self.encoder.encode(message, arrays, parameters)
         nbytes = sum(spec.nbytes for spec in message.specs)
         for to in contribution.to:
             if not inside:
                 self.run.count_push(message.store, message.part, nbytes, to)
-            elif to != self.run.me:  # the leader counts the push of the site
+            elif to != self.run.me:  # the push of the sum is counted
                 self.run.count_crossing(message.store, nbytes)
             self.run.send(to, message, arrays)
 

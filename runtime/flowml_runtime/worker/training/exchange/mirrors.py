@@ -8,8 +8,8 @@ parameter (Hsieh et al., *Gaia*, NSDI 2017). The last step sends everything, so 
 The other replicas of a site update the same parameters. Their steps count as those of the leader do, until it passes on
 what it has joined.
 
-With staleness s a sender waits, at the end of step c, for the changes of step c - s of all others, and adds all that
-have come. With staleness 0 two runs agree to the bit.
+With staleness s a sender waits, at the end of step c, for the changes of step c - s of all others, and for those of
+which it has the positions (`positions`), and adds all that have come. With staleness 0 two runs agree to the bit.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from flowml.arrays import ArraySpec
@@ -28,6 +29,7 @@ from flowml.policy import Gossip, filters, newest_changes
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array, LoadedProgram, aligned_copy, buffer_struct
 from flowml_runtime.execution.services import host_view
+from flowml_runtime.worker.training.exchange.positions import split
 from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.resident import Arrays, number, row, row_of, states, states_of
 from flowml_runtime.worker.training.run import Run
@@ -145,6 +147,7 @@ class Mirrors:
         """The newest clock of each other sender whose changes are added."""
         self._told = -1
         """The newest clock whose changes it has sent."""
+        self._positions = run.positions[store]
         number, share = self._senders.index(spec.leader_of(replica)), share_of(spec, replica, len(replicas))
         self._mirror = Mirror(spec, number, share, loaded, dtype, run.start.seed)
 
@@ -182,19 +185,28 @@ class Mirrors:
         last = clock == self._run.terms.last_clock
         if not self._leads or not (last or self._gossip.due(clock)):
             return
-        self._tell(clock, self._mirror.changes(clock, own, last=last), cause)
+        self._tell(clock, list(map(np.asarray, self._mirror.changes(clock, own, last=last))), cause)
         deltas = self._receive(clock if last else clock - int(self._spec.policy.staleness), clock, in_vain)
         if deltas:
             self._mirror.join(own, own.params, deltas)
 
-    def _tell(self, clock: int, arrays: Sequence[Any], cause: int) -> None:
+    def _tell(self, clock: int, arrays: Sequence[Array], cause: int) -> None:
         self._told = clock
-        run, specs = self._run, tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
+        run = self._run
         ids: dict[str, Any] = {"plan_id": run.plan_id, "run": run.number, "cause": cause, "store": self._store}
+        ahead, rest = split(self._positions, arrays)
         for other in self._heard:
-            message = wire.Gossip(**ids, replica=other, source=self._replica, clock=clock, specs=specs)
-            run.send(self._workers[other], message, arrays)
-            run.count_push(self._store, 0, sum(s.nbytes for s in specs), self._workers[other])
+            to, message = self._workers[other], wire.Gossip(**ids, replica=other, source=self._replica, clock=clock)
+            if run.backlog.saturated(self._replica, clock, run.me, to, ahead):
+                self._send(to, msgspec.structs.replace(message, ahead=True), ahead)
+                self._send(to, message, rest)
+            else:
+                self._send(to, message, arrays)
+
+    def _send(self, to: str, message: wire.Gossip, arrays: Sequence[Array]) -> None:
+        specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
+        self._run.send(to, msgspec.structs.replace(message, specs=specs), arrays)
+        self._run.count_push(self._store, 0, sum(s.nbytes for s in specs), to)
 
     def _receive(self, until: int, now: int, in_vain: Callable[[], bool]) -> list[Sequence[Array]]:
         """The changes of others that have come, in the order of clocks and senders, once those `until` are here."""
@@ -203,10 +215,14 @@ class Mirrors:
         end = min(newest, run.terms.last_clock) + 1
         clocks = [c for c in range(min(self._heard.values(), default=now) + 1, end) if self._due(c)]
         keys = {(c, j): (self._store, self._replica, j, c) for c in clocks for j in self._heard if c > self._heard[j]}
-        missing = [key for (c, _), key in keys.items() if c <= until]
+        needed = [key for (c, _), key in keys.items() if c <= until]
+
+        def come() -> bool:
+            return all(key in told for key in needed) and not any(key in run.lists for key in keys.values())
+
         with run.changed:
             what = f"changes of {self._spec.name!r} up to step {until} from all other senders"
-            run.wait_for(lambda: all(key in told for key in missing), in_vain, what, run.step_of(now))
+            run.wait_for(come, in_vain, what, run.step_of(now))
             there = {at: told.pop(key) for at, key in keys.items() if key in told}
         found: list[Sequence[Array]] = []
         for (clock, source), arrays in there.items():

@@ -4,6 +4,8 @@ to their homes.
     seat -> sum over this worker's replicas -> all-reduce among the stage's workers -> Contribution to the home here
     seat -> sum over the site's replicas here -> all-reduce among the site's workers -> Run.told, for the seats here
 
+Filters may need several sums for one push (`flowml.policy.filters.sums`). Each has a number of its own.
+
 The workers of a stage, or of a site, form a group. Each part of a store is one of its buckets. The sum stands for all
 of them and has the same bits everywhere, because replicas of a worker are added in their order, and workers in the
 order of ranks.
@@ -24,6 +26,7 @@ import numpy as np
 from flowml.devices import worker_of
 from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import Part, Reduction
+from flowml.policy.filters import Talk
 from flowml_runtime import wire
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.programs import Array
@@ -32,6 +35,8 @@ from flowml_runtime.protocol.collective import Schedule, named
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.transport.arrays import aligned_empty
 from flowml_runtime.worker.training.exchange.collectives import Group, GroupId, accumulator, add
+from flowml_runtime.worker.training.exchange.positions import summed
+from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.finite import all_finite
 from flowml_runtime.worker.training.run import Fault, Run
 
@@ -59,11 +64,42 @@ class _Bucket:
     """
 
     number: int
+    """That of its first sum. `after` is that of the second one, if there is one."""
     part: Part
     schedule: Schedule
     group: Group
     replicas: tuple[int, ...]
     homes: tuple[str, ...] = ()
+    after: int = -1
+
+
+@dataclass
+class _Sum:
+    """One push of all replicas. `own` are those of this worker, and `talks` their parts in the sums, if filters act on
+    these. It began at `began`, in ns."""
+
+    bucket: _Bucket
+    given: Given
+    own: Mapping[int, Sequence[Array]]
+    encoders: Mapping[int, Encoder]
+    talks: Sequence[Talk] = ()
+    began: int = 0
+
+    def start(self, *, refuses: bool) -> None:
+        """The sum of the push before is applied, or refused: what filters keep is known."""
+        self.began, given = now_ns(), self.given
+        found = (
+            encoder.talk(given.store, given.part, given.clock, self.own[r], refuses=refuses)
+            for r, encoder in self.encoders.items()
+        )
+        self.talks = [talk for talk in found if talk is not None]
+
+    def sent(self) -> Sequence[Array]:
+        """What this worker adds in the next sum."""
+        mine = [talk.sent for talk in self.talks] or list(self.own.values())
+        if len(mine) == 1:
+            return mine[0]
+        return [sum_of([np.asarray(a) for a in each]) for each in zip(*mine, strict=True)]
 
 
 class Reductions:
@@ -72,7 +108,7 @@ class Reductions:
     def __init__(self, run: Run, on_fault: Fault) -> None:
         self._run = run
         self._on_fault = on_fault
-        self._waiting: dict[tuple[int, int], dict[int, Sequence[Array]]] = {}
+        self._waiting: dict[tuple[int, int], dict[int, tuple[Sequence[Array], Encoder | None]]] = {}
         """(bucket, clock) -> the pushes that have arrived from this worker's replicas."""
         self._numbers: dict[tuple[int, tuple[str, ...]], int] = {}
         """(stage, workers) -> the number of their group, which is the same on all workers."""
@@ -104,6 +140,11 @@ class Reductions:
                     bucket = self._bucket(next(number), part, how, site.replicas)
                     if bucket is not None:
                         self._inside.update({(s, p, replica): bucket for replica in bucket.replicas})
+        for s, store in enumerate(run.training.stores):
+            for p, _ in enumerate(store.parts if store.policy.summed_filters else ()):
+                after, bucket = next(number), self._buckets.get((s, p))
+                if bucket is not None:
+                    self._buckets[s, p] = replace(bucket, after=after)
 
     def _bucket(self, number: int, part: Part, reduction: Reduction | None, replicas: Iterable[int]) -> _Bucket | None:
         """The bucket of those of these replicas that are here; None if it has no part here."""
@@ -128,29 +169,31 @@ class Reductions:
         """The group that adds up the gradients of a store for its homes."""
         return self._buckets[store, 0].group
 
-    def push(self, given: Given, arrays: Sequence[Array]) -> None:
-        """Add the push of a replica for the homes. The push of this worker's last replica starts the all-reduce.
+    def push(self, encoder: Encoder, given: Given, arrays: Sequence[Array]) -> None:
+        """Add the push of a replica for the homes, which `encoder` filters, if anything does. The push of this worker's
+        last replica starts the all-reduce.
 
         The arrays must not change any more. May wait until they are computed.
         """
-        self._push(self._buckets[given.store, given.part], given, arrays)
+        self._push(self._buckets[given.store, given.part], given, arrays, encoder)
 
     def push_inside(self, given: Given, arrays: Sequence[Array]) -> None:
-        """The same for the sum of its site."""
-        self._push(self._inside[given.store, given.part, given.replica], given, arrays)
+        """The same for the sum of its site, which nothing filters."""
+        self._push(self._inside[given.store, given.part, given.replica], given, arrays, None)
 
-    def _push(self, bucket: _Bucket, given: Given, arrays: Sequence[Array]) -> None:
-        own = {given.replica: arrays}
+    def _push(self, bucket: _Bucket, given: Given, arrays: Sequence[Array], encoder: Encoder | None) -> None:
+        found = {given.replica: (arrays, encoder)}
         if len(bucket.replicas) > 1:
             key = (bucket.number, given.clock)
             with self._run.changed:
                 waiting = self._waiting.setdefault(key, {})
-                waiting[given.replica] = arrays
+                waiting.update(found)
                 if len(waiting) < len(bucket.replicas):
                     return
-                own = self._waiting.pop(key)
-            arrays = [sum_of([np.asarray(own[r][i]) for r in bucket.replicas]) for i in range(len(arrays))]
-        start = partial(self._start, bucket, given, own, arrays)
+                found = self._waiting.pop(key)
+        own = {r: found[r][0] for r in bucket.replicas}
+        encoders = {r: e for r in bucket.replicas if (e := found[r][1]) is not None}
+        start = partial(self._start, _Sum(bucket, given, own, encoders))
         with self._run.changed:
             queued = self._queued.setdefault(bucket.number, deque())
             queued.append(start)
@@ -158,24 +201,41 @@ class Reductions:
                 return
         start()
 
-    def _start(
-        self, bucket: _Bucket, given: Given, own: Mapping[int, Sequence[Array]], arrays: Sequence[Array]
-    ) -> None:
-        began = now_ns()
+    def _start(self, sum_: _Sum) -> None:
         try:
-            future = bucket.group.all_reduce(bucket.number, given.clock, arrays, bucket.schedule)
-        except FlowmlError as error:
-            self._failed(given, error)
+            sum_.start(refuses=self._run.start.on_nonfinite != "apply")
+        except Exception as error:
+            self._failed(sum_.given, error)
         else:
-            future.when_done(lambda done: self._end(bucket, given, own, began, done))
+            self._add(sum_, sum_.bucket.number)
 
-    def _end(
-        self, bucket: _Bucket, given: Given, own: Mapping[int, Sequence[Array]], began: int, done: Future[Any]
-    ) -> None:
-        """Hand the sum on, and start the next one of this bucket, if it was pushed meanwhile."""
-        self._done(bucket, given, own, began, done)
+    def _add(self, sum_: _Sum, number: int) -> None:
+        """Begin the first sum of a push, or the one after it."""
+        try:
+            future = sum_.bucket.group.all_reduce(number, sum_.given.clock, sum_.sent(), sum_.bucket.schedule)
+        except FlowmlError as error:
+            self._failed(sum_.given, error)
+        else:
+            future.when_done(lambda done: self._added(sum_, done))
+
+    def _added(self, sum_: _Sum, done: Future[Any]) -> None:
+        """A sum is complete, or has failed. Called on a receiving thread or on the group's thread.
+
+        If filters need another sum, that begins. Else the result is handed on, and the next push of this bucket starts,
+        if there was one meanwhile.
+        """
+        try:
+            talks = sum_.talks if done.exception() is None else ()
+            another = [talk.take(done.result()) for talk in talks]
+            if any(another):
+                self._add(sum_, sum_.bucket.after)
+                return
+        except Exception as error:
+            self._failed(sum_.given, error)
+            return
+        self._done(sum_, done)
         with self._run.changed:
-            queued = self._queued[bucket.number]
+            queued = self._queued[sum_.bucket.number]
             queued.popleft()
             following = queued[0] if queued else None
         if following is not None:
@@ -199,10 +259,8 @@ class Reductions:
         for group in self._groups.values():
             group.close()
 
-    def _done(
-        self, bucket: _Bucket, given: Given, own: Mapping[int, Sequence[Array]], began: int, done: Future[Any]
-    ) -> None:
-        """The sum is complete, or has failed. Called on a receiving thread or on the group's thread."""
+    def _done(self, sum_: _Sum, done: Future[Any]) -> None:
+        bucket, given = sum_.bucket, sum_.given
         error = done.exception()
         if error is not None:
             self._failed(given, error)
@@ -211,7 +269,7 @@ class Reductions:
             self._tell_site(bucket, given, done.result())
             return
         run, live = self._run, self._run.training.live
-        sums: Sequence[Array] = done.result()
+        sums: Sequence[Array] = sum_.talks[0].total() if sum_.talks else done.result()
         weight, decided = given.weight * len(live), run.training.stores[given.store].sites_decide
         if decided:  # the sum ends with the number of gradients in it
             weight, sums = round(float(np.asarray(sums[-1])[0])), sums[:-1]
@@ -230,17 +288,20 @@ class Reductions:
             of_site=decided,
         )
         try:
-            if not self._is_sound(given, own, sums) or not weight:
+            if not self._is_sound(given, sum_.own, sums) or not weight:
                 message, sums = msgspec.structs.replace(message, weight=0, empty=True, specs=()), ()
+            for talk in () if message.empty else sum_.talks:
+                talk.commit()
         except FlowmlError as error:
             self._failed(given, error)
             return
         if run.recorder.on:
             name, step = f"store {run.training.stores[given.store].name}", run.step_of(given.clock)
             lane = f"{run.training.replicas[given.replica][bucket.part.stage]} reduce {bucket.number}"
-            span = Span(lane, "reduce", name, step, 0, bucket.part.nbytes, bucket.schedule.name, began, now_ns())
+            span = Span(lane, "reduce", name, step, 0, bucket.part.nbytes, bucket.schedule.name, sum_.began, now_ns())
             run.recorder.add(span)
-        run.count_crossing(given.store, bucket.group.take_sent_bytes(bucket.number))
+        numbers = (bucket.number, bucket.after)
+        run.count_crossing(given.store, sum(bucket.group.take_sent_bytes(n) for n in numbers))
         for home in bucket.homes:
             run.send(home, message, sums)
 
@@ -271,11 +332,6 @@ class Reductions:
             return
         name = self._run.training.stores[given.store].name
         self._on_fault(self._run.step_of(given.clock), f"store {name}", error)
-
-
-def summed(part: int) -> int:
-    """What stands in `Run.told` for the source of the sum of a site."""
-    return -1 - part
 
 
 def sum_of(arrays: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

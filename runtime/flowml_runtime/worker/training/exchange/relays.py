@@ -1,5 +1,6 @@
-"""Does the work of the leaders of sites that decide for themselves: sends sums to homes, and passes values on.
+"""Adds up for others: for the sites that decide for themselves, whose leaders pass values on too, and in a tree.
 
+    children in a tree, and the parent itself -> Contribution -> its worker: sum -> Contribution -> parent or home
     replicas of a site -> Contribution -> the leader's worker: sum -> Contribution -> home
     replicas of a site -> Contribution -> the leader's worker: sum -> Gossip -> the leader, if sites decide alone
     home -> Published -> the leader's worker -> Published -> the workers of its site
@@ -116,11 +117,14 @@ class Relays:
         run.send(to, msgspec.structs.replace(message, specs=specs), arrays)
 
     def _leaders(self) -> list[int]:
-        """The leaders of the sites here whose sums are filtered."""
+        """The leaders of the sites here whose sums are filtered, and the parents whose sums go to a home."""
         filtered = (s for s in self._run.training.stores if s.relayed and s.policy.home_filters)
-        led = ((site.replicas[0], store) for store in filtered for site in store.sites)
+        led = [site.replicas[0] for store in filtered for site in store.sites]
+        for store in self._run.terms.stores:
+            if store.tree is not None and store.policy.home_filters:
+                led += store.tree.children_of(-1)
         relay = Places.of(self._run.training).stages
-        return [*dict.fromkeys(leader for leader, _ in led if relay[leader][0] == self._run.me)]
+        return [leader for leader in dict.fromkeys(led) if relay[leader][:1] == (self._run.me,)]
 
     def _filters(self, leader: int) -> Encoder:
         """The filters of the sums of a site."""
@@ -128,7 +132,8 @@ class Relays:
         encoder = Encoder(run.training.stores, leader, run.start.seed)
         run.encoders.append(encoder)
         for number, store in enumerate(run.training.stores):
-            if run.terms.stores[number].forwarded and store.policy.home_filters:
+            terms = run.terms.stores[number]
+            if (terms.forwarded or terms.tree is not None) and store.policy.home_filters:
                 both = partial(encoder.export, number), partial(encoder.restore, number)
                 run.residents.add(Resident(of_site(leader, store.name, "filters"), *both, self._lane))
         return encoder

@@ -20,7 +20,7 @@ from flowml.policy import Gossip
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.worker.training.exchange.neighbours import Adopt
-from flowml_runtime.worker.training.exchange.reductions import summed
+from flowml_runtime.worker.training.exchange.positions import summed
 from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.run import Run
 

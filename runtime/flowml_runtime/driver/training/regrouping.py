@@ -1,0 +1,171 @@
+"""Lets other replicas take part in a fit while it runs: those whose workers have joined or come back, without those
+whose workers have given notice that they will leave.
+
+    devices have changed -> the plan with the other replicas is loaded beside the run -> a snapshot is asked for
+    -> it is taken -> the run ends there, and the next one goes on from it
+
+The workers of the run go on while those that have joined compile. They stand still from the snapshot until the next run
+begins, and do no step twice. The plan has a place for each replica from the beginning, and the executables are the same
+for any number of them, so those that are there compile nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from typing import Any
+
+from flowml.devices import Device, worker_of
+from flowml.errors import FlowmlWarning, WorkerLostError
+from flowml.placement import Pipeline, Placement
+from flowml.placement.links import Links
+from flowml.plan import Training
+from flowml_runtime.driver.loaded_plan import LoadedPlan
+from flowml_runtime.driver.training.program import Program
+from flowml_runtime.driver.training.training_session import TrainingSession
+from flowml_runtime.environment.callers import calling_level
+
+
+class Regrouped(Exception):  # no error: a run ends with it
+    """A snapshot is taken, from which the fit goes on with other replicas."""
+
+
+class Regrouping:
+    """The plan for the replicas whose workers are there, while a run of others goes on."""
+
+    def __init__(
+        self, cluster: Any, program: Program, may_be_gone: Callable[[Collection[str]], bool], *, joins: bool
+    ) -> None:
+        """`may_be_gone` says whether the fit can go on without these workers. Others take part only if `joins`."""
+        self._may_be_gone = may_be_gone
+        self._joins = joins
+        self._cluster = cluster
+        self._program = program
+        self._gone: frozenset[str] = frozenset()
+        """The workers without which the run goes on."""
+        self._seen: tuple[Device, ...] = ()
+        """The devices that were there when `ready` looked last."""
+        self._wanted: frozenset[str] | None = None
+        """The workers without which the next run is to be; None if the run goes on as it is."""
+        self._lock = threading.Lock()
+        self._turn = 0
+        """The number of the newest plan that was wanted. Others that are loaded by now are forgotten."""
+        self._loaded: LoadedPlan | None = None
+        self._wrong = ""
+
+    def begin(self, gone: Collection[str]) -> None:
+        """A run begins without these workers. Forgets what was prepared for the one before."""
+        self._gone, self._seen = frozenset(gone), ()
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing else is wanted any more than the run that goes on."""
+        with self._lock:
+            loaded, self._loaded, self._wanted = self._loaded, None, None
+            self._turn += 1
+        if loaded is not None:
+            self._program.session.release(loaded)
+
+    def ready(self) -> bool:
+        """Whether the plan with other replicas is loaded. Begins to load it if their workers are there. Called for
+        each message of a fit."""
+        if self._cluster.devices is not self._seen:
+            self._look()
+        if self._wrong:
+            wrong, self._wrong = self._wrong, ""
+            warnings.warn(wrong, FlowmlWarning, stacklevel=calling_level())
+        loaded = self._loaded
+        if loaded is not None and loaded.steps.stopped:  # a worker that had joined was lost again
+            self.forget()
+            return False
+        return loaded is not None
+
+    def take(self) -> tuple[LoadedPlan, frozenset[str]]:
+        """The plan that is ready, and the workers without which it is."""
+        with self._lock:
+            loaded, wanted = self._loaded, self._wanted
+            self._loaded = self._wanted = None
+        assert loaded is not None and wanted is not None
+        return loaded, wanted
+
+    def _look(self) -> None:
+        """See what is wanted now. A plan with a worker that has given notice meanwhile is not taken any more."""
+        self._seen = self._cluster.devices
+        leaving = frozenset(self._cluster.leaving.intersection(self._program.workers()))
+        there = {device.worker for device in self._seen} - leaving
+        gone = (self._gone - there if self._joins else self._gone) | leaving
+        training = self._program.training
+        changes = lost_replicas(training, gone) != lost_replicas(training, self._gone)
+        wanted = gone if changes and self._may_be_gone(gone) else None  # else those that are to leave stay
+        if wanted == self._wanted:
+            return
+        self.forget()
+        if wanted is not None:
+            self._wanted, turn = wanted, self._turn
+            self._program.session.time.beside("regrouping", lambda: self._load(wanted, turn), self._failed)
+
+    def _load(self, gone: frozenset[str], turn: int) -> None:
+        try:
+            handle = self._program.load_beside(gone)
+        except WorkerLostError:
+            with self._lock:  # it has left again, and `ready` looks again when the devices change
+                self._wanted = None if turn == self._turn else self._wanted
+            return
+        with self._lock:
+            if turn == self._turn:
+                self._loaded = handle
+                return
+        self._program.session.release(handle)
+
+    def _failed(self, reason: str) -> None:
+        self._wrong = f"workers that have joined cannot take part in the fit, which goes on without them: {reason}"
+
+
+@dataclass(frozen=True)
+class WithPlaces:
+    """A cluster to compile for, with devices that are not there yet. What runs is on those that are."""
+
+    cluster: Any
+    devices: tuple[Device, ...]
+
+    @staticmethod
+    def of(cluster: Any, replicas: int, placement: Placement) -> WithPlaces:
+        """With a place for each replica. Raises ValueError if no worker is there."""
+        if not cluster.devices:
+            raise ValueError(
+                "replicas='elastic': no worker has joined, and a fit begins with at least one; start some with `flowml "
+                "worker`"
+            )
+        stages = placement.stages if isinstance(placement, Pipeline) else 1
+        return WithPlaces(cluster, places(cluster.devices, replicas, stages))
+
+    @property
+    def session(self) -> TrainingSession:
+        return self.cluster.session
+
+    def links_for(self, placement: Placement, devices: int | None = None) -> Links:
+        return self.cluster.links_for(placement, devices)
+
+
+def lost_replicas(training: Training, gone: Collection[str]) -> frozenset[int]:
+    """The replicas with a stage on one of these workers."""
+    replicas = enumerate(training.replicas)
+    return frozenset(r for r, devices in replicas if not {*map(worker_of, devices)}.isdisjoint(gone))
+
+
+def places(devices: tuple[Device, ...], replicas: int, stages: int) -> tuple[Device, ...]:
+    """Devices for so many replicas of at least so many stages: those that are there, and places for workers that may
+    join. These have the names that a coordinator gives, and are like the first."""
+    there = {device.worker for device in devices}
+    first = [device for device in devices if device.worker == devices[0].worker]
+    wanted = replicas * max(stages, len(devices) // replicas)
+
+    def joining() -> Iterator[Device]:
+        for worker in (name for number in count() if (name := f"worker:{number}") not in there):
+            yield from (replace(device, name=f"{worker}/{device.name.partition('/')[2]}") for device in first)
+
+    found = (*devices, *islice(joining(), max(0, wanted - len(devices))))
+    return tuple(sorted(found, key=lambda device: int(device.worker.rpartition(":")[2])))

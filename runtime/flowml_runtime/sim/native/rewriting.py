@@ -1,0 +1,239 @@
+"""Rewrites the sources of the simulator and its machines into a package that mypyc compiles well.
+
+The package, `flowml_native`, has copies of the modules whose objects meet in a simulated run, so that they live beside
+the usual ones in one process. What crosses its border, such as messages, plans and models, is shared with the usual
+modules. The text of the modules stays as it is, but for what the compiler cannot take or what would be slow:
+
+* imports name the copies;
+* a table of methods in the body of a class moves behind the class;
+* structs and dataclasses become plain classes with the same constructor, equality and order of attributes. mypyc
+  stores the attributes of a plain class in its own structure, and reads them without a lookup. Those that are frozen
+  are values, of which no cycle can be made, so the collector of cyclic garbage does not know them;
+* `__slots__` go, since such classes have no other attributes anyway.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import flowml_runtime
+
+PACKAGE = "flowml_native"
+ATTRIBUTES = "attributes"
+_ATTRIBUTES = """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from mypy_extensions import mypyc_attr
+else:
+    def mypyc_attr(**_):
+        return lambda made: made
+"""
+"""A module of the package, in Python: what mypyc reads of a class when it compiles, so that the result needs nothing
+of mypyc."""
+BUILD_S = 1800.0
+"""The most seconds that its build takes, on a busy machine."""
+_OURS = "flowml_runtime"
+
+_TRAINING = (
+    "accounts accumulator actions branch clocks couple cut decision early exchange fit forwarding home home_events "
+    "items pace portions replica resting site stage staleness store worker"
+)
+COMPILED = (
+    *(f"protocol.training.{name}" for name in _TRAINING.split()),
+    *(f"sim.{name}" for name in ("executor", "heap", "network", "node", "world")),
+)
+"""The modules that become machine code."""
+COPIED = tuple(f"sim.{name}" for name in ("collectives", "kept", "neighbours", "parallel", "post", "sites"))
+"""Those that meet objects of them, and stay Python."""
+
+_REPLACED: Mapping[str, tuple[tuple[str, str], ...]] = {
+    # A worker of another process is no `Node` (`post.Away`); the compiler would check.
+    "sim.world": (
+        ("self.nodes = Nodes(", "self.nodes: Any = Nodes("),
+        ("    values: Values\n", "    values: Any\n"),  # names the actions of the usual package
+        (
+            "replace(self, terms=self.terms.lasting(total_clocks))",
+            "Layout(**({n: getattr(self, n) for n in self.__match_args__} "
+            "| {'terms': self.terms.lasting(total_clocks)}))",
+        ),
+    ),
+    "protocol.training.fit": (
+        (
+            "**msgspec.structs.asdict(paused)",
+            "hold=paused.hold, clock=paused.clock, pushed=paused.pushed, number=paused.number",
+        ),
+    ),
+    "sim.heap": (("self._most: float = _FLUSH", "self._most: float = float(_FLUSH)"),),
+}
+"""Text in which the type checkers differ, or that needs a struct."""
+
+
+def rewritten() -> dict[str, str]:
+    """The sources of the package: the path of each file in it, and its text."""
+    trees = {name: ast.parse(_text(name)) for name in (*COMPILED, *COPIED)}
+    tables = {table: name for name in COMPILED for table in _tables(trees[name])}
+    found = {f"{folder}/__init__.py": "" for folder in (PACKAGE, *(f"{PACKAGE}/{f}" for f in _FOLDERS))}
+    found[f"{PACKAGE}/{ATTRIBUTES}.py"] = _ATTRIBUTES
+    for name, tree in trees.items():
+        _Imports().visit(tree)
+        if name in COMPILED:
+            _behind(tree, name, tables)
+            tree.body = [_plain(node) if isinstance(node, ast.ClassDef) else node for node in tree.body]
+            last = _after_imports(tree)
+            tree.body.insert(last, ast.ImportFrom(f"{PACKAGE}.{ATTRIBUTES}", [ast.alias("mypyc_attr")], 0))
+        found[f"{PACKAGE}/{name.replace('.', '/')}.py"] = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+    return found
+
+
+_FOLDERS = ("protocol", "protocol/training", "sim")
+
+
+def _text(name: str) -> str:
+    (folder,) = flowml_runtime.__path__
+    text = (Path(folder) / (name.replace(".", "/") + ".py")).read_text()
+    for before, after in _REPLACED.get(name, ()):
+        if text.count(before) != 1:
+            raise ValueError(f"{name} has {before!r} {text.count(before)} times")
+        text = text.replace(before, after)
+    return text
+
+
+class _Imports(ast.NodeTransformer):
+    """Lets imports name the copies."""
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | list[ast.ImportFrom]:
+        module, modules = node.module or "", {f"{_OURS}.{name}" for name in (*COMPILED, *COPIED)}
+        if module in modules:
+            node.module = PACKAGE + module.removeprefix(_OURS)
+            return node
+        copied = [alias for alias in node.names if f"{module}.{alias.name}" in modules]
+        others = [alias for alias in node.names if alias not in copied]
+        if not copied:
+            return node
+        found = [ast.ImportFrom(PACKAGE + module.removeprefix(_OURS), copied, 0)]
+        return [*found, *([ast.ImportFrom(module, others, 0)] if others else [])]
+
+
+def _is_table(node: ast.stmt) -> bool:
+    return isinstance(node, ast.AnnAssign) and "ClassVar[dict" in ast.unparse(node.annotation)
+
+
+def _tables(tree: ast.Module) -> list[str]:
+    """The tables of methods in the bodies of classes. Their names are unique."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return [ast.unparse(n.target) for c in classes for n in c.body if isinstance(n, ast.AnnAssign) and _is_table(n)]
+
+
+def _behind(tree: ast.Module, module: str, tables: Mapping[str, str]) -> None:
+    """Move the tables of classes behind them, and let the module name them where they are now."""
+    body: list[ast.stmt] = []
+    for node in tree.body:
+        body.append(node)
+        if not isinstance(node, ast.ClassDef):
+            continue
+        methods = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+        moved = [n for n in node.body if isinstance(n, ast.AnnAssign) and _is_table(n)]
+        node.body = [n for n in node.body if n not in moved]
+        for table in moved:
+            assert isinstance(table.annotation, ast.Subscript) and table.value is not None
+            value = _Methods(node.name, methods).visit(table.value)
+            target = ast.Name(_moved(ast.unparse(table.target)), ast.Store())
+            body.append(ast.AnnAssign(target, table.annotation.slice, value, simple=1))
+    tree.body = body
+    renamed = _Tables(tables)
+    renamed.visit(tree)
+    others = sorted(name for name in renamed.used if tables[name] != module)
+    imports = [ast.ImportFrom(f"{PACKAGE}.{tables[n]}", [ast.alias(_moved(n))], 0) for n in others]
+    last = _after_imports(tree)
+    tree.body[last:last] = imports
+
+
+def _after_imports(tree: ast.Module) -> int:
+    return 1 + max(n for n, node in enumerate(tree.body) if isinstance(node, ast.ImportFrom))
+
+
+def _moved(table: str) -> str:
+    return f"table{table}"
+
+
+class _Methods(ast.NodeTransformer):
+    """Names the methods of a class from outside of it."""
+
+    def __init__(self, owner: str, methods: Iterable[str]) -> None:
+        self._owner, self._methods = owner, methods
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Attribute(ast.Name(self._owner), node.id) if node.id in self._methods else node
+
+
+class _Tables(ast.NodeTransformer):
+    """Names tables where they have moved."""
+
+    def __init__(self, tables: Iterable[str]) -> None:
+        self._tables = tables
+        self.used: set[str] = set()
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        self.generic_visit(node)
+        if node.attr not in self._tables:
+            return node
+        self.used.add(node.attr)
+        return ast.Name(_moved(node.attr))
+
+
+def _plain(node: ast.ClassDef) -> ast.ClassDef:
+    """The class without slots; a plain one if it is a struct or a dataclass."""
+    slots = [n for n in node.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__slots__"]
+    used = {n.id for slot in slots for n in ast.walk(slot) if isinstance(n, ast.Name)} | {"__slots__"}
+    node.body = [n for n in node.body if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) in used)]
+    made = [d for d in node.decorator_list if ast.unparse(d).startswith("dataclass")]
+    struct = [b for b in node.bases if ast.unparse(b) == "msgspec.Struct"]
+    if not made and not struct:
+        return node
+    given = [*node.keywords, *(k for d in made if isinstance(d, ast.Call) for k in d.keywords)]
+    options = {k.arg: ast.unparse(k.value) for k in given}
+    node.decorator_list = [d for d in node.decorator_list if d not in made]
+    node.bases = [b for b in node.bases if b not in struct]
+    node.keywords = []
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    after = any(isinstance(n, ast.FunctionDef) and n.name == "__post_init__" for n in node.body)
+    text = _constructor(node.name, fields, after=after, equal=options.get("eq") != "False", hashed="frozen" in options)
+    for field in fields:
+        field.value = None
+    node.body += ast.parse(text).body
+    if "frozen" in options and not node.bases:
+        node.decorator_list.append(ast.parse("mypyc_attr(acyclic=True)", mode="eval").body)
+    return node
+
+
+def _made(default: ast.expr | None) -> str | None:
+    """What makes the default of a field for each object, if it is not one for all."""
+    if isinstance(default, ast.Call) and ast.unparse(default.func) in ("field", "msgspec.field"):
+        return f"{ast.unparse(default.keywords[0].value)}()"
+    return ast.unparse(default) if isinstance(default, ast.Dict | ast.List | ast.Set | ast.Call) else None
+
+
+def _constructor(name: str, fields: list[ast.AnnAssign], *, after: bool, equal: bool, hashed: bool) -> str:
+    """The constructor of a plain class, and what else a struct or dataclass has."""
+    parameters: list[str] = []
+    lines: list[str] = []
+    for field in fields:
+        own, kind, default = ast.unparse(field.target), ast.unparse(field.annotation), field.value
+        value = own
+        made = _made(default)
+        if made is not None:
+            kind, value, default = f"{kind} | None", f"{made} if {own} is None else {own}", ast.Constant(None)
+        parameters.append(f"{own}: {kind}" + ("" if default is None else f" = {ast.unparse(default)}"))
+        lines.append(f"    self.{own} = {value}")
+    names = [ast.unparse(field.target) for field in fields]
+    lines += ["    self.__post_init__()"] if after else [] if lines else ["    pass"]
+    text = [f"__match_args__ = ({''.join(f'{n!r}, ' for n in names)})"]
+    text += [f"def __init__(self, {', '.join(parameters)}) -> None:", *lines]
+    if equal:
+        same = " and ".join(f"self.{n} == other.{n}" for n in names) or "True"
+        text += ["def __eq__(self, other: object) -> bool:", f"    return isinstance(other, {name}) and {same}"]
+        values = "".join(f"self.{n}, " for n in names)
+        text += ["def __hash__(self) -> int:", f"    return hash(({values}))"] if hashed else []
+    return "\n".join(text)
