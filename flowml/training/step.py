@@ -256,7 +256,13 @@ def _check_loss(
 ) -> tuple[bool, Any]:
     """Whether the loss returns (scalar, aux), and the shapes of aux."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shape = jax.eval_shape(loss, params, batch, *([key] if takes_rng else []), *state)
+    try:
+        shape = jax.eval_shape(loss, params, batch, *([key] if takes_rng else []), *state)
+    except Exception as error:
+        called = ", ".join(("params", *(["state"] if state else []), "batch", *(["rng"] if takes_rng else [])))
+        beside = "" if state else "; a loss with the state of a model needs Trainer(has_state=True) and fit(state=)"
+        error.add_note(f"{name} was called as {name}({called}){beside}")
+        raise
     has_aux = isinstance(shape, tuple)
     wanted = "a loss returns a floating scalar, or (scalar, aux)"
     if has_aux and len(shape) != 2:

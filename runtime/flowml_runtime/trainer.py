@@ -260,7 +260,7 @@ class Trainer:
     ) -> Runs:
         """Compile and load what a fit needs."""
         prepare(cluster, asked.on_loss)
-        workers_of(cluster.devices, self._delays)  # raises an error before anything is compiled
+        workers_of(cluster.devices, self._delays, elastic=asked.elastic)  # raises before anything is compiled
         data, batch_size = asked.data, asked.batch_size
         order = epoch_order(data.examples, asked.seed, 0, shuffle=asked.shuffle)
         model = Model.of(state, self._state_rules, self._spec.replicas)
@@ -359,7 +359,7 @@ class Trainer:
 
     def _options(self, cluster: TrainingCluster, program: Program, asked: Asked) -> FitOptions:
         run = program.reserve(asked.total)
-        workers = workers_of(cluster.devices, self._delays)
+        workers = workers_of(cluster.devices, self._delays, elastic=asked.elastic)
         return FitOptions(
             run=run,
             total=asked.total,

@@ -160,7 +160,11 @@ def test_state_that_counts_is_added_up_once(threads: fm.Cluster) -> None:
         80: lambda: threads.end_worker("worker:1"),
         140: lambda: threads.start_worker("worker:1"),
     }
-    options: dict[str, Any] = {"has_state": True, "state_rules": {"steps": "sum"}, "delays": {"worker:0": STEP_S}}
+    options: dict[str, Any] = {
+        "has_state": True,
+        "state_rules": {"steps": "sum"},
+        "delays": {"worker:0": STEP_S, "worker:2": STEP_S},
+    }
     trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=threads, replicas=REPLICAS, **options)
     try:
         with pytest.warns(fm.FlowmlWarning, match="worker:1 was lost"):

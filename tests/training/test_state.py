@@ -233,6 +233,14 @@ def _other_dtype(params: Any, state: Any, batch: Any) -> Any:
     return value, new | {"norm1": new["norm1"] | {"mean": new["norm1"]["mean"].astype(jnp.bfloat16)}}
 
 
+def test_a_loss_that_wants_state_says_how_it_was_called() -> None:
+    trainer = fm.Trainer(loss, OPTIMIZER, cluster=simulated(2))
+    with pytest.raises(Exception) as caught:  # whatever the loss does with a batch in place of the state
+        trainer.fit(params(), SOURCE, batch_size=BATCH, steps=1, progress=False)
+    (note,) = (n for n in caught.value.__notes__ if "was called as" in n)
+    assert "loss was called as loss(params, batch" in note and "needs Trainer(has_state=True)" in note
+
+
 def test_bad_input_is_refused_with_what_to_do() -> None:
     refused("_no_state returns no state; with has_state=True a loss returns", _no_state)()
     refused("_other_state returns .* beside the scalar, and the state is", _other_state)()

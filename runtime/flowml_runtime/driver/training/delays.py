@@ -36,14 +36,15 @@ def delays_of(given: Any) -> Delays:
     return {worker: seconds(f"delays[{worker!r}]", delay, zero=True) for worker, delay in (given or {}).items()}
 
 
-def workers_of(devices: Sequence[Device], delays: Delays) -> tuple[str, ...]:
-    """The workers of devices, in order. Raises FlowmlError if the delays name another worker."""
+def workers_of(devices: Sequence[Device], delays: Delays, *, elastic: bool) -> tuple[str, ...]:
+    """The workers of devices, in order. Raises FlowmlError if the delays name another worker, unless the fit is elastic:
+    that worker may join later."""
     workers = tuple(dict.fromkeys(d.worker for d in devices))
     if isinstance(delays, ComputeModel):
         delays.check(len(workers))
         return workers
     for worker in delays:
-        if worker not in workers:
+        if worker not in workers and not elastic:
             raise FlowmlError(f"delays names {worker!r}, which does not exist; there are {', '.join(workers)}")
     return workers
 
