@@ -235,7 +235,7 @@ def _other_dtype(params: Any, state: Any, batch: Any) -> Any:
 
 def test_a_loss_that_wants_state_says_how_it_was_called() -> None:
     trainer = fm.Trainer(loss, OPTIMIZER, cluster=simulated(2))
-    with pytest.raises(Exception) as caught:  # whatever the loss does with a batch in place of the state
+    with pytest.raises(TypeError, match="string indexing") as caught:
         trainer.fit(params(), SOURCE, batch_size=BATCH, steps=1, progress=False)
     (note,) = (n for n in caught.value.__notes__ if "was called as" in n)
     assert "loss was called as loss(params, batch" in note and "needs Trainer(has_state=True)" in note

@@ -37,8 +37,8 @@ def delays_of(given: Any) -> Delays:
 
 
 def workers_of(devices: Sequence[Device], delays: Delays, *, elastic: bool) -> tuple[str, ...]:
-    """The workers of devices, in order. Raises FlowmlError if the delays name another worker, unless the fit is elastic:
-    that worker may join later."""
+    """The workers of devices, in order. Raises FlowmlError if the delays name another worker, unless the fit is
+    elastic: that worker may join later."""
     workers = tuple(dict.fromkeys(d.worker for d in devices))
     if isinstance(delays, ComputeModel):
         delays.check(len(workers))
