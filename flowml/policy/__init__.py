@@ -16,10 +16,10 @@ from flowml.policy.compose import DEFAULT_PATTERN, check_batch, check_compositio
 from flowml.policy.cuts import cut_by
 from flowml.policy.late import Drop, Fold, Late, Requeue
 from flowml.policy.mathematics import can_read, coefficients, due, newest_changes, window
+from flowml.policy.payload import Delta, Factors, Gradient, Payload, Weights
 from flowml.policy.quorum import Arrivals, Coded, Deadline, Decide, Never, Quorum, Spread, Wait
-from flowml.policy.replicas import Delta, Weights
 from flowml.policy.rhythm import Every, Once
-from flowml.policy.spec import UNBOUNDED, Factors, Gradient, Payload, Policy
+from flowml.policy.spec import UNBOUNDED, Policy
 from flowml.policy.topology import AllReduce, Gossip, Hierarchy, ParameterServer, Ring, SharedMemory, Topology, Tree
 
 __all__ = [

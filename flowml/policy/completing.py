@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from flowml.errors import PolicyError
 from flowml.policy.apply import Sum, Vote, base_of
 from flowml.policy.late import Fold
+from flowml.policy.payload import Factors
 from flowml.policy.quorum import Coded, Quorum
 from flowml.policy.rhythm import Every
 from flowml.policy.topology import ParameterServer
@@ -38,7 +39,7 @@ def _check_coded(policy: Policy) -> None:
             "a replica that was late would add the gradients of a step that is decoded already to its next push; "
             "use every=1"
         )
-    elif type(policy.payload).__name__ == "Factors":
+    elif isinstance(policy.payload, Factors):
         why = (
             "the factors of a sum of gradients are not the sum of their factors, so they cannot be decoded; use "
             "payload=Gradient()"

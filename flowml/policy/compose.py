@@ -13,8 +13,9 @@ from flowml.policy.codes import Code
 from flowml.policy.completion import Completion, Speculate
 from flowml.policy.filters import is_lossless
 from flowml.policy.graphs import check_members
+from flowml.policy.payload import LocalPayload
 from flowml.policy.quorum import ROUNDING, Coded, Deadline, Quorum
-from flowml.policy.replicas import LocalPayload, check_pull
+from flowml.policy.replicas import check_pull
 from flowml.policy.rhythm import Once
 from flowml.policy.spec import Policy
 from flowml.policy.topology import Gossip, Ring, Tree

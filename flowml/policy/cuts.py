@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from flowml.errors import PolicyError
 from flowml.policy.completion import cutting
+from flowml.policy.payload import Factors
 from flowml.policy.quorum import Deadline, Quorum
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def check_cut(policy: Policy) -> None:
     """Check that replicas can leave out microbatches, if they may. Raises PolicyError."""
     if cutting(policy.quorum) is None:
         return
-    if type(policy.payload).__name__ == "Factors":
+    if isinstance(policy.payload, Factors):
         raise PolicyError(
             f"quorum={policy.quorum} with payload=Factors() is not sound: factors are sent for each microbatch, and "
             "those of a microbatch that was not computed do not exist; use payload=Gradient()"

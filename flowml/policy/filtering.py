@@ -24,7 +24,7 @@ from flowml.policy.filters import (
 )
 from flowml.policy.filters.dense import most_rank
 from flowml.policy.graphs import changes
-from flowml.policy.replicas import Weights
+from flowml.policy.payload import Weights
 from flowml.policy.topology import Gossip, ParameterServer
 
 if TYPE_CHECKING:

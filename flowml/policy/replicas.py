@@ -1,4 +1,4 @@
-"""Defines the payloads of replicas that have parameters of their own, and which compositions are sound.
+"""Checks which compositions are sound for replicas that have parameters of their own.
 
 With `Delta` or `Weights` each replica keeps a copy of the layer's parameters and of the optimizer's state, and updates
 it at every step with its own gradient. The home keeps the global parameters, which it computes from what replicas send.
@@ -9,51 +9,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from flowml.errors import PolicyError
-from flowml.numbers import real
 from flowml.policy.apply import Consensus, Distill, Mean, Mix, Outer, Sum, base_of
 from flowml.policy.graphs import CompleteGraph
 from flowml.policy.late import Fold, late_name
+from flowml.policy.payload import Delta, Factors, LocalPayload, Weights
 from flowml.policy.quorum import Coded, Deadline, Quorum
 from flowml.policy.rhythm import ONCE
 from flowml.policy.topology import Gossip, Hierarchy
-from flowml.policy.wording import Value, brief
 
 if TYPE_CHECKING:
     from flowml.policy.spec import Policy
-
-
-class Delta(Value, frozen=True, tag=True):
-    """Replicas update local parameters, and send the parameters they started from minus their local ones.
-
-    `alpha` is the share of its own value that a replica keeps when it takes the global one: 0 takes the global value,
-    1 keeps its own (Douillard et al., Streaming DiLoCo, 2025).
-    """
-
-    alpha: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_alpha(self)
-
-    def __repr__(self) -> str:
-        return brief(self)
-
-
-class Weights(Value, frozen=True, tag=True):
-    """Replicas update local parameters, and send these. `alpha` is as in `Delta`."""
-
-    alpha: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_alpha(self)
-
-    def __repr__(self) -> str:
-        return brief(self)
-
-
-LocalPayload = Delta | Weights
 
 
 def check_pull(name: str, policy: Policy, replicas: int, what: str = "replicas") -> None:
@@ -63,22 +29,6 @@ def check_pull(name: str, policy: Policy, replicas: int, what: str = "replicas")
             f"{name!r}: {policy.apply!r} of {replicas} {what} at once is not sound: together they pull the centre "
             f"beyond their mean; give pull={1 / replicas:.2g} or less, or staleness=1 or more"
         )
-
-
-def _share(value: object) -> float | None:
-    """A number from 0 to 1 as a float; None for anything else."""
-    found = real(value)
-    return found if found is not None and 0 <= found <= 1 else None
-
-
-def _check_alpha(payload: LocalPayload) -> None:
-    value = _share(payload.alpha)
-    if value is None:
-        raise PolicyError(
-            f"{type(payload).__name__}(alpha={payload.alpha!r}): it is the share of its own value that a replica "
-            "keeps; give a number from 0 to 1"
-        )
-    msgspec.structs.force_setattr(payload, "alpha", value)
 
 
 def check_replicas(policy: Policy) -> None:
@@ -191,7 +141,7 @@ def _check_sited(policy: Policy) -> None:
             "which the others of its site wait; give local=flowml.ParameterServer(), with which the leader decides for "
             "its site, or late='fold', or leave quorum out"
         )
-    if type(policy.payload).__name__ == "Factors":
+    if isinstance(policy.payload, Factors):
         raise PolicyError(
             f"{topology} with payload=Factors() is not sound: the factors of different replicas cannot be added up "
             "without forming the products they stand for; use payload=Gradient()"

@@ -21,8 +21,9 @@ from flowml.policy.filtering import check_filters
 from flowml.policy.filters import AnyFilter, Filter, check_chain, is_lossless
 from flowml.policy.late import Fold, Late, late_name, number
 from flowml.policy.mathematics import coefficients, shares
+from flowml.policy.payload import Delta, Factors, Gradient, LocalPayload, Payload, Weights
 from flowml.policy.quorum import Deadline, Quorum
-from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
+from flowml.policy.replicas import check_replicas
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.topology import (
     TOPOLOGIES,
@@ -40,20 +41,6 @@ from flowml.policy.wording import Value, brief, wrong_kind
 
 UNBOUNDED = math.inf
 """A staleness without bound: a read never waits."""
-
-
-class Gradient(Value, frozen=True, tag=True):
-    """Replicas send gradients, summed over the microbatches and steps since their last push."""
-
-
-class Factors(Value, frozen=True, tag=True):
-    """Replicas send the operands a and δ of the product aᵀδ, and the home forms the gradient.
-
-    This sends less for a large dense layer and a small batch (Chilimbi et al., Project Adam, OSDI 2014).
-    """
-
-
-Payload = Gradient | Factors | Delta | Weights
 
 
 class Policy(Value, frozen=True):
