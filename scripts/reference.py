@@ -33,7 +33,10 @@ SECTIONS = {
 def main() -> int:
     text = page()
     if "--check" in sys.argv[1:]:
-        return 0 if PAGE.exists() and PAGE.read_text() == text else 1
+        if PAGE.exists() and PAGE.read_text() == text:
+            return 0
+        print(f"docs/{PAGE.name} is out of date: make reference", file=sys.stderr)
+        return 1
     PAGE.write_text(text)
     return 0
 
@@ -99,13 +102,18 @@ def signature_of(value: Any) -> str:
     result = _written(signature.return_annotation)
     text = str(signature.replace(parameters=parameters, return_annotation=result)).removesuffix(" -> None")
     if len(text) < 90:
-        return text
+        return _short(text)
     star = next((i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY), None)
     lines = [str(p) for p in parameters]
     if star is not None and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         lines.insert(star, "*")
     arrow = "" if result is inspect.Signature.empty or str(result) == "None" else f" -> {result}"
-    return "(\n" + "".join(f"    {line},\n" for line in lines) + ")" + arrow
+    return _short("(\n" + "".join(f"    {line},\n" for line in lines) + ")" + arrow)
+
+
+def _short(signature: str) -> str:
+    """A signature with the names of our classes as in the source, without their modules."""
+    return re.sub(r"\bflowml(?:_runtime)?(?:\.[a-z]\w*)*\.([A-Z]\w*)", r"\1", signature)
 
 
 def _plain(parameter: inspect.Parameter) -> inspect.Parameter:
