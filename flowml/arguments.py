@@ -1,4 +1,4 @@
-"""Checks arguments of public functions that are flags, choices or seconds, so that each wrong one gets one sentence."""
+"""Checks arguments of public functions that are flags, choices or numbers, so that each wrong one gets one sentence."""
 
 from __future__ import annotations
 
@@ -59,3 +59,11 @@ def seconds(name: str, value: object, *, zero: bool = False) -> float:
     if not (0 < number <= MOST_S or (zero and number == 0)):
         raise ValueError(f"{name}={value!r}: give seconds {'of at least' if zero else 'above'} 0, at most {MOST_S:g}")
     return number
+
+
+def number(name: str, value: object, *, least: float = 0.0, above: bool = False) -> float:
+    """The argument `name` as a finite number of at least `least`, or above it. Raises ValueError for anything else."""
+    found = real(value)
+    if found is None or not math.isfinite(found) or found < least or (above and found == least):
+        raise ValueError(f"{name}={value!r}: give a number {'above' if above else 'of at least'} {least:g}")
+    return found

@@ -129,7 +129,7 @@ class TreeCode(Value, frozen=True, tag="tree"):
         if self.levels < 1:
             raise PolicyError(f"a tree of {self.levels} levels has no replicas; give levels=1 or more")
         _check_counts("tree", self.children, self.stragglers, "children of each parent")
-        if self.levels > MAX_WORKERS or (self.children > 1 and self.children**self.levels > MAX_WORKERS):
+        if max(self.levels, self.children) > MAX_WORKERS or self.workers > MAX_WORKERS:
             raise PolicyError(
                 f"a tree of {self.levels} levels with {self.children} children of each parent is too large; at most "
                 f"{MAX_WORKERS} replicas can share a code"

@@ -10,7 +10,7 @@ from typing import Any
 
 from flowml import policy as algebra
 from flowml.errors import PolicyError
-from flowml.numbers import whole
+from flowml.numbers import MOST, whole
 from flowml.policy import filters
 
 PolicyRule = Callable[[str, tuple[int, ...]], algebra.Policy]
@@ -65,7 +65,7 @@ def adam_auto(batch: int, k: int = 4) -> PolicyRule:
         PolicyError: for a batch below 1.
     """
     size = whole(batch)
-    if size is None or size < 1:
+    if size is None or not 1 <= size <= MOST:
         raise PolicyError(f"adam_auto(batch={batch!r}): give the examples of a step of one replica, at least 1")
     convolution = adam_convolution(k)
     factors = algebra.Policy(staleness=algebra.UNBOUNDED, payload=algebra.Factors())

@@ -303,7 +303,7 @@ class Deadline(Value, frozen=True, tag=True):
         where = "Deadline(of='microbatches')"
         _check_cut(where, self.late)
         if self.limit_s == math.inf:
-            raise PolicyError(f"{where} needs limit_s=, the seconds after which a replica stops between microbatches")
+            raise PolicyError(f"{where}: give limit_s=, the seconds after which a replica stops between microbatches")
         if self.quorum != Quorum() or self.grace != "adaptive":
             raise PolicyError(
                 f"Deadline({self.share}, grace={self.grace!r}, of='microbatches'): each replica stops by its own "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from flowml.errors import PolicyError
+from flowml.numbers import MOST
 from flowml.policy.apply import Apply, Consensus, Mean, Outer, as_apply, base_of, travelling, unsound
 from flowml.policy.completing import check_arriving, check_clocked, check_speculating
 from flowml.policy.completion import COMPLETIONS, Completion, Speculate, cutting, describe_completion, share_of
@@ -306,6 +307,8 @@ def _staleness(staleness: object) -> float:
         return UNBOUNDED
     if value != int(value):
         raise PolicyError(f"staleness={value}: clocks are whole, so the bound is an int or flowml.UNBOUNDED")
+    if value > MOST:
+        raise PolicyError(f"staleness={value}: give less than 2**53 clocks, or flowml.UNBOUNDED")
     return int(value)
 
 

@@ -8,7 +8,6 @@ site, one between sites. The schedules of these sums are named here and implemen
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
@@ -99,10 +98,11 @@ class Gossip(Value, frozen=True, tag=True):
         msgspec.structs.force_setattr(self, "every", every)
         msgspec.structs.force_setattr(self, "graph", as_graph(self.graph))
         pull = real(self.pull)
-        if pull is None or not 0 < pull < math.inf:
+        if pull is None or not 0 < pull < 2:
             raise PolicyError(
-                f"Gossip(pull={self.pull!r}): it multiplies the distance from the neighbours, and without it replicas "
-                "would never agree; give a number above 0"
+                f"Gossip(pull={self.pull!r}): it multiplies the distance from the mean of neighbours: with 0 replicas "
+                "would never agree, and from 2 on each would land farther from the mean than it was; give a number "
+                "between 0 and 2, such as 1"
             )
         msgspec.structs.force_setattr(self, "pull", pull)
 

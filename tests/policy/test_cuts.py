@@ -24,7 +24,7 @@ def test_a_limit_stops_a_replica_and_leaves_none_out() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: fm.Deadline(of="microbatches"), "needs limit_s="),
+        (lambda: fm.Deadline(of="microbatches"), "give limit_s="),
         (lambda: fm.Deadline(0.5, limit_s=1, of="microbatches"), "leave share and grace out"),
         (lambda: fm.Deadline(grace=1.0, limit_s=1, of="microbatches"), "leave share and grace out"),
         (lambda: fm.Deadline(limit_s=1, of="samples"), "of='samples'.* is not known"),  # pyright: ignore

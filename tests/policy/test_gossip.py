@@ -74,10 +74,14 @@ def test_an_unsound_composition_raises(knobs: dict[str, Any], text: str) -> None
     [
         (lambda: fm.Gossip("star"), "graph='star' is not one"),
         (lambda: fm.Gossip(every=0), "an int of at least 1"),
-        (lambda: fm.Gossip(pull=-1), "a number above 0"),
-        (lambda: fm.Gossip(pull=0), "would never agree; give a number above 0"),
+        (lambda: fm.Gossip(pull=-1), "between 0 and 2"),
+        (lambda: fm.Gossip(pull=0), "would never agree"),
+        (
+            lambda: fm.policies.no_loco(4, pull=9),
+            r"Gossip\(pull=9\).*farther from the mean than it was; give a number bet",
+        ),
         (lambda: Policy(topology=fm.Gossip(pull=0.5)), "pull=0.5 would have no effect"),
-        (lambda: Policy(topology=fm.Gossip("complete", pull=5), payload=fm.Delta()), "pull=5 would have no effect"),
+        (lambda: Policy(topology=fm.Gossip("complete", pull=1.5), payload=fm.Delta()), "pull=1.5 would have no effect"),
         (lambda: fm.Gossip([[0.5, 0.4], [0.5, 0.6]]), "doubly stochastic"),
         (lambda: Policy(topology=fm.Gossip("ring", 2), every=2), "says twice"),
     ],

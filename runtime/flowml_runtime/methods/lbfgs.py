@@ -6,6 +6,7 @@ lengths are halved until the loss falls enough (Armijo's condition).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,8 @@ def lbfgs(
         copies: whether idle workers compute copies of portions that others have begun.
 
     Raises:
-        ValueError: for numbers out of range, or a source that does not divide.
+        TypeError: for an argument of another kind.
+        ValueError: for numbers out of range, a source that does not divide, or a start without a finite loss.
     """
     for name, number in (("steps", steps), ("memory", memory), ("portions", portions)):
         whole_number(name, number, least=1)
@@ -58,6 +60,8 @@ def lbfgs(
     evaluate = Portions(loss, source, vectors, cluster, portions, copies)
     x = vectors.put(params)
     value, gradient = evaluate(x)
+    if not math.isfinite(value):
+        raise ValueError(f"the loss of the start is {value}; give parameters and examples for which it is finite")
     losses, history = [value], list[tuple[Vector, Vector, float]]()
     for _ in range(steps):
         direction = _direction(vectors, gradient, history)

@@ -15,9 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flowml.arguments import flag
 from flowml.ir.scopes import device
+from flowml.numbers import whole_number
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.dataflow import dataflow
+from flowml_runtime.methods.given import check_cluster, check_function, count_examples
 from flowml_runtime.methods.vectors import Vector, Vectors
 from flowml_runtime.put import put
 
@@ -27,21 +30,29 @@ class Portions:
 
     Each worker holds the whole source, and is told which rows to use. The number of examples is a multiple of
     `portions` times the number of workers.
+
+    Raises:
+        TypeError: for an argument of another kind.
+        ValueError: for a number of portions below 1, or examples that do not divide into them.
     """
 
     def __init__(
         self, loss: Callable[..., Any], source: Any, vectors: Vectors, cluster: Cluster, portions: int, copies: bool
     ) -> None:
+        check_cluster(cluster)
+        check_function("loss", loss, "loss(params, batch) -> scalar")
+        if not isinstance(vectors, Vectors):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"vectors={vectors!r} is of type {type(vectors).__name__}; give Vectors(params, cluster)")
         self._loss, self._vectors = loss, vectors
         self.workers = list(dict.fromkeys(d.worker for d in cluster.devices))
-        self.count = portions * len(self.workers)
-        examples = len(jax.tree_util.tree_leaves(source)[0])
+        self.count = whole_number("portions", portions, least=1) * len(self.workers)
+        examples = count_examples(source)
         if examples % self.count:
             raise ValueError(
                 f"{examples} examples do not divide into {portions} portions for each of {len(self.workers)} workers; "
                 f"give a multiple of {self.count}"
             )
-        self._size, self._copies = examples // self.count, copies
+        self._size, self._copies = examples // self.count, flag("copies", copies)
         self._sources = {w: put(source, cluster, w) for w in self.workers}
         self._compute = {w: dataflow(self._on(w), cluster=cluster, keep=1) for w in self.workers}
         self._add = {w: dataflow(self._added, cluster=cluster, keep=0) for w in self.workers}

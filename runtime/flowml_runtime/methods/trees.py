@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from flowml.arguments import choice
+from flowml.arguments import choice, number
 from flowml.ir.scopes import device
 from flowml.numbers import whole_number
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.dataflow import dataflow
+from flowml_runtime.methods.given import check_cluster
 
 Floats = NDArray[np.float64]
 Split = Literal["rows", "features"]
@@ -79,8 +80,14 @@ class Boosted:
     tree_bytes: int
 
     def margin(self, x: Any) -> Floats:
-        """The sum of the trees for each row of `x`: a prediction, or the logit of class 1."""
-        binned = _binned(np.asarray(x, np.float64), self.edges)
+        """The sum of the trees for each row of `x`: a prediction, or the logit of class 1.
+
+        Raises ValueError for rows of another number of features, or what is no number.
+        """
+        table, features = _numbers("x", x), self.edges.shape[1]
+        if table.ndim != 2 or table.shape[1] != features:
+            raise ValueError(f"x has the shape {table.shape}; give rows of the {features} features of the fit")
+        binned = _binned(table, self.edges)
         return np.asarray([tree(binned) for tree in self.trees], np.float64).sum(axis=0)
 
 
@@ -102,22 +109,26 @@ def boost(
 
     Args:
         x: an array of examples and features; y: their labels, 0 or 1 for the logistic loss.
-        depth: levels of each tree, which has 2 ** depth leaves.
+        trees: how many trees to grow.
+        depth: levels of each tree, which has 2 ** depth leaves; at most 16.
         bins: how many equally frequent values a feature is rounded to.
-        rate: what each tree's values are multiplied by.
-        l2: the penalty of values.
+        rate: what each tree's values are multiplied by, above 0.
+        l2: the penalty of values, above 0: without one, a node without examples has no value.
         split: `"rows"` or `"features"`: what each worker has a part of.
         vote: with rows, how many features of each node a worker votes for; None sends all histograms.
 
     Raises:
+        TypeError: for an argument of another kind.
         ValueError: for numbers out of range, rows and labels that do not fit together, labels that the loss does not
             have, or fewer rows or features than workers.
     """
+    check_cluster(cluster)
     choice("loss", loss, ("logistic", "squared"))
     table, labels = _examples(x, y, loss)
     workers = len({d.worker for d in cluster.devices})
-    for name, value in (("trees", trees), ("depth", depth)):
-        whole_number(name, value, least=1)
+    whole_number("trees", trees, least=1)
+    whole_number("depth", depth, least=1, most=16)
+    rate, l2 = number("rate", rate, above=True), number("l2", l2, above=True)
     whole_number("bins", bins, least=2, most=256)
     choice("split", split, ("rows", "features"))
     if vote is not None:
@@ -164,7 +175,8 @@ def _examples(x: Any, y: Any, loss: str) -> tuple[Floats, NDArray[np.float32]]:
 
 def _numbers(name: str, values: Any) -> Floats:
     try:
-        found = np.asarray(values, np.float64)
+        found = np.asarray(values)
+        found = found.astype(np.float64, casting="same_kind" if found.dtype.kind == "c" else "unsafe")
     except (TypeError, ValueError):
         raise ValueError(f"{name} holds what is no number, or rows of unequal lengths; give an array") from None
     if not np.isfinite(found).all():

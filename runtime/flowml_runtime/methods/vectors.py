@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flowml.ir.scopes import device
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.dataflow import dataflow
+from flowml_runtime.methods.given import check_cluster, check_params
 from flowml_runtime.put import put
 
 Vector = list[Any]
@@ -24,18 +25,29 @@ Vector = list[Any]
 
 
 class Vectors:
-    """The space of vectors like `params`. Each leaf is a piece, and large pieces are spread evenly over the workers."""
+    """The space of vectors like `params`. Each leaf is a piece, and large pieces are spread evenly over the workers.
+
+    Raises:
+        TypeError: for a leaf that is no floating array, or what is no cluster of real workers.
+        ValueError: for parameters without leaves.
+    """
 
     def __init__(self, params: Any, cluster: Cluster) -> None:
+        check_cluster(cluster)
+        check_params(params)
         leaves, self._tree = jax.tree_util.tree_flatten(params)
+        self._shapes = [jnp.shape(leaf) for leaf in leaves]
         self._cluster = cluster
         self.homes = _spread([leaf.nbytes for leaf in map(jnp.asarray, leaves)], _workers(cluster))
         self._dot = dataflow(self._dots, cluster=cluster)
         self._combine = dataflow(self._combined, cluster=cluster, keep=0)
 
     def put(self, tree: Any) -> Vector:
-        """Bring a pytree like the parameters to its homes."""
-        leaves = jax.tree_util.tree_leaves(tree)
+        """Bring a pytree like the parameters to its homes. Raises ValueError for one of another structure or shape."""
+        check_params(tree)
+        leaves, structure = jax.tree_util.tree_flatten(tree)
+        if structure != self._tree or [jnp.shape(leaf) for leaf in leaves] != self._shapes:
+            raise ValueError("the pytree has another structure or other shapes than the parameters; give one like them")
         placed = zip(leaves, self.homes, strict=True)
         return [put(jnp.asarray(leaf), self._cluster, home) for leaf, home in placed]
 

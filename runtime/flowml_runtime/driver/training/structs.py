@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from flowml.ir._jax import path_name
@@ -19,7 +20,7 @@ def structs(tree: Any, kind: str) -> Any:
 
     def struct(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         try:
-            if isinstance(leaf, jax.Ref):
+            if isinstance(leaf, jax.Ref | str | type | np.dtype):  # result_type takes the last three for dtypes
                 raise TypeError
             dtype = jax.dtypes.canonicalize_dtype(jax.dtypes.result_type(leaf), allow_extended_dtype=True)
         except (TypeError, OverflowError):

@@ -1,0 +1,59 @@
+"""Checks what users give to methods: clusters, functions, parameters and examples, each before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowml.ir._jax import path_name
+from flowml.leaves import check_array
+from flowml_runtime.cluster import Cluster
+from flowml_runtime.driver.training.structs import structs
+
+
+def check_cluster(cluster: object) -> None:
+    """Raise TypeError for what is no cluster of real workers."""
+    if not isinstance(cluster, Cluster):
+        raise TypeError(
+            f"cluster={cluster!r} is of type {type(cluster).__name__}, and a method computes on real workers; give an "
+            "fm.Cluster, such as fm.Cluster.local(workers=2)"
+        )
+
+
+def check_function(name: str, value: object, form: str) -> None:
+    """Raise TypeError for what cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; give a function {form}")
+
+
+def check_params(params: Any) -> None:
+    """Raise TypeError for a leaf that is no floating array, ValueError for parameters without leaves."""
+    found = jax.tree_util.tree_leaves_with_path(structs(params, "parameter"))
+    for path, leaf in found:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"parameter {path_name(path)!r} has dtype {leaf.dtype}, which has no gradient; give floating arrays"
+            )
+    if not found:
+        raise ValueError("params has no arrays; give a pytree of floating arrays")
+
+
+def count_examples(source: Any) -> int:
+    """The number of rows of each array of `source`. Raises TypeError for a leaf that is no array, and ValueError for
+    arrays without rows, or with different numbers of rows."""
+    rows: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(source):
+        name = path_name(path)
+        check_array(f"source leaf {name!r}", leaf)
+        if not np.ndim(leaf):
+            raise ValueError(f"source leaf {name!r} is one number; give an array with a row for each example")
+        rows[name] = len(leaf)
+    if not rows or not all(rows.values()):
+        raise ValueError("source has no examples; give a pytree of arrays with a row for each example")
+    if len(set(rows.values())) > 1:
+        counts = " and ".join(f"{count} of {name!r}" for name, count in rows.items())
+        raise ValueError(f"source has different numbers of rows ({counts}); give a row of each for every example")
+    return next(iter(rows.values()))

@@ -1,0 +1,139 @@
+"""`fm.methods`: what no method can take is refused in one line before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import flowml as fm
+from flowml_runtime.methods import Boosted, Portions, TimeModel, Vectors, boost, lbfgs
+
+SOURCE = {"x": np.ones((12, 2), np.float32)}
+PARAMS = {"w": np.ones(2, np.float32)}
+X = np.random.default_rng(0).normal(size=(40, 4))
+Y = (X[:, 0] > 0) * 1.0
+
+
+def loss(params: Any, batch: Any) -> Any:
+    return jnp.mean((batch["x"] @ params["w"]) ** 2)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[fm.Cluster]:
+    with fm.Cluster.threads(workers=2) as found:
+        yield found
+
+
+ROWS = {"x": np.ones((12, 2)), "y": np.ones(3)}
+SIMULATED = fm.SimulatedCluster(2, fm.sim.Constant(1.0), fm.sim.Network(0, 1e6))
+WRONG: list[tuple[str, Any, str]] = [
+    ("loss", None, "loss=None is of type NoneType; give a function loss"),
+    ("params", {}, "params has no arrays; give"),
+    ("params", {"w": np.ones(2, int)}, "parameter 'w' has dtype int32, which has no gradient; give floating"),
+    ("params", {"w": "a"}, "parameter 'w' is of type str"),
+    ("params", {"w": "f4"}, "parameter 'w' is of type str, which is not an array"),
+    ("source", None, "source has no examples; give"),
+    ("source", 1, "is of type int, which is not an array; give"),
+    ("source", {"x": np.ones(())}, "source leaf 'x' is one number; give an array with a row"),
+    ("source", {"x": np.ones((0, 2))}, "source has no examples"),
+    ("source", ROWS, "different numbers of rows .12 of 'x' and 3 of 'y'.; give"),
+    ("cluster", None, "cluster=None is of type NoneType.*give an fm.Cluster"),
+    ("cluster", SIMULATED, "SimulatedCluster, and a method computes on real workers; give"),
+    ("copies", "no", "copies='no' is of type str; give True or False"),
+    ("steps", 0, "steps=0: give at least 1"),
+    ("memory", 1.5, "memory=1.5 is of type float; give a whole number"),
+    ("portions", -1, "portions=-1: give at least 1"),
+    ("params", {"w": np.full(2, np.nan, np.float32)}, "the loss of the start is nan; give"),
+]
+
+
+@pytest.mark.parametrize(("argument", "value", "text"), WRONG)
+def test_lbfgs_says_what_to_give(cluster: fm.Cluster, argument: str, value: Any, text: str) -> None:
+    good: dict[str, Any] = {
+        "loss": loss,
+        "params": PARAMS,
+        "source": SOURCE,
+        "cluster": cluster,
+        "steps": 1,
+        "portions": 1,
+    }
+    with pytest.raises((TypeError, ValueError), match=text):
+        lbfgs(**(good | {argument: value}))
+
+
+def test_portions_and_vectors_say_what_to_give(cluster: fm.Cluster) -> None:
+    vectors = Vectors(PARAMS, cluster)
+    wrong: list[tuple[Callable[[], Any], str]] = [
+        (lambda: Portions(loss, SOURCE, vectors, cluster, 0, copies=True), "portions=0: give at least 1"),
+        (lambda: Portions(loss, SOURCE, vectors, cluster, 1, copies=2), "copies=2"),  # pyright: ignore
+        (lambda: Portions(loss, SOURCE, [], cluster, 1, copies=True), "give Vectors.params, cluster"),  # pyright: ignore
+        (lambda: Vectors({}, cluster), "params has no arrays"),
+        (lambda: Vectors(PARAMS, None), "give an fm.Cluster"),  # pyright: ignore
+        (lambda: vectors.put({"w": np.ones(3, np.float32)}), "other shapes than the parameters; give one like them"),
+        (lambda: vectors.put([np.ones(2, np.float32)]), "another structure"),
+    ]
+    for call, text in wrong:
+        with pytest.raises((TypeError, ValueError), match=text):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "text"),
+    [
+        *(("rate", v, "rate=.*: give a number above 0") for v in (None, "a", 0, -1, math.nan, math.inf)),
+        *(("l2", v, "l2=.*: give a number above 0") for v in (None, 0, -1, math.nan)),
+        ("depth", 17, "depth=17: give at most 16"),
+        ("trees", 2.0, "whole number"),
+        ("bins", 1, "bins=1"),
+        ("cluster", None, "give an fm.Cluster"),
+        ("split", "x", "give 'rows' or 'features'"),
+        ("x", X * 1j, "x holds what is no number"),
+    ],
+)
+def test_boost_says_what_to_give(cluster: fm.Cluster, argument: str, value: Any, text: str) -> None:
+    good: dict[str, Any] = {"x": X, "y": Y, "cluster": cluster, "trees": 1, "depth": 1, "bins": 4}
+    with pytest.raises((TypeError, ValueError), match=text):
+        boost(**(good | {argument: value}))
+
+
+@pytest.mark.parametrize("x", [X[:, :2], X[0], X * math.nan, "a", np.ones((2, 5))])
+def test_trees_take_rows_of_the_features_of_their_fit(x: Any) -> None:
+    with pytest.raises(ValueError, match=r"give rows of the 4 features|NaN or infinity|no number"):
+        Boosted((), np.zeros((3, 4)), 0).margin(x)
+
+
+NUMBERS = st.one_of(st.integers(-3, 3), st.floats(), st.sampled_from([None, True, "1", 1j, np.float32(0.5)]))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(alone=NUMBERS, contention=NUMBERS, items=NUMBERS, replicas=NUMBERS)
+def test_a_time_model_predicts_a_time_or_says_what_to_give(
+    alone: Any, contention: Any, items: Any, replicas: Any
+) -> None:
+    try:
+        model = TimeModel(alone, contention)
+        assert model.seconds(items, replicas) >= 0
+        assert model.step_s(replicas) > 0
+    except (TypeError, ValueError) as error:
+        assert "give" in str(error) and "\n" not in str(error), error
+
+
+@pytest.mark.parametrize(
+    ("probes", "text"),
+    [
+        (None, "NoneType is no mapping; give"),
+        ([1, 2], "list is no mapping; give"),
+        ({1: None, 2: None}, "a NoneType is no result of a fit; give"),
+        ({0: None, 2: None}, "replicas=0: give at least 1"),
+    ],
+)
+def test_a_time_model_is_made_of_fits(probes: Any, text: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=text):
+        TimeModel.of(probes)
