@@ -77,7 +77,14 @@ def test_the_command_writes_a_page_and_its_plots(tmp_path: Path, capsys: pytest.
         assert (tmp_path / "docs" / target).exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["no_such"], ["ssp", "--all"]])
+def test_a_list_has_each_claim_and_its_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "--list"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == list(CLAIMS)
+    assert all(line.endswith(claim.paper) for line, claim in zip(printed, CLAIMS.values(), strict=True))
+
+
+@pytest.mark.parametrize("arguments", [[], ["no_such"], ["ssp", "--all"], ["ssp", "--list"]])
 def test_a_wrong_call_says_which_claims_there_are(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", *arguments]) == 2
     assert "there are adam, " in capsys.readouterr().err

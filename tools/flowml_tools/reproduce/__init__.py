@@ -94,6 +94,7 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", metavar="NAME", nargs="*", help="the claims to run, of the list above")
     parser.add_argument("--all", action="store_true", help="run every claim")
+    parser.add_argument("--list", action="store_true", help="print the names of the claims and their papers")
     parser.add_argument("--full", action="store_true", help="run at the size of the paper where this machine can")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of all random numbers (default 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/reproduce.md and its plots")
@@ -101,8 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the claims. A claim that is not reproduced is a result, not a failure, so the status is 0."""
-    if arguments.all == bool(arguments.names):
-        raise CommandError(f"give names or --all; there are {', '.join(CLAIMS)}")
+    if arguments.list and not (arguments.all or arguments.names):
+        print("\n".join(f"{name:<17}{claim.paper}" for name, claim in CLAIMS.items()))
+        return 0
+    if arguments.list or arguments.all == bool(arguments.names):
+        raise CommandError(f"give names, --all or --list; there are {', '.join(CLAIMS)}")
     names: list[str] = list(CLAIMS) if arguments.all else list(dict.fromkeys(arguments.names))
     for name in names:
         if name not in CLAIMS:
