@@ -26,7 +26,7 @@ import psutil
 from flowml.errors import ClusterError
 from flowml_runtime import service
 from flowml_runtime.environment import allocator
-from flowml_runtime.environment.processes import SUSPENDED
+from flowml_runtime.environment.processes import SUSPENDED, saves
 from flowml_runtime.environment.streams import open_standard_streams
 from flowml_runtime.launch.spawning import (
     Config,
@@ -40,11 +40,15 @@ from flowml_runtime.launch.spawning import (
     Start,
     Started,
     hear,
+    save_s_of,
 )
 from flowml_runtime.membership.member import COORDINATOR
 
 END_S = 1.0
-"""How long workers may take to end after SIGINT. After that they are killed. At SIGTERM they would hand over first."""
+"""How long workers may take to end after SIGINT. After that they are killed, unless they write a last checkpoint. At
+SIGTERM they would hand over first."""
+LOOK_S = 0.05
+"""How often it looks whether they still write."""
 
 KILL_S = 3.0
 ASK_S = 5.0
@@ -81,6 +85,8 @@ class LocalWorkers:
         self._logs: dict[str, Path] = {}
         self._ends: dict[str, int] = {}
         """Worker -> how many of its processes have ended."""
+        self._save_s = 0.0
+        """How long workers may take to write what would be lost with them."""
         self._ready = False
         """Whether the zygote reads requests. Before that it has started no worker and does not notice our end."""
         self._gone = False
@@ -117,6 +123,7 @@ class LocalWorkers:
         Raises ClusterError if the zygote is too busy with earlier workers to read the request in time.
         """
         with self._changed:
+            self._save_s = max(self._save_s, save_s_of(config))
             self._expected.add(config.name)
             log = self._logs[config.name] = _log_file(self._folder, config.name.replace(":", "-"))
         if not self._request(Start(config, str(log)), deadline_s - time.monotonic()):
@@ -133,7 +140,10 @@ class LocalWorkers:
         return "" if self._folder is None else str(self._folder / _STATE)
 
     def close(self) -> None:
-        """Ask the workers to end, then kill those that do not. All have ended when this returns. Idempotent."""
+        """Ask the workers to end, then kill those that do not. All have ended when this returns. Idempotent.
+
+        Workers that keep fits without a driver write them first.
+        """
         if self._closing:
             return
         self._closing = True
@@ -186,13 +196,21 @@ class LocalWorkers:
             self.pids[name] = self.pids.pop(worker)
 
     def _end_workers(self) -> None:
-        for number, wait_s in ((signal.SIGINT, END_S), (signal.SIGKILL, KILL_S)):
-            with self._changed:
-                left = sorted(self._expected)
-            for worker in left:
-                self._request(Kill(worker, number))
-            with self._changed:
-                self._changed.wait_for(lambda: not self._expected, wait_s)
+        began = time.monotonic()
+        self._signal_all(signal.SIGINT)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._expected, END_S)
+            while any(map(saves, list(self.pids.values()))) and time.monotonic() < began + self._save_s:
+                self._changed.wait(LOOK_S)
+        self._signal_all(signal.SIGKILL)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._expected, KILL_S)
+
+    def _signal_all(self, number: int) -> None:
+        with self._changed:
+            left = sorted(self._expected)
+        for worker in left:
+            self._request(Kill(worker, number))
 
     def _request(self, request: Request, timeout_s: float = ASK_S) -> bool:
         """Send a request. False if the zygote does not read it in time; the zygote is then killed."""

@@ -60,6 +60,11 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     reason: str = ""
 
 
+def save_s_of(config: Config) -> float:
+    """How long a process may take to write what would be lost with it, when it is to end."""
+    return config.notice_s if isinstance(config, WorkerConfig) else 0.0
+
+
 Request = Start | Kill | Rename
 Report = Ready | Started | Listening | Exited
 

@@ -33,6 +33,7 @@ import numpy as np  # noqa: E402
 
 from flowml.errors import FlowmlError  # noqa: E402
 from flowml_runtime import service  # noqa: E402
+from flowml_runtime.environment.processes import call_process, saves  # noqa: E402
 from flowml_runtime.environment.streams import open_standard_streams  # noqa: E402
 from flowml_runtime.launch.spawning import (  # noqa: E402
     Config,
@@ -46,9 +47,11 @@ from flowml_runtime.launch.spawning import (  # noqa: E402
     Start,
     Started,
     hear,
+    save_s_of,
 )
 from flowml_runtime.membership.member import COORDINATOR  # noqa: E402
 from flowml_runtime.membership.process import CoordinatorConfig, serve_coordinator  # noqa: E402
+from flowml_runtime.worker.kept_fits import KeptFits  # noqa: E402
 from flowml_runtime.worker.leaving import heed_notice  # noqa: E402
 from flowml_runtime.worker.process import LOST_COORDINATOR, serve  # noqa: E402
 from flowml_runtime.worker.training import host as host_of_training  # noqa: E402
@@ -65,8 +68,9 @@ _IMPORTED = host_of_training
 """A worker needs it when it first trains. Imported here, it is imported once for all of them."""
 
 ORPHANS_S = 2.0
-"""How long workers may take to end after their owner has ended."""
-
+"""How long workers may take to end after their owner has ended. Those that write a last checkpoint may finish it."""
+LOOK_S = 0.05
+"""How often it looks whether they still write."""
 
 _requests = msgspec.json.Decoder(Request)
 
@@ -77,6 +81,8 @@ class _Child:
     pid: int
     handle: int
     """A pidfd, which becomes readable when the child has ended."""
+    save_s: float
+    """How long it may take to write what would be lost with it."""
 
 
 def main(folder: str) -> None:
@@ -88,7 +94,7 @@ def main(folder: str) -> None:
     control = socket.socket(fileno=os.dup(0))
     control.settimeout(None)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    _call_process("flowml:zygote")
+    call_process("flowml:zygote")
     gc.collect()
     gc.freeze()  # keeps common memory shared: the garbage collector does not write to it
     children: dict[int, _Child] = {}
@@ -105,10 +111,14 @@ def main(folder: str) -> None:
 def _end(children: dict[int, _Child]) -> None:
     for child in children.values():  # at once, not after notice; a coordinator would tell that the cluster was closed
         os.kill(child.pid, signal.SIGKILL if child.worker == COORDINATOR else signal.SIGINT)
-    deadline = time.monotonic() + ORPHANS_S
+    began = time.monotonic()
     for child in children.values():
-        if not select.select([child.handle], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            os.kill(child.pid, signal.SIGKILL)
+        wait_s = max(0.0, began + ORPHANS_S - time.monotonic())
+        while not select.select([child.handle], [], [], wait_s)[0]:
+            if time.monotonic() > began + child.save_s or not saves(child.pid):
+                os.kill(child.pid, signal.SIGKILL)
+                break
+            wait_s = LOOK_S
         os.waitpid(child.pid, 0)
 
 
@@ -166,7 +176,7 @@ def _start(config: Config, log: str, control: socket.socket, inherited: list[int
     if pid == 0:
         _be_worker(config, log, control, inherited)
     try:
-        child = _Child(config.name, pid, os.pidfd_open(pid))
+        child = _Child(config.name, pid, os.pidfd_open(pid), save_s_of(config))
     except OSError:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -192,15 +202,16 @@ def _be_worker(config: Config, log: str, control: socket.socket, inherited: list
         if log != os.devnull:
             os.fchmod(2, 0o600)  # whatever the umask
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        _call_process(f"flowml:{config.name}")
+        call_process(f"flowml:{config.name}")
         np.random.seed()  # otherwise all workers would draw the same numbers
         signal.signal(signal.SIGINT, _stop)
         heed_notice()
-        service.start("flowml-lifeline", lambda: _end_with(control), service.end_process)
+        kept: list[KeptFits] = []
+        service.start("flowml-lifeline", lambda: _end_with(control, kept, save_s_of(config)), service.end_process)
         if isinstance(config, CoordinatorConfig):
             reason = serve_coordinator(config, lambda address: _tell(control, Listening(address)))
         else:
-            reason = serve(config)
+            reason = serve(config, keeps=kept.append)
         if reason:
             print(reason, file=sys.stderr)
         status = LOST_COORDINATOR if reason else 0
@@ -220,21 +231,14 @@ def _stop(number: int, frame: object) -> NoReturn:
     raise SystemExit
 
 
-def _end_with(control: socket.socket) -> None:
-    """End this process when its owner ends."""
+def _end_with(control: socket.socket, kept: list[KeptFits], save_s: float) -> None:
+    """End this process when its owner ends, at once or when the fits that it has `kept` without a driver are saved."""
     poll = select.poll()
     poll.register(control, select.POLLRDHUP)  # not POLLIN: incoming data is for the zygote
     poll.poll()  # no deadline: the kernel tells of the end of the owner
+    for fits in kept:
+        fits.finish(save_s)
     os._exit(1)
-
-
-def _call_process(name: str) -> None:
-    """Set the name of the process in `ps` and `top`."""
-    try:
-        with open("/proc/self/comm", "w") as comm:
-            comm.write(name[:15])
-    except OSError:
-        return
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 from flowml.plan import ArraySpec
 from flowml_runtime import service, wire
 from flowml_runtime.environment.last_checkpoints import Known
+from flowml_runtime.environment.processes import SAVING, call_process
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.protocol.training import kept_fits as protocol
@@ -125,9 +126,11 @@ class KeptFits:
             self._step(protocol.Leave())
 
     def finish(self, timeout_s: float) -> None:
-        """`leave`, and wait until they are written."""
+        """`leave`, and wait until they are written. Those who would kill this process see that it writes."""
         with self._changed:
             self._step(protocol.Leave())
+            if self._machine.writes:
+                call_process(SAVING)
             self._changed.wait_for(lambda: not self._machine.writes, timeout_s)
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ from flowml_runtime.transport.ending import Ends
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from flowml_runtime.worker.compile_cache import share_compilations
 from flowml_runtime.worker.config import WorkerConfig
+from flowml_runtime.worker.kept_fits import KeptFits
 from flowml_runtime.worker.leaving import Departure, GiveNotice
 from flowml_runtime.worker.worker import Worker
 
@@ -40,9 +41,13 @@ SWITCH_INTERVAL_S = 5e-4
 """How long a thread may keep the interpreter while others wait. Python's default, 5 ms, is as long as a small step."""
 
 
-def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) -> str:
+def serve(
+    config: WorkerConfig,
+    joined: Callable[[str], None] = lambda _: None,
+    keeps: Callable[[KeptFits], None] = lambda _: None,
+) -> str:
     """Run a worker until the coordinator is lost; returns the reason, or "" if it has left after notice. Calls `joined`
-    with the worker's name.
+    with the worker's name, and before that `keeps` with what it keeps of fits.
 
     Raises ClusterError if the cluster cannot be joined. At `GiveNotice` in this thread the worker hands over first; at
     a second one, and after any other exception (SystemExit from a signal handler, KeyboardInterrupt), it leaves the
@@ -92,6 +97,7 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
         hosted.name = name
         own: dict[str, Any] = {"cache": ExecutableCache(turns), "orphan_s": config.orphan_s}
         hosted.worker = Worker(name, named, endpoint, python=config.python, **own)
+        keeps(hosted.worker.kept_fits)
         endpoint.on_sent = hosted.worker.traffic.sent
         hosted.ready.set()
         hosted.departure = Departure(lambda: hosted.worker is None or hosted.worker.idle, hosted.go, config.notice_s)
