@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -48,17 +48,22 @@ def free_port() -> int:
 class Server:
     """A process of etcd, which can be suspended, killed and started again with what it has on disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pems: Mapping[str, Path] | None = None) -> None:
+        """With PEM files it is reached by TLS, and wants certificates of the same authority."""
         self._folder = folder
+        self._pems = pems or {}
         client, peer = free_port(), free_port()
         self.host = f"127.0.0.1:{client}"
-        self._urls = [f"http://{self.host}", f"http://127.0.0.1:{peer}"]
+        self._urls = [f"http{'s' if pems else ''}://{self.host}", f"http://127.0.0.1:{peer}"]
         self.start()
 
     def start(self) -> None:
         client, peer = self._urls
         own = ["--listen-client-urls", client, "--advertise-client-urls", client, "--listen-peer-urls", peer]
         rest = ["--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}", "--unsafe-no-fsync"]
+        if self._pems:
+            ca, cert, key = (str(self._pems[name]) for name in ("ca", "cert", "key"))
+            rest += ["--client-cert-auth", "--trusted-ca-file", ca, "--cert-file", cert, "--key-file", key]
         assert PROGRAM is not None
         with (self._folder / "log").open("ab") as log:
             where = ["--data-dir", str(self._folder / "data"), "--logger", "zap"]
@@ -67,7 +72,7 @@ class Server:
 
     def _answers(self) -> bool:
         try:
-            Etcd(Place.of(f"etcd://{self.host}/x")).get("y")
+            Etcd(Place.of(self._at("x"))).get("y")
         except ClusterError:
             return False
         return True
@@ -76,8 +81,12 @@ class Server:
         self._process.kill()
         self._process.wait(10)
 
+    def _at(self, prefix: str) -> str:
+        files = "&".join(f"{name}={path}" for name, path in self._pems.items())
+        return f"etcds://{self.host}/{prefix}?{files}" if files else f"etcd://{self.host}/{prefix}"
+
     def place(self) -> str:
-        return f"etcd://{self.host}/flowml/{uuid.uuid4().hex}"
+        return self._at(f"flowml/{uuid.uuid4().hex}")
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +264,10 @@ def test_the_command_takes_a_place_in_etcd(server: Server, tmp_path: Path) -> No
         ("etcd://127.0.0.1/x", "give HOST:PORT"),
         ("etcd://10.0.0.1:2379/x", "is reached without TLS; give etcds://"),
         ("etcds://10.0.0.1:2379/x?certificate=f", "'certificate' is no option; give ca, cert and key"),
+        ("etcds://10.0.0.1:2379/x?ca=", "ca= is given without a file; give one file"),
+        ("etcds://10.0.0.1:2379/x?ca=a&ca=b", "ca= is given 2 times; give one file"),
+        ("etcds://10.0.0.1:2379/x?cert=a&ca=b", "a certificate and its key go together"),
+        ("etcd://127.0.0.1:2379/x?ca=a", "etcd:// is without TLS, so ca= has no effect; write etcds://"),
     ],
 )
 def test_places_that_make_no_sense_are_refused(address: str, reason: str) -> None:

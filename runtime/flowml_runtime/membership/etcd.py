@@ -1,9 +1,11 @@
 """Reaches etcd, where a coordinator may keep its log so that no single machine has to be trusted.
 
 A place in etcd is written `etcd://HOST:PORT[,HOST:PORT...]/PREFIX`. Any member of the etcd cluster answers for all, so
-the next one is asked if one cannot be reached. Beyond loopback it is `etcds://...?ca=FILE&cert=FILE&key=FILE`, by TLS.
+the next one is asked if one cannot be reached. Beyond loopback it is `etcds://...?ca=FILE&cert=FILE&key=FILE`, by TLS:
+`ca` is the authority that has signed etcd's certificate (default: those of the system), and etcd may ask for `cert`.
 
-The client is etcd3gw, which OpenStack keeps. It speaks to etcd's own HTTP gateway.
+The client is etcd3gw, which OpenStack keeps. It speaks to etcd's own HTTP gateway, and to nothing between: proxies and
+authorities that the environment names are for other connections.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 from flowml.errors import ClusterError
-from flowml_runtime.transport.security import is_loopback, split_address
+from flowml_runtime.transport.security import check_files, is_loopback, split_address
 
 PATIENCE_S = 2.0
 """How long one member of etcd may take to answer."""
@@ -52,11 +54,18 @@ class Place:
                 f"{address!r}: etcd on {outside[0]} is reached without TLS; give etcds://…/{prefix}?ca=FILE&cert=FILE&"
                 "key=FILE"
             )
-        given = {name: files[0] for name, files in parse_qs(parts.query).items()}
-        unknown = sorted(given.keys() - {"ca", "cert", "key"})
+        options = parse_qs(parts.query, keep_blank_values=True)
+        unknown = sorted(options.keys() - {"ca", "cert", "key"})
         if unknown:
             raise ClusterError(f"{address!r}: {unknown[0]!r} is no option; give ca, cert and key, which are files")
-        return Place(address, hosts, f"/{prefix}/", given if secure else None)
+        for name, files in options.items():
+            if files[1:] or not files[0]:
+                raise ClusterError(f"{address!r}: {name}= is given {_times(files)}; give one file")
+        if options and not secure:
+            raise ClusterError(f"{address!r}: etcd:// is without TLS, so {min(options)}= has no effect; write etcds://")
+        if ("cert" in options) != ("key" in options):
+            raise ClusterError(f"{address!r}: a certificate and its key go together; give cert and key, or neither")
+        return Place(address, hosts, f"/{prefix}/", {n: f[0] for n, f in options.items()} if secure else None)
 
 
 class Etcd:
@@ -66,16 +75,21 @@ class Etcd:
     def __init__(self, place: Place, patience_s: float = PATIENCE_S) -> None:
         try:
             from etcd3gw.client import Etcd3Client  # here, because few need the extra
+            from requests import Session
         except ImportError:
             raise ClusterError(
                 f"{place.address} needs a client of etcd, which is not installed: pip install 'flowml[etcd]'"
             ) from None
         self._place = place
         tls = place.tls or {}
-        files = {"ca_cert": tls.get("ca"), "cert_cert": tls.get("cert"), "cert_key": tls.get("key")}
-        how: dict[str, Any] = {"protocol": "https", **files} if place.tls is not None else {"protocol": "http"}
+        check_files(tls.get("ca"), tls.get("cert"), tls.get("key"))
+        session = Session()
+        session.trust_env = False  # else REQUESTS_CA_BUNDLE would take the place of `ca`
+        session.verify = tls.get("ca", True)
+        session.cert = (tls["cert"], tls["key"]) if "cert" in tls else None
+        about: dict[str, Any] = {"protocol": "http" if place.tls is None else "https", "session": session}
         self._clients: list[Any] = [
-            Etcd3Client(host, port, api_path="/v3/", timeout=patience_s, **how) for host, port in place.hosts
+            Etcd3Client(host, port, api_path="/v3/", timeout=patience_s, **about) for host, port in place.hosts
         ]
         self._lock = threading.Lock()
         self._first = 0
@@ -155,6 +169,10 @@ class Etcd:
             self._first = number
             return found
         raise ClusterError(f"etcd at {self._place.address} cannot be used: {_reason(wrong)}; see whether it runs")
+
+
+def _times(files: Sequence[str]) -> str:
+    return f"{len(files)} times" if files[1:] else "without a file"
 
 
 def _reason(error: Exception | None) -> str:

@@ -50,22 +50,31 @@ class TLS:
 
     def read(self) -> tuple[bytes, bytes, bytes]:
         """Contents of cert, key and ca. Raises ClusterError naming the file that cannot be read or used."""
+        check_files(self.ca, self.cert, self.key)
+        return self.cert.read_bytes(), self.key.read_bytes(), self.ca.read_bytes()
+
+
+def check_files(
+    ca: str | os.PathLike[str] | None, cert: str | os.PathLike[str] | None, key: str | os.PathLike[str] | None
+) -> None:
+    """Raises ClusterError naming the PEM file that cannot be read or used. An authority, or a certificate with its key,
+    may be missing."""
+    for path in filter(None, (cert, key, ca)):
         try:
-            contents = self.cert.read_bytes(), self.key.read_bytes(), self.ca.read_bytes()
+            Path(path).read_bytes()
         except OSError as error:
             raise ClusterError(f"cannot read the TLS file {error.filename}: {error.strerror}") from None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if cert is not None:
         try:
-            context.load_cert_chain(self.cert, self.key)
+            context.load_cert_chain(cert, key, password=lambda: "")  # an encrypted one is refused, and not asked for
         except ssl.SSLError as error:
-            raise ClusterError(
-                f"TLS files {self.cert} and {self.key} are not a certificate and its key: {error}"
-            ) from None
+            raise ClusterError(f"TLS files {cert} and {key} are not a certificate and its key: {error}") from None
+    if ca is not None:
         try:
-            context.load_verify_locations(self.ca)
+            context.load_verify_locations(ca)
         except ssl.SSLError as error:
-            raise ClusterError(f"TLS file {self.ca} does not hold an authority's certificate: {error}") from None
-        return contents
+            raise ClusterError(f"TLS file {ca} does not hold an authority's certificate: {error}") from None
 
 
 def new_token() -> str:
