@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+import flowml as fm
+from flowml_runtime.driver.training.kept import KeptFit
 from flowml_runtime.environment import checkpoints
 from flowml_runtime.environment.processes import saves
 from flowml_runtime.launch import local
@@ -35,6 +37,16 @@ def held(directory: Path) -> Iterator[None]:
         yield
 
 
+def orphan(launched: Any, path: Path) -> None:
+    """Have a fit without a driver, as all workers know when this returns."""
+    lose_driver(launched, "synchronous", path)
+    with closing(fm.Cluster.connect(launched.address, launched.token)) as cluster:
+        workers = [device.worker for device in cluster.devices]
+        fit = checkpoints.identity(path, anew=False)
+        KeptFit(cluster.session, fit, workers, 30.0, checkpoint=fm.Checkpoint(path)).release(over=False)
+        KeptFit(cluster.session, "another", workers, 0.0).release(over=True)  # answered after all that was told before
+
+
 def test_workers_whose_launcher_stops_write_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,7 +61,7 @@ def test_workers_whose_launcher_stops_write_the_last_checkpoint(
 
     with closing(LaunchedCluster(workers=REPLICAS)) as launched:
         pids = [*launched.pids.values()]
-        lose_driver(launched, "synchronous", tmp_path)
+        orphan(launched, tmp_path)
         monkeypatch.setattr(local, "END_S", 1e-3)
         monkeypatch.setattr(local, "saves", saves_now)
         stopping = threading.Thread(target=launched.close)
@@ -69,7 +81,7 @@ def test_workers_whose_launcher_is_killed_write_the_last_checkpoint(tmp_path: Pa
         fit = tmp_path / "fit"
         about: Any = SimpleNamespace(address=address, token=(tmp_path / "token").read_text())
         processes = psutil.Process(launcher.pid).children(recursive=True)
-        lose_driver(about, "synchronous", fit)
+        orphan(about, fit)
         with held(fit):
             launcher.send_signal(signal.SIGKILL)
             wait_until(lambda: any(saves(process.pid) for process in processes), "one writes", 30)
