@@ -34,6 +34,7 @@ def held(directory: Path) -> Iterator[None]:
     """No worker completes a checkpoint here meanwhile."""
     with (directory / checkpoints.LOCK).open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)  # it names the lost driver, from which workers would take the lock
         yield
 
 

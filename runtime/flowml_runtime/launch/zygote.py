@@ -194,7 +194,7 @@ def _tell(control: socket.socket, report: Report) -> None:
 
 def _be_worker(config: Config, log: str, control: socket.socket, inherited: list[int]) -> NoReturn:
     """Run the worker in the child process. Never returns to the zygote's loop."""
-    status = 1
+    status, kept = 1, list[KeptFits]()
     try:
         for handle in inherited:
             os.close(handle)
@@ -206,7 +206,6 @@ def _be_worker(config: Config, log: str, control: socket.socket, inherited: list
         np.random.seed()  # otherwise all workers would draw the same numbers
         signal.signal(signal.SIGINT, _stop)
         heed_notice()
-        kept: list[KeptFits] = []
         service.start("flowml-lifeline", lambda: _end_with(control, kept, save_s_of(config)), service.end_process)
         if isinstance(config, CoordinatorConfig):
             reason = serve_coordinator(config, lambda address: _tell(control, Listening(address)))
@@ -222,6 +221,9 @@ def _be_worker(config: Config, log: str, control: socket.socket, inherited: list
     except BaseException:
         traceback.print_exc()
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for fits in kept:
+            fits.finish(save_s_of(config))  # if the worker was ending already, SIGINT has interrupted this
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
