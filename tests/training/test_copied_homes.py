@@ -130,6 +130,3 @@ def test_arguments_that_make_no_sense_are_refused(threads: fm.Cluster) -> None:
         fit(threads, "synchronous", replicate=1)
     with pytest.raises(ValueError, match="replicate"):
         fit(threads, "synchronous", on_loss="replace", replicate=-1)
-    about: dict[str, Any] = {"compute": fm.sim.Constant(0.1), "network": fm.sim.Network(1e-4, 1e9)}
-    with pytest.raises(fm.SimulationError, match="simulated workers keep no values"):
-        fit(fm.SimulatedCluster(workers=4, **about), "synchronous", **SAFE)  # type: ignore[arg-type]

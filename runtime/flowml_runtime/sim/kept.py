@@ -1,4 +1,4 @@
-"""Says what a simulated stage keeps between two steps beside values, so that a snapshot holds it.
+"""Says what a simulated stage keeps between two steps beside values, so that a snapshot holds it, and tells it.
 
 The values, where there are any, register themselves (`arithmetic`), by the names that they have on real workers. With
 them go the rhythms, sums and versions of each stage, which the executor keeps itself.
@@ -9,16 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array
+from flowml_runtime.protocol.training import actions as protocol
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.sim.neighbours import Neighbours
+from flowml_runtime.sim.network import DRIVER
 from flowml_runtime.sim.program import At
 from flowml_runtime.sim.sites import Mirrors
 from flowml_runtime.sim.values import Value
 from flowml_runtime.worker.training.own_values import OwnRhythm
-from flowml_runtime.worker.training.resident import Arrays, Resident, number, of_stage, row, row_of
+from flowml_runtime.worker.training.resident import (
+    Arrays,
+    Resident,
+    loaded,
+    number,
+    of_stage,
+    of_waiting,
+    row,
+    row_of,
+)
 
 if TYPE_CHECKING:
     from flowml_runtime.sim.node import Node
@@ -82,3 +94,29 @@ class Kept:
     def _restore_read(self, store: int, arrays: Arrays) -> None:
         if arrays:
             self.taken[store] = int(arrays["version"]), row_of(arrays, "held")
+
+
+def residents_of(node: Node) -> list[Resident]:
+    """The buffers that live on a worker between steps."""
+    kept = (resident for stage in node.stages.values() for resident in stage.kept().residents())
+    return [*kept, *node.world.values.residents(node.name)]
+
+
+def export(node: Node, asked: protocol.Export) -> None:
+    """Tell the driver, other workers or both what lives on a worker between steps."""
+    residents, names = residents_of(node), node.world.layout.names
+    for waiting, handle in asked.waiting:
+        if not waiting.empty:
+            arrays_of = partial(row, "array", node.payloads[handle])
+            residents.append(Resident(of_waiting(names[waiting.store], waiting), arrays_of, loaded))
+    ids: dict[str, Any] = {**node.ids, "cause": asked.cause, "number": asked.number}
+    about: dict[str, Any] = {"stages": asked.stages, "stores": asked.stores, "sites": asked.sites}
+    parts = tuple(part for part, _ in asked.waiting)
+    node.send(DRIVER, wire.Exported(**ids, **about, waiting=parts, buffers=len(residents)))
+    for resident in residents:
+        arrays = resident.export()
+        if asked.copied:
+            node.copying.send(asked, resident, arrays)
+        if asked.whole:
+            told = wire.Buffers(**ids, owner=resident.owner, names=tuple(arrays))
+            node.send(DRIVER, told, tuple(arrays.values()))

@@ -125,6 +125,10 @@ class SimulatedMembers:
         """The absence of a worker at this time, or else its next one."""
         return next((a for a in self._away if a.name == worker and a.up_s > now_s), None)
 
+    def was_there(self, worker: str, since_s: float, now_s: float) -> bool:
+        """Whether a worker has not been away since a time."""
+        return not any(a.name == worker and a.down_s <= now_s and a.up_s > since_s for a in self._away)
+
     def _changes(self) -> Iterator[tuple[float, str, str]]:
         """What happens, by its time: a worker gives notice, leaves, is lost, or joins again."""
         for away in self._away:

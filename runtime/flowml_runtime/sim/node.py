@@ -12,7 +12,9 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.rendezvous import Rendezvous
 from flowml_runtime.protocol.training import actions as protocol
 from flowml_runtime.protocol.training.worker import TrainingWorker
+from flowml_runtime.sim.copies import copying_of
 from flowml_runtime.sim.executor import Executor
+from flowml_runtime.sim.kept import export, residents_of
 from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At
 from flowml_runtime.sim.values import Value
@@ -20,7 +22,7 @@ from flowml_runtime.worker.training.counts import Counts
 from flowml_runtime.worker.training.examples import Fed
 from flowml_runtime.worker.training.exchange.positions import NO_LISTS, heard
 from flowml_runtime.worker.training.filtered import added
-from flowml_runtime.worker.training.resident import Resident, Residents, of_waiting, row
+from flowml_runtime.worker.training.resident import Residents
 
 if TYPE_CHECKING:
     from flowml_runtime.sim.world import World
@@ -108,6 +110,8 @@ class Node:
         """Whether buffers are still to come of the snapshot from which the run goes on."""
         self._asked: protocol.Export | None = None
         """What the driver has asked for, until all is here."""
+        self.copying: Any = None
+        """The copies of what lives here, if others keep them."""
 
     @property
     def ids(self) -> _Ids:
@@ -192,6 +196,7 @@ class Node:
         stopped = action.start.stopped
         self._restoring, self._asked = stopped is not None, None
         self.given = self._fed or bool(self._stateful) or self._restoring
+        self.copying = copying_of(self, self.world.copies)
         places, programs = self.world.places, self.world.programs
         self.counts = Counts(len(self.world.terms.stores))
         self.shown = [(0, None)] * len(self.world.terms.stores)
@@ -422,28 +427,13 @@ class Node:
         if asked is None or not all(one.rests for one in kept):
             return
         self._asked = None
-        names = self.world.layout.names
-        ids: dict[str, Any] = {**self.ids, "cause": asked.cause, "number": asked.number}
-        found = {r.owner: r.export() for r in self._residents()}
-        found |= {
-            of_waiting(names[w.store], w): row("array", self.payloads[h]) for w, h in asked.waiting if not w.empty
-        }
-        about: dict[str, Any] = {"stages": asked.stages, "stores": asked.stores, "sites": asked.sites}
-        waiting = tuple(part for part, _ in asked.waiting)
-        self.send(DRIVER, wire.Exported(**ids, **about, waiting=waiting, buffers=len(found)))
-        for owner, arrays in found.items():
-            self.send(DRIVER, wire.Buffers(**ids, owner=owner, names=tuple(arrays)), tuple(arrays.values()))
-
-    def _residents(self) -> list[Resident]:
-        """The buffers that live here between steps."""
-        kept = (resident for stage in self.stages.values() for resident in stage.kept().residents())
-        return [*kept, *self.world.values.residents(self.name)]
+        export(self, asked)
 
     def _restore(self, message: wire.Buffers, value: Value) -> None:
         if not message.owner:
             self._restoring = False
             return
-        residents = Residents({resident.owner: resident for resident in self._residents()})
+        residents = Residents({resident.owner: resident for resident in residents_of(self)})
         residents.restore(message.owner, dict(zip(message.names, value or (), strict=True)))
 
     def _hand(self, action: protocol.Hand) -> None:
@@ -465,6 +455,10 @@ class Node:
             self.lists = heard(told, value, self.told, self.lists, self.world.layout.positions)
             if self._asked is not None:
                 self._send_buffers()
+            return
+        elif isinstance(action.message, wire.Copy):
+            copy = action.message
+            self.copying.take(copy, dict(zip(() if copy.same else copy.names, value or (), strict=True)))
             return
         self.world.values.hand(self.name, action.message, value)
 

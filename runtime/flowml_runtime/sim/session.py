@@ -28,6 +28,7 @@ from flowml_runtime.driver.training.training_session import Simulated
 from flowml_runtime.execution.programs import ExecutableCache
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.sim.arithmetic import Compiled
+from flowml_runtime.sim.copies import SimulatedCopies
 from flowml_runtime.sim.faults import NetworkFaults
 from flowml_runtime.sim.heap import Clock
 from flowml_runtime.sim.members import Absence, SimulatedMembers, absences
@@ -114,6 +115,8 @@ class SimulatedSession:
         """The seconds of the runs of the fit before that of `_world`, and between them."""
         self._members: SimulatedMembers | None = None
         """The members during a fit that goes on without workers that are lost; None: all workers are there."""
+        self._copies: SimulatedCopies | None = None
+        """What workers keep of each other's state in the newest fit with `replicate=`."""
         self._until = math.inf
         """The newest time until which a fit waits for messages."""
         self._team: Team | None = None
@@ -144,6 +147,19 @@ class SimulatedSession:
             f"simulated workers keep no values, so {so}; give the arrays to fit() of an fm.Trainer, or use "
             "fm.Cluster.local()"
         )
+
+    def keeper(self, fit: str) -> SimulatedCopies:
+        """What workers keep of each other's state during a fit. Raises SimulationError without arithmetic."""
+        if not self.arithmetic:
+            raise SimulationError(
+                "replicate= copies values, and without arithmetic simulated workers have none, so it is not known how "
+                "long copies take; give fm.SimulatedCluster(..., arithmetic=True), or leave replicate out"
+            )
+        self._copies = SimulatedCopies(fit, self.now, self._was_there)
+        return self._copies
+
+    def _was_there(self, worker: str, since_s: float) -> bool:
+        return self._members is None or self._members.was_there(worker, since_s, self.now())
 
     def begin_fit(self, *, goes_on: bool) -> None:
         """A fit begins, and the times of faults count from here. `goes_on`: workers may go and come in it."""
@@ -295,6 +311,7 @@ class SimulatedSession:
                 run=start.run,
                 here=here,
                 delays=dict(start.delays),
+                copies=self._copies,
                 variants=lambda variant: self._plans[variant].layout.programs,
             )
 

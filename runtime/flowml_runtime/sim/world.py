@@ -28,6 +28,7 @@ from flowml_runtime.protocol.training import actions
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 from flowml_runtime.sim.collectives import Collectives
+from flowml_runtime.sim.copies import SimulatedCopies
 from flowml_runtime.sim.executor import Executor
 from flowml_runtime.sim.heap import Clock
 from flowml_runtime.sim.network import DRIVER, Tamper, Wires
@@ -133,6 +134,8 @@ class World:
     """Which of the workers are in this process; None if all are."""
     delays: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     """Seconds added to the steps of a worker, as in `wire.StartTraining`."""
+    copies: SimulatedCopies | None = None
+    """What workers keep of each other's state, if they do."""
     variants: Callable[[str], Mapping[At, StageProgram]] = lambda variant: {}
     """The programs of the stages for batches of another shape, by the variant that a batch names."""
     of_run: Callable[[int], World] | None = None

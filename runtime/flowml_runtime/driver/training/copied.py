@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from flowml.devices import Device
 from flowml.plan import Training
@@ -36,10 +36,35 @@ class Copied:
     owners: Mapping[str, tuple[str, ...]]
 
 
+class Keeper(Protocol):
+    """Where the copies of a fit are: on real workers (`kept.KeptFit`), or on simulated ones."""
+
+    fit: str
+
+    def begin(self, workers: Iterable[str], /) -> None:
+        """A run begins on these workers."""
+        ...
+
+    def buffers(self, key: str, owners: Mapping[str, Sequence[str]], /) -> dict[str, dict[str, Any]] | None:
+        """The buffers of these owners, by owner and name. None if something is nowhere any more."""
+        ...
+
+    def release(self, *, over: bool) -> None:
+        """The fit has ended here."""
+        ...
+
+
+@runtime_checkable
+class HasKeeper(Protocol):
+    """A session that knows what its workers keep, because they are simulated."""
+
+    def keeper(self, fit: str, /) -> Keeper: ...
+
+
 class Copies:
     """The copies that the workers of one fit keep of each other's state."""
 
-    def __init__(self, kept: KeptFit, count: int, devices: Sequence[Device]) -> None:
+    def __init__(self, kept: Keeper, count: int, devices: Sequence[Device]) -> None:
         """Each worker has `count` copies on others."""
         self._kept = kept
         self._count = count
@@ -97,14 +122,18 @@ def copying(cluster: Any, count: int) -> Generator[Copies | None]:
     if not count:
         yield None
         return
-    cluster.session.check_workers("they have no copies of each other's state (replicate=)")
     workers = list(dict.fromkeys(device.worker for device in cluster.devices))
     if count >= len(workers):
         raise ValueError(
             f"replicate={count}: so many copies of what a worker keeps need {count + 1} workers, and the cluster has "
             f"{len(workers)}; give replicate={len(workers) - 1}, or more workers"
         )
-    kept = KeptFit(cluster.session, f"copies-{uuid.uuid4().hex}", workers, 0.0, lasts=False)
+    session, fit = cluster.session, f"copies-{uuid.uuid4().hex}"
+    if isinstance(session, HasKeeper):
+        kept = session.keeper(fit)
+    else:
+        session.check_workers("they have no copies of each other's state (replicate=)")
+        kept = KeptFit(session, fit, workers, 0.0, lasts=False)
     try:
         yield Copies(kept, count, cluster.devices)
     finally:

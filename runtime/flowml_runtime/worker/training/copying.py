@@ -11,8 +11,8 @@ Buffers that have not changed since the newest complete snapshot are not sent ag
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import msgspec
 
@@ -23,15 +23,46 @@ from flowml_runtime.execution.programs import Array
 from flowml_runtime.protocol.training import actions as protocol
 from flowml_runtime.protocol.training.kept_fits import key_of
 from flowml_runtime.protocol.training.ring import Ring
-from flowml_runtime.worker.kept_fits import KeptFits
 from flowml_runtime.worker.training.resident import Arrays, Resident
-from flowml_runtime.worker.training.run import Run
+
+
+class CopiedRun(Protocol):
+    """A run of which there are copies: `run.Run`, or a simulated one."""
+
+    @property
+    def me(self) -> str: ...
+    @property
+    def driver(self) -> str: ...
+    @property
+    def plan_id(self) -> str: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def stopped(self) -> bool: ...
+    def send(self, worker: str, message: wire.Wire, arrays: Sequence[Array] = ..., /) -> None: ...
+
+
+class Keeps(Protocol):
+    """Where a worker keeps copies: `worker.kept_fits`, or that of a simulated one."""
+
+    def export(
+        self,
+        driver: str,
+        fit: str,
+        of: tuple[str, int, int],
+        owner: str,
+        arrays: Mapping[str, Array],
+        *,
+        complete: str = ...,
+        lent: bool = ...,
+    ) -> bool: ...
+    def repeat(self, driver: str, fit: str, of: tuple[str, int, int], owner: str, complete: str) -> bool: ...
 
 
 class Copying:
     """The copies of one run. Lanes call it; those of one owner always the same lane."""
 
-    def __init__(self, run: Run, copies: wire.Copies, kept_fits: KeptFits) -> None:
+    def __init__(self, run: CopiedRun, copies: wire.Copies, kept_fits: Keeps) -> None:
         self._run = run
         self._fit = copies.fit
         self._kept_fits = kept_fits
