@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ from tests.training.test_orphans import lose_driver, written
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
+def held(directory: Path) -> Generator[None]:
     """No worker completes a checkpoint here meanwhile."""
     with (directory / checkpoints.LOCK).open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
