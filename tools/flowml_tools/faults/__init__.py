@@ -21,6 +21,8 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 from flowml_tools.command import count, positive, seconds
 
@@ -32,7 +34,7 @@ those of real runs. Their invariants are checked after every event, and the hist
 bounds, contributions lost or applied twice, coefficients, the ledger, copies, and bytes.
 
 With --members each seed is a whole fit whose workers leave with and without notice and come back, which shrinks, waits
-for them or is elastic.
+for them or is elastic. With --spot FILE they go and come as in a part of a record of spot machines.
 
 A seed that breaks a promise is printed with its case, what it broke, its last events, and the command that repeats it.
 """
@@ -47,13 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", type=seconds, default=None, metavar="SECONDS", help="stop then (no limit)")
     parser.add_argument("--coverage", action="store_true", help="print how often each value meets each kind of fault")
     parser.add_argument("--members", action="store_true", help="whole fits whose workers leave and come back")
+    parser.add_argument("--spot", type=Path, metavar="FILE", help="the same, as recorded spot machines did")
     parser.add_argument("--events", type=positive, default=30, metavar="N", help="the last events to print (30)")
 
 
 def main(arguments: argparse.Namespace) -> int:
     from flowml_tools.faults.campaign import campaign
 
-    if arguments.members:
+    if arguments.members or arguments.spot is not None:
         return _members(arguments)
     if arguments.seed is not None:
         return _one(arguments.seed, arguments.events)
@@ -77,17 +80,20 @@ def main(arguments: argparse.Namespace) -> int:
 def _members(arguments: argparse.Namespace) -> int:
     from flowml_tools.faults.members import MembersCase
 
+    make, again = MembersCase.of, "flowml faults --members"
+    if arguments.spot is not None:
+        make, again = partial(MembersCase.spot, record=arguments.spot), f"{again} --spot {arguments.spot}"
     first, number = (arguments.first, arguments.seeds) if arguments.seed is None else (arguments.seed, 1)
     began, ran, failed = time.monotonic(), 0, 0
     for seed in range(first, first + number):
         if time.monotonic() - began > (arguments.time or float("inf")):
             break
         ran += 1
-        case = MembersCase.of(seed)
+        case = make(seed)
         if wrong := case.run():
             failed += 1
             print(
-                f"seed {seed} breaks a promise: {wrong}\n{case}\nagain: flowml faults --members --seed {seed}",
+                f"seed {seed} breaks a promise: {wrong}\n{case}\nagain: {again} --seed {seed}",
                 flush=True,
             )
     print(f"{count(ran, 'fit')} in {time.monotonic() - began:.0f} s: {failed or 'none'} broke a promise")

@@ -1,9 +1,10 @@
 """Whole fits whose workers leave, are lost and come back at random, under virtual time.
 
 A seed determines the policy, the machines, when which worker goes and comes, with and without notice, a bad network,
-and what the fit does about it. The driver, the membership and the machines are those of real fits. Invariants of the
-ledger are checked by the fit itself. At its end each step must have a record, callbacks must have seen each once, no
-item may be outstanding, and where nothing is dropped the used items must be those of the replicas in the records.
+and what the fit does about it, with copies on other workers or without. The driver, the membership and the machines
+are those of real fits. Invariants of the ledger are checked by the fit itself. At its end each step must have a record,
+callbacks must have seen each once, no item may be outstanding, and where nothing is dropped the used items must be
+those of the replicas in the records.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,22 +62,37 @@ class MembersCase:
         how = rng.choice(
             [{"replicas": "elastic"}, {"replicas": "elastic"}, {"on_loss": "shrink"}, {"on_loss": "replace"}]
         )
-        return MembersCase(
-            seed,
-            rng.choice(sorted(_policies(replicas))),
-            replicas,
-            steps,
-            churn,
-            tuple(_faults(rng, replicas, ends)),
-            how,
-        )
+        policy = rng.choice(sorted(_policies(replicas)))
+        faults = tuple(_faults(rng, replicas, ends))
+        if "replicas" not in how and rng.random() < 0.25:
+            how = {**how, "replicate": rng.randint(1, replicas - 1)}
+        return MembersCase(seed, policy, replicas, steps, churn, faults, how)
+
+    @staticmethod
+    def spot(seed: int, record: Path | Mapping[str, Any]) -> MembersCase:
+        """The case of a seed, on machines that go and come as in a part of a record of spot machines. An interval of
+        the record takes as long as a few steps."""
+        case, rng = MembersCase.of(seed), random.Random(f"spot {seed}")
+        gap_s = rng.choice([3, 10]) * STEP_S
+        whole = sim.Churn.from_spot(record, gap_s=gap_s, seed=seed)
+        changes = [change for change in whole.changes if change[1] < case.replicas]
+        whole = replace(case.churn, changes=changes)
+        starts = [time_s + gap_s * rng.uniform(-3, 0) for time_s, *_ in changes]
+        rng.shuffle(starts)
+        parts = (whole.window(max(at, 0.0), at + 3 * case.steps * STEP_S) for at in starts)
+        least = 1 if "replicas" in case.how else case.replicas  # with which a fit begins
+        return replace(case, churn=next((p for p in parts if len(p.up(0.0, case.replicas)) >= least), case.churn))
 
     def run(self) -> str:
         """Run the fit. Returns what it broke; "" if nothing. A fit may end for want of workers."""
         seen: list[int] = []
         models = sim.LogNormal(STEP_S, 0.3), sim.Network(1e-3, 1e8)
         cluster = SimulatedCluster(
-            self.replicas, *models, seed=self.seed, arithmetic=False, faults=(self.churn, *self.faults)
+            self.replicas,
+            *models,
+            seed=self.seed,
+            arithmetic="replicate" in self.how,
+            faults=(self.churn, *self.faults),
         )
         policy = _policies(self.replicas)[self.policy]
         trainer = Trainer(_loss, optax.sgd(0.1), cluster=cluster, replicas=self.replicas, policies=policy)
