@@ -40,8 +40,8 @@ wheel: $(STAMP)  ## build the wheel and use it in an environment of its own
 faults: $(STAMP)  ## 100,000 random training runs with faults, checked; FAULTS_ARGS="--seed 7" repeats one
 	@$(VENV)/bin/flowml faults $(or $(FAULTS_ARGS),--seeds 100000)
 
-kills: $(STAMP)  ## kill -9 of worker, home, leader, coordinator, launcher and driver at each point of a run, under four policies
-	@FLOWML_KILLS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal --timeout=120 tests/training/test_kills.py tests/training/test_orphans.py tests/training/test_killed_launcher.py
+kills: $(STAMP)  ## kill -9 of worker, home, leader, coordinator, launcher and driver at each point of a run, and partitions
+	@FLOWML_KILLS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal --timeout=120 tests/training/test_kills.py tests/training/test_orphans.py tests/training/test_killed_launcher.py tests/training/test_partitions.py
 
 storm: $(STAMP)  ## 200 kills of workers in one fit, under each of four policies; STORM=50 for fewer
 	@FLOWML_STORM=$(or $(STORM),200) $(PY) -m pytest -s --timeout=900 -o faulthandler_timeout=0 tests/training/test_storm.py

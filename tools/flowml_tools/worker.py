@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from flowml_tools.command import add_connection, add_offer, add_transport, coordinator, read_token, tls
 
@@ -46,7 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
         return _leave(arguments, token, secured)
     allocator.reexec()  # after the arguments have been checked, and before JAX is imported
     from flowml_runtime.worker.config import WorkerConfig
-    from flowml_runtime.worker.leaving import heed_notice
+    from flowml_runtime.worker.leaving import GiveNotice, heed_notice
     from flowml_runtime.worker.process import LOST_COORDINATOR, serve
 
     config = WorkerConfig(
@@ -63,11 +65,22 @@ def main(arguments: argparse.Namespace) -> int:
         notice_s=arguments.notice,
     )
     heed_notice()
-    reason = serve(config, joined=lambda name: print(f"joined as {name}; Ctrl-C leaves", flush=True))
-    if not reason:
-        return 0
-    print(f"flowml: {reason}", file=sys.stderr)
-    return LOST_COORDINATOR
+    try:
+        reason = serve(config, joined=lambda name: print(f"joined as {name}; Ctrl-C leaves", flush=True))
+    except KeyboardInterrupt:
+        return _end(128 + signal.SIGINT)
+    except GiveNotice:
+        return _end(0)
+    if reason:
+        print(f"flowml: {reason}", file=sys.stderr)
+    return _end(LOST_COORDINATOR if reason else 0)
+
+
+def _end(status: int) -> NoReturn:
+    """End this process at once. A thread may be in the middle of a step, and Python's own end would abort it there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _leave(arguments: argparse.Namespace, token: str, secured: TLS | None) -> int:
