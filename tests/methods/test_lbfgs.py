@@ -92,6 +92,8 @@ def test_operations_of_vectors_are_those_of_arrays(cluster: fm.Cluster) -> None:
     assert vectors.dot(x, y) == pytest.approx(float(flat[0] @ flat[1]), rel=1e-5)
     both = vectors.get(vectors.combine(2.0, x, -3.0, y))
     np.testing.assert_allclose(both["w"], 2 * trees[0]["w"] - 3 * trees[1]["w"], rtol=1e-5)
+    added = vectors.get(vectors.axpy(2.0, x, y))
+    np.testing.assert_allclose(added["w"], 2 * trees[0]["w"] + trees[1]["w"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(vectors.get(vectors.scale(0.5, x))["b"], 0.5 * trees[0]["b"], rtol=1e-6)
 
 

@@ -42,6 +42,25 @@ def test_what_cannot_run_is_printed_as_not_available_and_a_missed_goal_as_missed
     assert "bytes, median disagreement of 1: 0.0%, goal ≤ 10 %: met" in text
 
 
+def test_policies_that_agree_under_each_model_are_counted() -> None:
+    """Five of these eight are within 10 %; one has a single model that is not, and one was not measured with all."""
+    models = list(fidelity.stragglers())
+
+    def step(policy: str, model: str, apart: float) -> Row:
+        return Row(
+            "a", "s", Sample((1 + apart,)), Peer("real", Sample((1.0,))), group=("threads", policy, model, "step")
+        )
+
+    found = [step(f"policy {n}", model, 0.05 * (-1) ** n) for n in range(5) for model in models]
+    found += [step("odd", model, 0.3 if model == models[-1] else 0.0) for model in models]
+    found += [step("far", model, -0.2) for model in models] + [step("unmeasured", models[0], 0.0)]
+    counted = [row for row in fidelity.summary(found) if row.name.startswith("policies")]
+    assert [(row.name[-5:], row.ours.median, row.met) for row in counted] == [(", of 7"[-5:], 5 / 7, True)]
+    assert "of 7: 71.4%, goal ≥ 71 %: met" in fidelity.render("fidelity", counted)
+    (fewer,) = (row for row in fidelity.summary(found[3:]) if row.name.startswith("policies"))
+    assert not fewer.met
+
+
 def test_a_calibration_says_what_it_has_found() -> None:
     text = str(Calibration(steps_s=(1e-3, 2e-3, 4e-3), latency_s=5e-4, bytes_per_s=float("inf"), apply_s=1e-3))
     assert text == (

@@ -67,6 +67,10 @@ class Vectors:
         """a · x + b · y."""
         return self._combine(a, x, b, y)[0]
 
+    def axpy(self, a: float, x: Vector, y: Vector) -> Vector:
+        """a · x + y."""
+        return self.combine(a, x, 1.0, y)
+
     def scale(self, a: float, x: Vector) -> Vector:
         """a · x."""
         return self.combine(a, x, 0.0, x)
