@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from flowml_tools.plots import Line, Plot
@@ -44,7 +45,7 @@ def run(full: bool, seed: int) -> Outcome:
             policy, 4, steps=steps, seed=seed, problem=task, optimizer=optax.sgd(1.0), batch=512, shuffle=False
         )
         sent[name], ends[name] = pushed(result), objective(result.params)
-    falls = list(sent.values()) == sorted(sent.values(), reverse=True)
+    falls = all(fewer < more for more, fewer in pairwise(sent.values()))
     machines = fm.sim.LogNormal(mean_s=1.0, sigma=0.5)
     bounds = (0, 1, 2, 4, 8, 16)
     times = {
