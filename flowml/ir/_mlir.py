@@ -66,6 +66,56 @@ def operations(module: Any) -> list[tuple[str, str]]:
     return found
 
 
+def may_not_end(module: Any) -> bool:
+    """Whether a module has a loop that may go on for ever for some values: any but those that count to a constant, as
+    JAX writes `scan`, `fori_loop` with fixed bounds, and random numbers."""
+    found = False
+
+    def visit(operation: Any) -> Any:
+        nonlocal found
+        found = found or (operation.name == "stablehlo.while" and not _counts(operation))
+        return ir.WalkResult.INTERRUPT if found else ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit, ir.WalkOrder.PRE_ORDER)
+    return found
+
+
+def _counts(loop: Any) -> bool:
+    """Whether a loop goes on while a counter is less than a constant, and adds 1 to it, from a constant on."""
+    condition, body = (region.blocks[0] for region in loop.regions)
+    (goes_on,) = _last(condition).operands
+    compared = _made_by(goes_on, "stablehlo.compare")
+    if compared is None or "LT" not in str(compared.attributes["comparison_direction"]):
+        return False
+    counter, bound = compared.operands
+    if _made_by(bound, "stablehlo.constant") is None or counter not in list(condition.arguments):
+        return False
+    number = list(condition.arguments).index(counter)
+    added = _made_by(_last(body).operands[number], "stablehlo.add")
+    if added is None or added.operands[0] != body.arguments[number] or not _is_one(added.operands[1]):
+        return False
+    return _made_by(loop.operands[number], "stablehlo.constant") is not None
+
+
+def _last(block: Any) -> Any:
+    """What a block returns."""
+    return list(block.operations)[-1].operation
+
+
+def _made_by(value: Any, name: str) -> Any:
+    """The operation of this name that makes a value, or None."""
+    owner = getattr(value.owner, "operation", value.owner)
+    return owner if getattr(owner, "name", "") == name else None
+
+
+def _is_one(value: Any) -> bool:
+    made = _made_by(value, "stablehlo.constant")
+    if made is None or not value.type.element_type.__class__.__name__.startswith("IntegerType"):
+        return False
+    found = ir.DenseIntElementsAttr(made.attributes["value"])
+    return len(found) == 1 and found[0] == 1
+
+
 def devices(module: Any) -> int:
     """The number of devices that a module is a program for."""
     said = module.operation.attributes

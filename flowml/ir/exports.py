@@ -103,8 +103,6 @@ class Imported:
             operations = _mlir.operations(self._module) if self._data else []
             found = _refused(self._module, operations) if self._data else ""
             self._lapack = any(target.startswith("lapack_") for _, target in operations)
-            self.loops = any(name == "stablehlo.while" for name, _ in operations)
-            """Whether it has a loop, which may end for some values of its inputs only."""
         except Exception as error:  # several libraries raise errors of many types
             raise UnsupportedError(f"is damaged ({type(error).__name__})") from None
         if found:
@@ -118,6 +116,10 @@ class Imported:
     def takes(self, inputs: Sequence[jax.ShapeDtypeStruct], outputs: Sequence[jax.ShapeDtypeStruct]) -> bool:
         """Whether it is a function from such arrays to such arrays. To be asked before it is compiled."""
         return self._module is None or _mlir.takes(self._module, inputs, outputs)
+
+    def may_not_end(self) -> bool:
+        """Whether it has a loop that may go on for ever for some values of its inputs."""
+        return _mlir.may_not_end(_mlir.read(self._context, self._data))
 
     def compile(
         self,

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import flowml as fm
+from flowml.ir import _mlir
 from flowml.plan import Plan
 from flowml_runtime.execution import programs
 from flowml_runtime.execution.programs import ExecutableCache, load_programs
@@ -53,13 +54,14 @@ def two() -> Iterator[fm.Cluster]:
 
 
 def three(x: jax.Array, key: jax.Array) -> jax.Array:
-    """A layer without a loop, one with a loop that does not end for zeros, and one that wants a key and few bits."""
+    """A layer without a loop, one with a loop that does not end for zeros, and one with loops that end and a key."""
     with fm.layer("plain"):
         x = jnp.sin(x) + 1
     with fm.layer("endless"), fm.device("worker:1"):
         x = jax.lax.while_loop(lambda v: v[0] < 1, lambda v: v * 2, x)
     with fm.layer("odd"), fm.device("worker:2"):
-        return x.astype(jnp.bfloat16) + jax.random.key_data(key)[1]
+        x, _ = jax.lax.scan(lambda total, one: (jnp.tanh(total + one), None), x, jnp.stack([x, 2 * x]))
+        return x.astype(jnp.bfloat16) + jax.random.normal(key, x.shape, jnp.bfloat16)
 
 
 def compiled() -> Plan:
@@ -69,13 +71,44 @@ def compiled() -> Plan:
     return fm.compile(three, *shapes, devices=workers, placement=placement)
 
 
-def test_each_executable_without_a_loop_runs_once_on_zeros(runs: Runs) -> None:
+def test_each_executable_whose_loops_end_runs_once_on_zeros(runs: Runs) -> None:
     plan = compiled()
     load(plan, rehearse=True)
     tasks = [task.name for task in plan.tasks if "endless" not in task.name]
-    assert len(plan.tasks) > len(tasks) > 1
+    assert len(plan.tasks) > len(tasks) > 2
     assert sorted(name for name, _ in runs) == sorted(tasks)
     assert not any(array.any() for _, arguments in runs for array in arguments)
+
+
+END: dict[str, Any] = {
+    "none": jnp.sin,
+    "scan": lambda x: jax.lax.scan(lambda c, a: (jnp.tanh(c @ c) + a, c), x, x),
+    "its derivative": jax.grad(lambda x: jax.lax.scan(lambda c, a: (jnp.tanh(c * a), None), x[0], x)[0].sum()),
+    "reversed": lambda x: jax.lax.scan(lambda c, a: (c + a, c), x[0], x, reverse=True, unroll=2),
+    "fixed bounds": lambda x: jax.lax.fori_loop(2, 5, lambda i, c: c * i, x),
+    "map": lambda x: jax.lax.map(jnp.sum, x),
+    "random numbers": lambda x: jax.random.normal(jax.random.key(0), x.shape),
+}
+MAY_NOT_END: dict[str, Any] = {
+    "a condition on values": lambda x: jax.lax.while_loop(lambda v: v[0, 0] < 1, lambda v: v * 2, x),
+    "bounds that are computed": lambda x: jax.lax.fori_loop(0, x.astype(int)[0, 0], lambda i, c: c + 1, x),
+    "one inside another": lambda x: jax.lax.scan(
+        lambda c, a: (jax.lax.while_loop(lambda v: v[0] < 1, lambda v: v * 2, c), None), x[0], x
+    ),
+    "a float counts": lambda x: jax.lax.while_loop(lambda v: v < 3.0, lambda v: v + 1.0, 0.0),
+    "the counter goes back": lambda x: jax.lax.while_loop(
+        lambda v: v[0] < 3, lambda v: (jnp.where(v[1] > 0, 0, v[0] + 1), v[1]), (jnp.int32(0), x[0, 0])
+    ),
+    "nothing is added": lambda x: jax.lax.while_loop(lambda v: v < 3, lambda v: v + 0, 0),
+    "from a value": lambda x: jax.lax.while_loop(lambda v: v < 3, lambda v: v + 1, x.astype(int)[0, 0]),
+    "rejection": lambda x: jax.random.gamma(jax.random.key(0), x),
+}
+
+
+@pytest.mark.parametrize("name", [*END, *MAY_NOT_END])
+def test_loops_that_count_to_a_constant_end(name: str) -> None:
+    module = jax.jit((END | MAY_NOT_END)[name]).lower(jnp.ones((3, 3))).compiler_ir("stablehlo")
+    assert _mlir.may_not_end(module) == (name in MAY_NOT_END)
 
 
 def test_others_run_nothing_before_their_steps(runs: Runs) -> None:
