@@ -49,6 +49,12 @@ def without(plan: Plan, workers: Collection[str]) -> Plan:
     return msgspec.structs.replace(plan, programs=programs, training=shrunk)
 
 
+def left_out(training: Training, replicas: Iterable[int]) -> Training:
+    """The training without replicas that had no store, and whose layers are neither added up nor mixed among replicas:
+    nothing else moves."""
+    return msgspec.structs.replace(training, lost=tuple(sorted({*training.lost, *replicas})))
+
+
 def why_too_few(training: Training, left: Collection[int]) -> str:
     """Why these replicas cannot go on without the others, if they cannot."""
     if training.code is None or training.code.decode(left) is not None:

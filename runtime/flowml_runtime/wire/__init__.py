@@ -54,6 +54,8 @@ from flowml_runtime.wire.training import Gossip as Gossip
 from flowml_runtime.wire.training import Grant as Grant
 from flowml_runtime.wire.training import Halt as Halt
 from flowml_runtime.wire.training import Item as Item
+from flowml_runtime.wire.training import LeaveOut as LeaveOut
+from flowml_runtime.wire.training import LeftOut as LeftOut
 from flowml_runtime.wire.training import ModelState as ModelState
 from flowml_runtime.wire.training import NonFinite as NonFinite
 from flowml_runtime.wire.training import OwnState as OwnState
@@ -413,8 +415,8 @@ Wire = (
     | ReadFile | FileRead | Drop | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | ModelState | Gossip | Ask | Grant | Begin | Contribution
     | Arrived | Commit | Computed | Halt | Published | Applied | Collective | Shared | Settled | Report | NonFinite
-    | Staleness | Forwarded | Traffic | Retired | StopTraining | Hold | Paused | Export | Exported | Buffers
-    | Copy | Copied | Claim | Claimed | Completed | Recover | Recovered | Released
+    | Staleness | LeaveOut | LeftOut | Forwarded | Traffic | Retired | StopTraining | Hold | Paused | Export | Exported
+    | Buffers | Copy | Copied | Claim | Claimed | Completed | Recover | Recovered | Released
 )
 # fmt: on
 

@@ -406,6 +406,20 @@ class Staleness(TrainingMessage, frozen=True):
     stores: tuple[tuple[Count, Count, tuple[tuple[Count, Count, Count], ...]], ...]
 
 
+class LeaveOut(TrainingMessage, frozen=True):
+    """The worker of `replica` is lost, and the run goes on without it: homes take nothing more from it."""
+
+    replica: Count
+
+
+class LeftOut(TrainingMessage, frozen=True):
+    """The answer of a worker with homes to LeaveOut, as pairs (store, clock): the store has, or will have, everything
+    that `replica` did before that clock, and nothing of later clocks."""
+
+    replica: Count
+    stores: tuple[tuple[Count, Count], ...]
+
+
 class Forwarded(TrainingMessage, frozen=True):
     """The leader of a site has sent the sum of its site to the homes of a store: the bytes of all its parts.
 

@@ -1,8 +1,18 @@
-"""The error that a fit raises for a failure that a worker reports."""
+"""The error that a fit raises for a failure that a worker reports, or for its loss."""
 
 from __future__ import annotations
 
-from flowml.errors import DeadlineError, DivergedError, FlowmlError, NonFiniteError, WorkerError
+from collections.abc import Sequence
+
+from flowml.errors import (
+    ClusterError,
+    DeadlineError,
+    DivergedError,
+    FlowmlError,
+    NonFiniteError,
+    WorkerError,
+    WorkerLostError,
+)
 from flowml_runtime import wire
 
 
@@ -18,4 +28,24 @@ def failed_error(failed: wire.StepFailed, run: int) -> FlowmlError:
         step=step,
         node=node,
         remote_traceback=failed.traceback or None,
+    )
+
+
+def lost_error(worker: str, reason: str, remedy: str, step: int, unfinished: Sequence[str] | None) -> WorkerLostError:
+    """The error for a worker that was lost at a step. After the last step `unfinished` are the layers whose values it
+    had not sent."""
+    when = f"during training at step {step}"
+    if unfinished is not None:
+        names = ", ".join(map(repr, unfinished)) or "what it trained"
+        when = f"after the last step, before it had sent its part of the result ({names})"
+    advice = f"{remedy}, and continue from the parameters you have"
+    return WorkerLostError(f"{worker} was lost {when}: {reason}; {advice}", worker=worker, step=step)
+
+
+def closed_error(step: int) -> ClusterError:
+    """The error for a cluster that was closed, although no worker was reported lost."""
+    return ClusterError(
+        f"the cluster was closed during training at step {step}; start another and continue from the parameters you "
+        "have",
+        step=step,
     )

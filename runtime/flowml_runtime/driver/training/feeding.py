@@ -7,7 +7,7 @@ happens in a fit knows nothing of shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,14 @@ import jax
 import numpy as np
 
 from flowml.data import Source
+from flowml.devices import worker_of
 from flowml.errors import FlowmlError
 from flowml.instructions import Feed
+from flowml.placement.links import SHARED_MEMORY
 from flowml.plan import ArraySpec
 from flowml.rows import swapped
 from flowml_runtime.driver.loaded_plan import LoadedPlan
+from flowml_runtime.transport.arrays import own_copy
 
 MAX_SHAPES = 32
 """Of the batches of one fit. Each takes a compilation, and memory on every worker."""
@@ -137,3 +140,22 @@ def whole(spec: ArraySpec, array: np.ndarray) -> ArraySpec:
 
 def _text(path: str, shape: tuple[tuple[int, ...], str]) -> str:
     return f"{path} {shape[1]}{list(shape[0])}".lstrip()
+
+
+def shipments(
+    slots: Mapping[str, Sequence[int]], source: Source, specs: Sequence[ArraySpec], way: Callable[[str], str]
+) -> Iterator[tuple[str, tuple[int, ...], tuple[ArraySpec, ...], list[np.ndarray]]]:
+    """The whole leaves of a source for each worker: (worker, slots, specs, arrays). `slots` are what devices read, and
+    `way` says how messages reach a worker."""
+    assert source.arrays is not None
+    by_worker: dict[str, set[int]] = {}
+    for device, read in slots.items():
+        by_worker.setdefault(worker_of(device), set()).update(read)
+    lent: dict[int, np.ndarray] = {}
+    """Copies for workers that get a reference, because the caller may change the source during the fit."""
+    for worker, read in by_worker.items():
+        order = tuple(sorted(read))
+        if way(worker) != SHARED_MEMORY:  # shared memory copies while it sends
+            lent |= {s: own_copy(source.arrays[s], specs[s].dtype) for s in order if s not in lent}
+        arrays = [lent[s] if s in lent else np.ascontiguousarray(source.arrays[s], specs[s].dtype) for s in order]
+        yield worker, order, tuple(whole(specs[s], a) for s, a in zip(order, arrays, strict=True)), arrays

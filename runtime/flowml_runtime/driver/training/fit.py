@@ -20,19 +20,19 @@ import numpy as np
 
 from flowml.data import Source, epoch_order
 from flowml.devices import worker_of
-from flowml.errors import ClusterError, FlowmlError, FlowmlWarning, WorkerError, WorkerLostError
-from flowml.placement.links import SHARED_MEMORY
+from flowml.errors import FlowmlError, FlowmlWarning, WorkerError, WorkerLostError
 from flowml.plan import ArraySpec, Training
 from flowml.training.compiler import TrainingCompiled
 from flowml.training.pieces import pieces
 from flowml.training.step import Metrics
+from flowml.training.without import left_out
 from flowml_runtime import wire
 from flowml_runtime.driver.interrupts import Interrupts
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import Progress
 from flowml_runtime.driver.training.amount import work_of
-from flowml_runtime.driver.training.failures import failed_error
-from flowml_runtime.driver.training.feeding import Feeding, Variant, whole
+from flowml_runtime.driver.training.failures import closed_error, failed_error, lost_error
+from flowml_runtime.driver.training.feeding import Feeding, Variant, shipments, whole
 from flowml_runtime.driver.training.history import History, Record
 from flowml_runtime.driver.training.inbox import Entry, Lost
 from flowml_runtime.driver.training.observer import Observer
@@ -47,7 +47,6 @@ from flowml_runtime.protocol.training.kept_fits import key_of
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.story import entry
 from flowml_runtime.protocol.training.terms import Terms
-from flowml_runtime.transport.arrays import own_copy
 
 
 class Fit:
@@ -84,7 +83,8 @@ class Fit:
         work = work_of(training, terms, source.examples, options.batch_size, options.rest)
         self._aligned = terms.aligned
         start, kept = self._start_message(), saving.resumed.content.ledger if saving.resumed else None
-        self._machine = protocol.TrainingDriver(start, terms, work, places, saving.rhythm(training), kept)
+        keeps, plan = saving.keeps, (terms, work, places)
+        self._machine = protocol.TrainingDriver(start, *plan, saving.rhythm(training), kept, outlives=keeps)
         computed = session.arithmetic  # else reports have no values, and every loss is NaN
         self._history = History(
             training,
@@ -104,7 +104,13 @@ class Fit:
         self._feeding = Feeding(handle, source, variant)
         self._orders: dict[int, np.ndarray] = {}
         self.lost: protocol.WorkerLost | None = None
-        """The first loss of which this run has heard."""
+        """The first loss of which this run has heard, and without which it has not gone on."""
+        self._left: set[str] = set()
+        """The lost workers without which it has gone on."""
+        self.may_lose: Callable[[str], bool] = lambda worker: False
+        """Whether the fit may go on without a worker."""
+        self.goes_on: Callable[[str, str], None] = lambda worker, reason: None
+        """Called when this run goes on without a worker, with the reason why that is lost."""
         self._now = 0.0
         """When the message arrived that is processed."""
 
@@ -196,12 +202,10 @@ class Fit:
                         self._session.tell(worker, check)
                 if gone and self.lost is not None:  # it owed the driver nothing, but other workers wait for it
                     raise self._error(self.lost) from None
-                if gone:  # and no worker was reported lost
-                    raise ClusterError(
-                        f"the cluster was closed during training at step {self._history.step}; start another and "
-                        "continue from the parameters you have",
-                        step=self._history.step,
-                    ) from None
+                if gone and self._left:
+                    self._session.check_workers("training cannot go on")
+                elif gone:  # and no worker was reported lost
+                    raise closed_error(self._history.step) from None
 
     def _stop(self) -> None:
         """Tell the remaining workers to stop, and ignore later messages."""
@@ -245,9 +249,7 @@ class Fit:
             self._payloads[handle] = arrays
             return Received(peer, message, handle)
         if isinstance(message, Lost):
-            lost = protocol.WorkerLost(peer, message.reason)
-            self.lost = self.lost or lost
-            return lost
+            return self._lost_event(peer, message.reason)
         if isinstance(message, wire.StepFailed):
             return protocol.StepFailed(message)
         return None  # a message that does not belong to this fit
@@ -293,8 +295,28 @@ class Fit:
                     self._keep_model(replica, stage, self._taken(handle))
                 case Release(handle):
                     self._payloads.pop(handle, None)
+                case protocol.NoteLeftOut(replica, missed=missed):
+                    self._history.missed(replica, missed)
+                case protocol.LeaveOut(worker, replicas, reason):
+                    self._leave_out(worker, replicas, reason)
                 case protocol.Fail(reason):
                     raise self._error(reason)
+
+    def _lost_event(self, worker: str, reason: str) -> protocol.WorkerLost:
+        """The event that a worker is lost, which ends the run unless it goes on without the worker."""
+        lost = protocol.WorkerLost(worker, reason, may_leave=self.may_lose(worker))
+        if worker not in self._left:
+            self.lost = self.lost or lost
+        return lost
+
+    def _leave_out(self, worker: str, replicas: Sequence[int], reason: str) -> None:
+        """The run goes on without a lost worker."""
+        self._left.add(worker)
+        self.lost = None if self.lost is None or self.lost.worker == worker else self.lost
+        self._training = left_out(self._training, replicas)
+        for replica in replicas:
+            self._observer.retired(replica, self._now)
+        self.goes_on(worker, reason)
 
     def _note(self, report: wire.Report, arrays: Sequence[Any]) -> None:
         """Enter a report in the history. Raises WorkerError if its loss is not finite and that ends the fit."""
@@ -350,8 +372,8 @@ class Fit:
 
     def _save(self, action: protocol.Save, clocks: Sequence[int]) -> None:
         """Take a snapshot. Its step is the clock of all replicas, or what they have reported without common clocks."""
-        step, now = max(clocks) if self._aligned else self._history.reached, self._time.now()
-        ledger, key = self._machine.ledger.kept(clocks), key_of(self._handle.plan_id, self._options.run, action.number)
+        ledger, key = self._machine.kept(clocks), key_of(self._handle.plan_id, self._options.run, action.number)
+        step, now = max(clocks) if self._aligned else self._history.reached_with(ledger.used), self._time.now()
         self.saving.save(self._training, step, action, ledger, self._taken, now, key)
 
     def _send_model(self) -> None:
@@ -373,48 +395,26 @@ class Fit:
         """Send each worker the whole leaves that its stages read, once."""
         if not self._session.arithmetic:
             return
-        assert self._source.arrays is not None
-        specs = self._training.batch_specs
-        by_worker: dict[str, set[int]] = {}
-        for device, slots in self._slots.items():
-            by_worker.setdefault(worker_of(device), set()).update(slots)
-        lent: dict[int, np.ndarray] = {}
-        """Copies for workers that get a reference, because the caller may change the source during the fit."""
-        for worker, slots in by_worker.items():
-            order = tuple(sorted(slots))
-            if self._session.endpoint.way(worker) != SHARED_MEMORY:  # shared memory copies while it sends
-                lent |= {s: own_copy(self._source.arrays[s], specs[s].dtype) for s in order if s not in lent}
-            arrays = [
-                lent[s] if s in lent else np.ascontiguousarray(self._source.arrays[s], specs[s].dtype) for s in order
-            ]
-            wholes = tuple(whole(specs[s], a) for s, a in zip(order, arrays, strict=True))
-            message = wire.Source(**self._ids, slots=order, specs=wholes)
-            self._send(worker, message, arrays)
-
-    def _when(self, worker: str) -> str:
-        """When a worker was lost, in words. After the last record, a lost worker means a lost part of the result."""
-        if not self._machine.trained and self._history.step < self._options.total:
-            return f"during training at step {self._history.step}"
-        names = ", ".join(repr(self._training.stores[i].name) for i in self._machine.unfinished(worker))
-        return f"after the last step, before it had sent its part of the result ({names or 'what it trained'})"
+        leaves = self._slots, self._source, self._training.batch_specs
+        for worker, order, specs, arrays in shipments(*leaves, self._session.endpoint.way):
+            self._send(worker, wire.Source(**self._ids, slots=order, specs=specs), arrays)
 
     def _send(self, worker: str, message: wire.Wire, arrays: Sequence[Any] = ()) -> None:
         """Send to a worker. Raises the error of a lost worker if it is lost, although that was not reported yet."""
         try:
             self._session.endpoint.send(worker, message, arrays)
         except WorkerLostError as error:
-            raise self._error(protocol.WorkerLost(worker, str(error))) from error
+            if not (self.may_lose(worker) and self._machine.goes_on_without(worker)) and worker not in self._left:
+                raise self._error(protocol.WorkerLost(worker, str(error))) from error
+            self.on_lost(worker, str(error))
 
     def _error(self, failed: wire.StepFailed | protocol.WorkerLost) -> FlowmlError:
         if isinstance(failed, wire.StepFailed):
             return failed_error(failed, self._options.run)
-        self.lost = self.lost or failed
-        return WorkerLostError(
-            f"{failed.worker} was lost {self._when(failed.worker)}: {failed.reason}; "
-            f"{self._session.remedy}, and continue from the parameters you have",
-            worker=failed.worker,
-            step=self._history.step,
-        )
+        self.lost, step = self.lost or failed, self._history.step
+        trains = not self._machine.trained and step < self._options.total
+        names = None if trains else [self._training.stores[i].name for i in self._machine.unfinished(failed.worker)]
+        return lost_error(failed.worker, failed.reason, self._session.remedy, step, names)
 
     @property
     def total(self) -> int:

@@ -116,6 +116,19 @@ class History:
         """The number of steps that are reported in full, if replicas share no clocks."""
         return self._complete // self._row
 
+    def reached_with(self, used: int) -> int:
+        """The number of steps that are reported in full and that so many used items fill. Steps that are done again,
+        because what they made was lost with their replica, were reported already."""
+        return min(self.reached, used // self._row)
+
+    def missed(self, replica: int, items: Sequence[wire.Item]) -> None:
+        """These steps of a lost replica count, and it could not report them any more."""
+        for item in items:
+            step, place = divmod(self._complete, self._members)
+            self._complete += 1
+            if step >= self.step:
+                self._open.setdefault(step, {}).setdefault(place, _Unit(replica, item, step))
+
     def report(self, report: wire.Report, arrays: Sequence[Any]) -> None:
         step, place = report.clock, report.replica
         key = (place, step)
@@ -240,7 +253,8 @@ class History:
         step = self.step
         units = self._open.pop(step, {})
         used = self._counted.pop(step, units.keys() if not self._drops else ())
-        kept = sorted((u for place, u in units.items() if place in used), key=lambda u: u.item.sequence)
+        reported = ((place, unit) for place, unit in units.items() if len(unit.values))
+        kept = sorted((unit for place, unit in reported if place in used), key=lambda u: u.item.sequence)
         for unit in tuple(units.values())[-1:]:  # each has every slot
             found = unit.values.items() if isinstance(unit.values, dict) else enumerate(unit.values)
             self._shapes.update((slot, value.shape) for slot, value in found)

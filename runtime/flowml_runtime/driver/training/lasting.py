@@ -6,6 +6,9 @@
     shrink     replicas with a stage on a lost worker are left out, and their stores move (`flowml.training.without`)
     elastic    the same, and replicas whose workers join take part from a snapshot on (`regrouping`)
 
+Where no replica waits for another, a run goes on without a lost worker that had nothing but replicas
+(`protocol.training.departed`), and there is no next run.
+
 A worker that has given notice is left out or replaced in the same way, from a snapshot on and with nothing done again.
 
 A run is an epoch of membership: every message names the plan and the run that it belongs to, and all others are
@@ -131,6 +134,16 @@ class Losses:
             except WorkerLostError as another:
                 error = another
 
+    def may_leave(self, worker: str) -> bool:
+        """Whether the fit goes on without the replicas of a worker, instead of having another in its place."""
+        return self.regrouping is not None and not self._why_not({*self.gone, worker})
+
+    def leave(self, worker: str) -> None:
+        """A run goes on without a lost worker."""
+        self.gone[worker] = None
+        if self.regrouping is not None:
+            self.regrouping.begin(self.gone)
+
     def ready(self) -> bool:
         """Whether the next run can begin with other workers, before any is lost. Called for each message of a fit."""
         if self.regrouping is not None:
@@ -219,6 +232,7 @@ class Runs:
         """The newest losses without a new step before them."""
         self._reached = -1
         """`_told` at the newest loss."""
+        first.goes_on = self._leave
 
     @property
     def plan(self) -> Plan:
@@ -286,6 +300,13 @@ class Runs:
         warnings.warn(_told(loss, self._losses.on_loss), FlowmlWarning, stacklevel=5)
         return before.held(self.fit.saving.first, lost_at - began)
 
+    def _leave(self, worker: str, why: str) -> None:
+        """The run goes on without a lost worker: nothing is done again, and no replica has stopped."""
+        self._losses.leave(worker)
+        loss = Loss((worker,), why, self.fit.step, self.fit.step, 0.0)
+        self._survived.append(loss)
+        warnings.warn(_told(loss, self._losses.on_loss), FlowmlWarning, stacklevel=5)
+
     def _regroup(self, began: float) -> list[Record]:
         """Prepare the next run with other replicas. Returns the records that it is to show first."""
         before, now = self.fit, self._program.session.time.now
@@ -304,6 +325,7 @@ class Runs:
         saving = before.saving.again(handle.plan.training, before.total)
         self.fit = self._make(handle, self._program.reserve(before.total), saving)
         self._regroup_to(self.fit, self._losses)
+        self.fit.goes_on = self._leave
 
     @staticmethod
     def _regroup_to(fit: Fit, losses: Losses) -> None:
@@ -312,7 +334,7 @@ class Runs:
             fit.saving.waits_for_push = True
             losses.regrouping.begin(losses.gone)
         if losses.on_loss != "raise":
-            fit.saving.regroups = losses.ready
+            fit.saving.regroups, fit.may_lose = losses.ready, losses.may_leave
 
     def _leaves(self) -> tuple[Sequence[Any], Sequence[Any]]:
         params, state, _ = self.fit.saving.trees

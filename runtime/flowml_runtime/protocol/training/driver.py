@@ -17,12 +17,14 @@
     Traffic         the bytes that a worker has sent for each store. The newest message counts.
     Paused, Exported, Buffers, Copied   a snapshot is taken: see `snapshot`.
     Retired         a stage pushes nothing more.
+    LeftOut         what homes have of a lost replica: see `departed`.
 
 The fit is over when every stage of every replica that is not lost has retired, every home has finished its stores, and
 the last snapshot is complete.
 These messages may arrive in any order, and repeatedly. Messages of other runs, and all after the end, are dropped.
-An error on a worker, or its loss, ends the fit with an error. There is one exception: after every stage has retired,
-a worker that has sent all of its result may be lost.
+An error on a worker, or its loss, ends the fit with an error. There are two exceptions: after every stage has retired,
+a worker that has sent all of its result may be lost. And where no replica waits for another, a run goes on without a
+worker that had nothing but stages of replicas (`departed`), if others still have items to take.
 
 What the caller must do:
 
@@ -39,13 +41,23 @@ from typing import Any
 
 import msgspec
 
-from flowml.policy.waits import Waits
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.accounts import joined
 from flowml_runtime.protocol.training.actions import Received, Release, Send
 from flowml_runtime.protocol.training.commits import Commits
-from flowml_runtime.protocol.training.ledger import Asked, Fate, Ledger, LedgerState, Settled, Work
+from flowml_runtime.protocol.training.departed import Departed, alone_on
+from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled, Work
+from flowml_runtime.protocol.training.notes import (
+    Note,
+    NoteCommit,
+    NoteFates,
+    NoteForwarded,
+    NoteLeftOut,
+    NoteNonFinite,
+    NoteStaleness,
+    NoteWaits,
+)
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save, Snapshots
 from flowml_runtime.protocol.training.store import Handle
@@ -64,10 +76,11 @@ class StepFailed(msgspec.Struct, frozen=True):
 
 
 class WorkerLost(msgspec.Struct, frozen=True):
-    """A worker of the plan is lost."""
+    """A worker of the plan is lost. `may_leave`: the fit may go on without its replicas."""
 
     worker: str
     reason: str
+    may_leave: bool = False
 
 
 class Pause(msgspec.Struct, frozen=True):
@@ -121,65 +134,6 @@ class Feed(msgspec.Struct, frozen=True):
     cause: int
 
 
-class Note(msgspec.Struct, frozen=True):
-    """Enter a report in the history."""
-
-    message: wire.Report
-    handle: Handle | None
-    cause: int
-
-
-class NoteFates(msgspec.Struct, frozen=True):
-    """The fate of work items, for a simulation or a test. The ledger already has it."""
-
-    fates: tuple[tuple[wire.Item, Fate], ...]
-    missing: tuple[int, ...]
-    late: tuple[int, ...]
-    cause: int
-
-
-class NoteCommit(msgspec.Struct, frozen=True):
-    """Enter in the history which replicas' work of a clock counts, and with a code with which coefficients."""
-
-    clock: int
-    excluded: tuple[int, ...]
-    coefficients: tuple[tuple[int, float], ...]
-    cause: int
-
-
-class NoteWaits(msgspec.Struct, frozen=True):
-    """What the decision of a group waited for at `clock`, and which replicas it leaves out."""
-
-    group: int
-    clock: int
-    waits: Waits
-    excluded: tuple[int, ...]
-    cause: int
-
-
-class NoteStaleness(msgspec.Struct, frozen=True):
-    """How stale applied contributions were, as in `wire.Staleness`."""
-
-    stores: tuple[tuple[int, int, tuple[tuple[int, int, int], ...]], ...]
-    cause: int
-
-
-class NoteForwarded(msgspec.Struct, frozen=True):
-    """The sum of a site was sent, as in `wire.Forwarded`."""
-
-    message: wire.Forwarded
-    cause: int
-
-
-class NoteNonFinite(msgspec.Struct, frozen=True):
-    """Count the gradients of these replicas for a store and clock as left out, and warn."""
-
-    store: int
-    clock: int
-    replicas: tuple[int, ...]
-    cause: int
-
-
 class Keep(msgspec.Struct, frozen=True):
     """This is the store's final value."""
 
@@ -212,6 +166,15 @@ class Fail(msgspec.Struct, frozen=True):
     cause: int
 
 
+class LeaveOut(msgspec.Struct, frozen=True):
+    """The run goes on without a lost worker, on which these replicas were."""
+
+    worker: str
+    replicas: tuple[int, ...]
+    reason: str
+    cause: int
+
+
 class Over(msgspec.Struct, frozen=True):
     """The fit is over."""
 
@@ -238,6 +201,8 @@ Action = (
     | KeepModel
     | Release
     | Fail
+    | LeaveOut
+    | NoteLeftOut
     | Over
 )
 
@@ -253,14 +218,22 @@ class TrainingDriver:
         places: Places,
         rhythm: Rhythm | None = None,
         ledger: LedgerState | None = None,
+        *,
+        outlives: bool = False,
     ) -> None:
-        """`rhythm` says when to take snapshots. `ledger`: the accounts of the snapshot from which the run goes on."""
+        """`rhythm` says when to take snapshots. `ledger`: the accounts of the snapshot from which the run goes on.
+        `outlives`: the fit goes on after a loss."""
         clocks = start.stopped.clocks if start.stopped else (0,)
         self.ledger = Ledger(work)
         if ledger is not None:
             self.ledger.restore(ledger, clocks)
         for replica in places.lost:
             self.ledger.step(ReplicaLost(replica))
+        self._departed = Departed(terms, self.ledger, watches=outlives and rhythm is not None)
+        if ledger is not None:
+            self._departed.restore(ledger, places.lost)
+        self._drained = False
+        """Whether a replica knows that there are no more items."""
         stages = start.stopped.stages if start.stopped else ()
         self._untold = Untold(terms, {s.replica: s.unsettled for s in stages if s.stage == 0})
         self._snapshots = Snapshots(terms, places, rhythm, max(clocks))
@@ -273,7 +246,7 @@ class TrainingDriver:
         self._start = msgspec.structs.replace(start, hold=self._snapshots.hold)
         self._steps = range(start.run, start.run + terms.most_clocks)
         self._item_size = work.item_size
-        self._places = places
+        self._terms, self._places, self._all = terms, places, places.workers
         self._first = min(set(range(terms.replicas)).difference(places.lost))
         """The first replica that takes part."""
         self._stateful = bool(terms.stateful)
@@ -326,9 +299,8 @@ class TrainingDriver:
                 return self._begin()
             case StepFailed(message):
                 return [Fail(message, self.number)] if message.step in self._steps else []
-            case WorkerLost(worker):
-                done = not self._to_retire and not self._snapshots.under_way and not self.unfinished(worker)
-                return [] if done else [Fail(event, self.number)]
+            case WorkerLost():
+                return self._lose(event)
             case Pause(within):
                 return [*self._snapshots.pause(self._ids(), self.ledger.newest, within)]
             case Withdraw():
@@ -339,7 +311,35 @@ class TrainingDriver:
                 return [*go_on, *self._close(retired=[at for at in self._to_retire if at[0] == replica])]
             case Stop():
                 self._ended = True
-                return [Send(self._places.workers, wire.StopTraining(**self._ids()))]
+                return [Send(self._all, wire.StopTraining(**self._ids()))]
+
+    def goes_on_without(self, worker: str) -> tuple[int, ...]:
+        """The replicas without which the run would go on if this worker were lost now; none if it would end."""
+        goes_on = self._departed.goes_on and self._snapshots.active and not self._drained
+        return alone_on(worker, self._terms, self._places) if goes_on else ()
+
+    def _lose(self, event: WorkerLost) -> list[Action]:
+        """Go on without a worker, or end the fit."""
+        done = not self._to_retire and not self._snapshots.under_way and not self.unfinished(event.worker)
+        if done or event.worker not in self._places.workers:
+            return []
+        replicas = self.goes_on_without(event.worker) if event.may_leave else ()
+        if not replicas:
+            return [Fail(event, self.number)]
+        self._places = self._places.without(replicas)
+        self._first = min(set(range(self._terms.replicas)).difference(self._places.lost))
+        self._departed.lose(replicas)
+        for replica in replicas:
+            self.ledger.step(ReplicaLost(replica))
+        ids, workers = self._ids(), self._places.workers
+        told = [Send(workers, wire.LeaveOut(**ids, replica=replica)) for replica in replicas]
+        self._to_retire.difference_update([at for at in self._to_retire if at[0] in replicas])
+        left = LeaveOut(event.worker, replicas, event.reason, self.number)
+        return [*told, *self._snapshots.leave(ids, self._places), left]
+
+    def kept(self, clocks: Sequence[int]) -> LedgerState:
+        """The accounts at a snapshot of replicas with these next clocks."""
+        return msgspec.structs.replace(self.ledger.kept(clocks), unsent=self._departed.unsent())
 
     def final_order(self) -> list[int]:
         """The stores in the order in which their values are taken.
@@ -371,9 +371,17 @@ class TrainingDriver:
         match message:
             case wire.Report(replica=replica, clock=clock):
                 self._untold.report(replica, clock)
-                return [Note(message, event.handle, cause)]
+                if self._departed.counted(message):
+                    return [Note(message, event.handle, cause)]
+                known = Note(msgspec.structs.replace(message, slots=()), None, cause)
+                return [known, *([] if event.handle is None else [Release(event.handle, cause)])]
+            case wire.Ask() | wire.Settled() if self._departed.ignores(message):
+                return []
             case wire.Ask():
                 return self._grant(message)
+            case wire.LeftOut():
+                told = self._departed.answered(message, cause)
+                return [*told, *(a for ask in self._departed.take_waiting() for a in self._grant(ask))]
             case wire.Settled(replica=replica, fates=fates, missing=missing):
                 self.ledger.step(Settled(replica, fates, missing, message.left_out, message.late))
                 return [NoteFates(fates, missing, message.late, cause)]
@@ -399,7 +407,11 @@ class TrainingDriver:
             case wire.OwnState(store=store, replica=replica) if replica == self._first:
                 return [KeepState(store, event.handle, cause)]
             case wire.Paused() | wire.Exported() | wire.Buffers() | wire.Copied():
-                return [*self._snapshots.take(self._ids(), event.peer, message, event.handle), *self._close()]
+                made = self._snapshots.take(self._ids(), event.peer, message, event.handle)
+                for action in made:
+                    if isinstance(action, Save):
+                        self._departed.saved(action.stopped.clocks)
+                return [*made, *self._close()]
             case wire.ModelState(replica=replica, stage=stage):
                 return [KeepModel(replica, stage, event.handle, cause)]
             case wire.Traffic():
@@ -420,6 +432,7 @@ class TrainingDriver:
         for grant in self.ledger.step(Asked(ask.replica, ask.clocks, ask.returned, ask.copy)):
             fed = (i for _, i in grant.items if self._start.source == "fed" or i.size != self._item_size)
             actions += [Feed(grant.replica, item, self.number) for item in fed]
+            self._drained |= grant.exhausted
             answer = wire.Grant(**self._ids(), replica=grant.replica, items=grant.items, exhausted=grant.exhausted)
             actions.append(Send(self._places.stages[grant.replica][:1], answer))
         return actions

@@ -166,12 +166,8 @@ class Fit:
     def _rests(self, asked: wire.Export) -> bool:
         readers = enumerate(self._places.readers)
         read = [number for number, told in readers if any(self._me in names for names in told.values())]
-        return (
-            resting.stages_rest(self.stages, asked)
-            and resting.knows_all(self._terms, read, self._shown, asked)
-            and all(site.rests(asked.clocks, asked.pushed) for site in self._sites.values())
-            and self._home.rests(asked.clocks, asked.pushed)
-        )
+        machines = self.stages, self._sites.values(), self._home
+        return resting.knows_all(self._terms, read, self._shown, asked) and resting.all_rest(*machines, asked)
 
     def validate(self) -> None:
         paced = () if self._pace is None else (self._pace,)
@@ -294,6 +290,14 @@ class Fit:
             self.held = max(self.held, message.number)
         return self._at_stages(meant, stage.Hold(message.clock, message.number))
 
+    def _leave_out(self, message: wire.LeaveOut, _: Received) -> list[Action]:
+        """Say what the home here has of a lost replica. From then on it takes nothing more from it."""
+        if message.replica in self._places.lost:
+            return []
+        self._places, reached = self._places.without((message.replica,)), self._home.reached(message.replica)
+        answer = wire.LeftOut(**self._ids, replica=message.replica, stores=reached)
+        return [*self.lose(ReplicaLost(message.replica)), *([Send(self._driver, answer)] if reached else [])]
+
     def _export(self, message: wire.Export, _: Received) -> list[Action]:
         if message.number > self._exported:
             self.asked, self._exported = message, message.number
@@ -317,6 +321,7 @@ class Fit:
         wire.StoreValue: _loaded,
         wire.Hold: _held,
         wire.Export: _export,
+        wire.LeaveOut: _leave_out,
         **dict.fromkeys((wire.Source, wire.OwnState, wire.ModelState, wire.Gossip, wire.Batch), _handed),
         **dict.fromkeys((wire.Collective, wire.Buffers, wire.Copy), _handed),
     }

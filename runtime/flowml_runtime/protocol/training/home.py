@@ -135,6 +135,11 @@ class Home:
                 return False
         return True
 
+    def reached(self, replica: int) -> tuple[tuple[int, int], ...]:
+        """How much of what a replica has sent is in the stores that apply on arrival: (store, its next clock there)."""
+        clocks = ((index, store.clocks) for index, store in self._stores.items())
+        return tuple((index, found[replica]) for index, found in clocks if found is not None)
+
     def version(self, store: int) -> int:
         """The number of applies so far; -1 before the store is loaded."""
         return self._stores[store].version

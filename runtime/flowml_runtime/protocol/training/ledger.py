@@ -12,7 +12,8 @@ A work item is `item_size` examples from one epoch's order. The machine counts i
   may get a copy of an item that another one has. One grant of each item is settled as used, all others as duplicates.
 * Otherwise the next item goes to the next replica that asks, until all epochs are drained. Fast replicas take more. But
   replicas ask ahead, so for each one that has not asked yet an item is left. An epoch may end when a share of its items
-  is used; replicas finish the items that they have.
+  is used; replicas finish the items that they have. If a run goes on without a lost replica, the homes say what they
+  have of it: items that no store has are taken back, and granted again (see `departed`).
 
 Every granted item comes back exactly once: settled as used, dropped or folded in later, or given back (`returned`
 if it was never begun, `requeued` if it was). The items of a lost replica whose fates it has not told stay outstanding
@@ -126,6 +127,10 @@ class LedgerState(msgspec.Struct, frozen=True):
     cut: dict[int, int]
     over: tuple[tuple[int, int, State], ...]
     queue: QueueState
+    unsent: tuple[tuple[int, int, wire.Item], ...] = ()
+    """The items that are used, and that their replicas had not sent to all stores yet, as `outstanding`."""
+    partly: int = 0
+    """As in `Summary`."""
 
     @property
     def used(self) -> int:
@@ -173,6 +178,8 @@ class Ledger:
         self._unasked = work.replicas
         """The number of replicas that are not lost and have not asked for an item yet."""
         self._lost: set[int] = set()
+        self.partly = 0
+        """The used items that only some stores have got from a replica that was lost."""
 
     def kept(self, clocks: Sequence[int]) -> LedgerState:
         """All accounts, for a snapshot of replicas with these next clocks. What they have not begun is not granted."""
@@ -187,11 +194,13 @@ class Ledger:
             dict(self._cut),
             tuple(self._over.runs()),
             self._queue.state(unbegun),
+            partly=self.partly,
         )
 
     def restore(self, state: LedgerState, clocks: Sequence[int]) -> None:
         """Go on where a snapshot was taken."""
         self._granted, self._cut, self._newest = state.granted, dict(state.cut), [clock - 1 for clock in clocks]
+        self.partly = state.partly
         if self._portions is not None:
             self._portions.restore(max(clocks))
             self._newest = [-1] * len(clocks)  # requests are numbered, and not for clocks
@@ -257,6 +266,25 @@ class Ledger:
         short = len(items) < len(clocks)
         drained = copy is None and short if self._portions else short or self._queue.drained
         return [Grant(replica, tuple(items), exhausted=drained)]
+
+    def has_more_than(self, number: int) -> bool:
+        """Whether more than so many items are left for those that have asked before, in a run that is not aligned."""
+        return self._queue.has_more_than(number + self._unasked)
+
+    def clock_of(self, item: wire.Item) -> int:
+        """The clock for which an item that is outstanding was granted; -1 if it is not."""
+        return self._outstanding.get(_at(item.sequence, item.copy), _NONE)[1]
+
+    def take_back(self, replica: int, clock: int, item: wire.Item) -> None:
+        """An item that was settled as used was lost with its replica: it is outstanding as before."""
+        if self._over.get(item.sequence) != "used" or item.sequence in self._cut:
+            raise ProtocolError(
+                f"item {item.sequence} of replica {replica} is taken back, but does not count as a whole"
+            )
+        for account in (self._epochs[item.epoch], self._replicas[replica], *self._groups):
+            account.fates["used"] -= 1
+        del self._over[item.sequence]
+        self._outstanding[_at(item.sequence, item.copy)] = replica, clock, item
 
     def _is_free(self) -> bool:
         """Whether the next item need not be left for a replica that has not asked yet."""
@@ -397,6 +425,7 @@ class Ledger:
             seen=self._seen(order) if order else (),
             left_out=sum(self._cut.values()),
             lacking=self._lacking(),
+            partly=self.partly,
             groups={name: a.tally() for name, a in zip(self._work.groups, self._groups, strict=True)},
         )
 

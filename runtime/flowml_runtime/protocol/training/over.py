@@ -36,6 +36,10 @@ class ItemsOver:
         self._count += not self._codes[sequence]
         self._codes[sequence] = _CODES[state]
 
+    def __delitem__(self, sequence: int) -> None:
+        self._count -= bool(self._codes[sequence])
+        self._codes[sequence] = 0
+
     def get(self, sequence: int) -> State | None:
         """The fate of an item; None if it may still come back."""
         return _STATES[self._codes[sequence]] if sequence < len(self._codes) else None

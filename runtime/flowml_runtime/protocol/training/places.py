@@ -6,7 +6,7 @@ All machines of a run compute the same answers from the plan, without messages.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from flowml.devices import worker_of
@@ -51,6 +51,14 @@ class Places:
         passes_on = tuple(_passes_on(s, stages) for s in training.stores)
         partners = tuple(_partners([training.stores[i] for i in c.stores]) for c in training.couplings)
         return Places(stages, homes, readers, leads, passes_on, partners, training.lost)
+
+    def without(self, replicas: Iterable[int]) -> Places:
+        """The places after these replicas are lost, and the workers that had nothing but their stages."""
+        lost = tuple(sorted({*self.lost, *replicas}))
+        stages = tuple(() if replica in lost else workers for replica, workers in enumerate(self.stages))
+        left = {worker for workers in stages for worker in workers}.union(*self.homes)
+        readers = tuple({home: tuple(w for w in told if w in left) for home, told in of.items()} for of in self.readers)
+        return replace(self, stages=stages, readers=readers, lost=lost)
 
     def led_by(self, worker: str, store: int) -> tuple[int, ...]:
         """The numbers of the sites of a store for which this worker decides."""

@@ -27,6 +27,12 @@ def stages_rest(stages: Mapping[tuple[int, int], Stage], asked: wire.Export) -> 
     return all(machine.rests(asked.clocks[at[0]], newest) for at, machine in stages.items())
 
 
+def all_rest(stages: Mapping[tuple[int, int], Stage], sites: Iterable[Site], home: Home, asked: wire.Export) -> bool:
+    """Whether the machines of a worker rest."""
+    there = all(site.rests(asked.clocks, asked.pushed) for site in sites) and home.rests(asked.clocks, asked.pushed)
+    return there and stages_rest(stages, asked)
+
+
 def knows_all(terms: Terms, read: Iterable[int], shown: Sequence[tuple[int, int]], asked: wire.Export) -> bool:
     """Whether the stores that are `read` here have shown everything that replicas have sent: (version, floor)."""
     newest = max(asked.clocks)

@@ -11,7 +11,8 @@
   has stopped would be waited for. So all stop before the same clock, and one that has no more items retires, but for
   the last one: the homes stay open for it.
 * One after which a replica leaves is taken after a push, if that is soon: then none of its local steps is lost.
-* A run that loses a replica takes no more snapshots. One that begins without it does, of the others.
+* A run that loses a replica takes no more snapshots. One that begins without it does, of the others, and so does one
+  that is to go on without it (`departed`).
 * A late replica, or one whose worker is late, holds a snapshot up. If others could go on without it, the caller
   withdraws the snapshot after a while: those that have stopped go on, and no other is taken before each of the late
   ones is heard of. One that was due at a clock is then taken later. The last one waits.
@@ -118,6 +119,11 @@ class Snapshots:
         return [self._hold_all(ids, clock)]
 
     @property
+    def active(self) -> bool:
+        """Whether snapshots are still taken."""
+        return self._rhythm is not None
+
+    @property
     def heard(self) -> int:
         """The number of messages so far about a snapshot for which replicas stand that could go on without others."""
         if not self._paused or self._waits_anyway or self._rhythm is None or self._released or self._is_last:
@@ -169,13 +175,22 @@ class Snapshots:
         held, self._rhythm, self.silent = self.hold != NO_HOLD, None, set()
         return [*self._forget(ids["cause"]), *([self._hold_all(ids, NO_HOLD)] if held else [])]
 
+    def leave(self, ids: dict[str, Any], places: Places) -> list[Send | Release]:
+        """The run goes on at these places, without replicas that are lost. A snapshot that is being taken begins
+        anew."""
+        self._places, self._workers = places, places.workers
+        self._live = self._live.difference(places.lost)
+        self.silent.difference_update(places.lost)
+        stand, self._paused = bool(self._paused), {}
+        return [*self._forget(ids["cause"]), *([self._hold_all(ids, self.hold)] if stand else [])]
+
     def take(self, ids: dict[str, Any], peer: str, message: Any, handle: Handle | None) -> list[Send | Save | Release]:
         """Process a Paused, an Exported or Buffers. `ids` are for the messages to send."""
         if self._rhythm is None or message.number != self._number:
             return [] if handle is None else [Release(handle, ids["cause"])]
         match message:
             case wire.Paused(replica=replica):
-                if replica in self._paused:
+                if replica in self._paused or replica not in self._live:
                     return []
                 self._paused[replica] = message
                 if len(self._paused) < len(self._live):

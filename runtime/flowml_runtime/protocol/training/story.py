@@ -53,7 +53,7 @@ def entry(
     done = [
         wants(a)
         for a in wanted
-        if not isinstance(a, driver.NoteFates | driver.NoteCommit | driver.NoteWaits | driver.Note)
+        if not isinstance(a, driver.NoteFates | driver.NoteCommit | driver.NoteWaits | driver.Note | driver.NoteLeftOut)
     ]
     return Entry(run, number, cause, "; ".join([happened(event), *done]))
 
@@ -92,6 +92,11 @@ def said(message: wire.Wire | wire.TrainingMessage) -> str:
             return "all replicas have stopped, tell what you keep"
         case wire.Buffers(owner=owner):
             return f"this is what {owner} keeps" if owner else "these are all buffers"
+        case wire.LeaveOut(replica=replica):
+            return f"go on without replica {replica}"
+        case wire.LeftOut(replica=replica, stores=stores):
+            known = (f"store {store} has what it did before clock {clock}" for store, clock in stores)
+            return f"of replica {replica} {', '.join(known)}"
         case wire.Retired(replica=replica, of_site=True):
             return f"the site of replica {replica} has retired"
         case wire.Retired(replica=replica, stage=stage):
@@ -189,6 +194,8 @@ def wants(action: actions.Action | driver.Action) -> str:
             return f"saves a snapshot before clock {max(stopped.clocks)}"
         case actions.Export():
             return "tells what it keeps between steps"
+        case driver.LeaveOut(worker):
+            return f"goes on without {worker}"
         case driver.Over():
             return "has all: the fit is over"
         case driver.Feed(replica, item):

@@ -44,8 +44,8 @@ class Summary:
     finite gradients.
     `nonfinite_losses` counts, by replica, the losses that were left out of the history because they were not finite.
     `left_out` counts the examples of used items that were not computed, because a replica stopped between two
-    microbatches. `kept` has by layer the Euclidean norm of what the error feedback of all replicas had not sent at the
-    end.
+    microbatches. `partly` counts the used items that only some layers have, because their replica was lost while it
+    sent them. `kept` has by layer the Euclidean norm of what the error feedback of all replicas had not sent.
     """
 
     used: int
@@ -67,6 +67,7 @@ class Summary:
     left_out: int = 0
     lacking: int = 0
     """The examples by which the used items of short batches are smaller than `item_size`."""
+    partly: int = 0
 
     @property
     def examples(self) -> int:
@@ -94,6 +95,8 @@ class Summary:
         if self.left_out:
             whose = _by_replica({r: t.left_out for r, t in enumerate(self.replicas) if t.left_out})
             lines.append(f"examples of used items left out between microbatches: {whose}")
+        if self.partly:
+            lines.append(f"used items that only some layers have, because a worker was lost: {self.partly}")
         if self.seen:
             lines.append("examples seen: " + ", ".join(f"{many} × {times}" for times, many in self.seen))
         alike: dict[str, list[str]] = {}

@@ -1,0 +1,165 @@
+"""Settles the work of a replica that is lost while its run goes on without it.
+
+    WorkerLost -> LeaveOut to all workers -> LeftOut from each with homes -> each item of the replica has a fate
+
+A run goes on without a lost worker where no replica ever waits for another (`waits_for_none`), and where the worker had
+nothing but stages of replicas (`alone_on`). The homes take nothing more from a lost replica, and say what they have:
+
+* An item that all stores have is used, also if its replica has not said so.
+* An item that no store has goes back to the queue, also if its replica has settled it before a push that never came.
+* An item that only some stores have is used, and the ledger counts it as `partly`. Other items of the same push were
+  sent with it, so this is at most one push of a lost replica.
+
+Until all homes have answered, no replica is told that there are no more items. A step that is done again is reported
+once: the report that came first counts. Of a step that counts, and that its replica could not report any more, the
+history is told.
+
+So items are remembered that are settled as used, and that stores may lack. Snapshots have them too (`unsent`): a run
+that begins without a lost replica gives them to others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from flowml.policy import UNBOUNDED, Consensus, Gossip
+from flowml.policy.apply import base_of
+from flowml_runtime import wire
+from flowml_runtime.protocol.training.clocks import contained
+from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled
+from flowml_runtime.protocol.training.notes import NoteLeftOut
+from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+
+Unsent = tuple[int, int, wire.Item]
+"""(replica, clock, item)"""
+
+
+def waits_for_none(terms: Terms) -> bool:
+    """Whether no replica ever waits for another one: each store applies every contribution alone as it arrives, and
+    lets replicas read however late others are. A replica has one stage, and no state of the model."""
+
+    def alone(store: StoreTerms) -> bool:
+        policy = store.policy
+        among = store.collective or store.shared or bool(store.sites) or isinstance(policy.remote, Gossip)
+        if store.clocked or among or isinstance(base_of(policy.apply), Consensus):
+            return False
+        return policy.staleness == UNBOUNDED and policy.quorum.need(terms.replicas) == 1
+
+    return terms.stages == 1 and not terms.stateful and not terms.couplings and all(map(alone, terms.stores))
+
+
+def alone_on(worker: str, terms: Terms, places: Places) -> tuple[int, ...]:
+    """The replicas that are lost with a worker, if a run of `waits_for_none` can go on without them; else none. It
+    cannot without the last ones, a home, or the first replica where that keeps the optimizer's state for the result."""
+    replicas = tuple(sorted({replica for replica, _ in places.stages_on(worker)}))
+    live = {replica for replica, stages in enumerate(places.stages) if stages}
+    keeps = min(live, default=0) in replicas and any(store.policy.local for store in terms.stores)
+    return () if places.stores_on(worker) or keeps or live <= set(replicas) else replicas
+
+
+class Departed:
+    """The items of replicas that are lost, or that may be, and that have not certainly reached all stores."""
+
+    def __init__(self, terms: Terms, ledger: Ledger, *, watches: bool) -> None:
+        """`watches`: the fit goes on after a loss, and takes snapshots for that."""
+        self.goes_on = watches and waits_for_none(terms)
+        self._keeps = watches and not terms.aligned
+        self._terms, self._ledger = terms, ledger
+        self._used: dict[int, dict[int, wire.Item]] = {}
+        """Replica -> clock -> an item that is settled as used, and that some store may lack."""
+        self._reported: dict[int, set[int]] = {}
+        """Replica -> the clocks that it has reported since the newest snapshot."""
+        self._reached: dict[int, dict[int, int]] = {}
+        """Lost replica -> store -> the clock that its home has said. Some have not answered yet."""
+        self._over: set[int] = set()
+        """The lost replicas whose items are settled. What comes from them later is of no use."""
+        self._again: set[int] = set()
+        """The numbers of items that go back to the queue, of steps that were reported."""
+        self._waiting: list[wire.Ask] = []
+
+    def restore(self, state: LedgerState, lost: Collection[int]) -> None:
+        """A run begins at a snapshot without these replicas. Others do again what these had not sent."""
+        for replica, clock, item in state.unsent if self._keeps else ():
+            self._used.setdefault(replica, {})[clock] = item
+            self._reported.setdefault(replica, set()).add(clock)
+        for replica in lost if self._keeps else ():
+            self._settle(replica, (0,) * len(self._terms.stores), 0)
+
+    def unsent(self) -> tuple[Unsent, ...]:
+        """For a snapshot: the items that are used, and that their replicas have not sent to all stores."""
+        return tuple((r, clock, item) for r, found in sorted(self._used.items()) for clock, item in found.items())
+
+    def saved(self, clocks: Sequence[int]) -> None:
+        """A snapshot was taken when replicas were at these clocks: the stores have all pushes before."""
+        for known in (self._used, self._reported):
+            for replica, found in known.items():
+                sent = min(contained(self._terms, s.policy.every, clocks[replica]) for s in self._terms.stores)
+                for clock in [clock for clock in found if clock < sent]:
+                    found.pop(clock) if isinstance(found, dict) else found.discard(clock)
+
+    def ignores(self, message: wire.Ask | wire.Settled) -> bool:
+        """Whether a message of a lost replica comes too late. An Ask may have to wait until homes have answered."""
+        if message.replica in self._over:
+            return True
+        if isinstance(message, wire.Settled):
+            if self._keeps:
+                used = [(self._ledger.clock_of(item), item) for item, fate in message.fates if fate == "used"]
+                self._used.setdefault(message.replica, {}).update(used)
+            return False
+        if not self._reached or not message.clocks:
+            return False
+        waits = bool(self._waiting) or not self._ledger.has_more_than(len(message.clocks))
+        self._waiting += [message] if waits else []
+        return waits
+
+    def counted(self, report: wire.Report) -> bool:
+        """Whether the values of a report are the first ones of their item."""
+        if not self._keeps or not report.slots:
+            return True
+        if report.replica in self._over:
+            return False
+        self._reported.setdefault(report.replica, set()).add(report.clock)
+        return report.item.sequence not in self._again
+
+    def lose(self, replicas: Iterable[int]) -> None:
+        """The homes are asked what they have of these replicas."""
+        self._reached.update((replica, {}) for replica in replicas)
+
+    def answered(self, told: wire.LeftOut, cause: int) -> list[NoteLeftOut]:
+        """A worker says what its homes have of a lost replica. After the last one its items are settled."""
+        reached = self._reached.get(told.replica)
+        if reached is None:
+            return []
+        reached.update(told.stores)
+        if len(reached) < len(self._terms.stores):
+            return []
+        del self._reached[told.replica]
+        return [self._settle(told.replica, tuple(reached[store] for store in sorted(reached)), cause)]
+
+    def take_waiting(self) -> Iterator[wire.Ask]:
+        """What was asked for meanwhile, once all homes have answered."""
+        waiting = [] if self._reached else self._waiting
+        self._waiting = [] if waiting else self._waiting
+        return (ask for ask in waiting if ask.replica not in self._over)
+
+    def _settle(self, replica: int, reached: Sequence[int], cause: int) -> NoteLeftOut:
+        self._over.add(replica)
+        used, reported = self._used.pop(replica, {}), self._reported.pop(replica, set[int]())
+        granted = {clock: item for _, clock, item in self._ledger.held(replica)} if self._keeps else {}
+        returned: list[wire.Item] = []
+        missed: list[wire.Item] = []
+        for clock, item in sorted({**used, **granted}.items()):
+            here = sum(clock < known for known in reached)
+            if not here:
+                if clock in used:
+                    self._ledger.take_back(replica, clock, item)
+                self._ledger.step(Asked(replica, (), (item,)))
+                returned.append(item)
+                self._again.update((item.sequence,) if clock in reported else ())
+                continue
+            if clock in granted:
+                self._ledger.step(Settled(replica, ((item, "used"),)))
+            self._ledger.partly += here < len(reached)
+            missed += [] if clock in reported or item.sequence in self._again else [item]
+        return NoteLeftOut(replica, tuple(reached), tuple(returned), tuple(missed), cause)
