@@ -130,6 +130,7 @@ class Case:
             clock=clock,
             homes=self.homes,
             rhythm=self.rhythm,
+            outlives=self.rhythm is not None,
             pauses=self.pauses,
             patience_s=self.patience_s,
         )

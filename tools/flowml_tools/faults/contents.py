@@ -91,14 +91,17 @@ def _due(seen: Timeline, store: int, fates: Fates) -> Fates:
         q: f
         for q, f in fates.items()
         if f.name in ("used", "folded") and group not in f.missing and _is_known(seen, store, f)
+        if f.replica not in seen.left_out or f.clock < seen.left_out[f.replica][store]
     }
 
 
 def _is_known(seen: Timeline, store: int, fate: Fate) -> bool:
     """Whether the ledger must know if a store has an item. What a lost replica sent last to a store without decisions
-    may have been in vain, and nobody says how much it had computed of a cut step, or which steps it had skipped before
-    a push of several."""
+    may have been in vain, unless the run went on without it for good, and nobody says how much it had computed of a cut
+    step, or which steps it had skipped before a push of several."""
     terms = seen.terms
+    if fate.replica in seen.left_out:
+        return True
     skips = any(group.drops and group.every.push > 1 for group in terms.groups)
     return fate.replica not in seen.lost or (store in terms.group_of and terms.cut is None and not skips)
 

@@ -29,6 +29,8 @@ class _Count:
     granted: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     """(item, copy) -> its replica, and the clock of its step, of those that are out."""
     fates: dict[int, Fate] = field(default_factory=dict[int, Fate])
+    _settled: set[int] = field(default_factory=set[int])
+    """The lost replicas whose items are all settled."""
     by: defaultdict[Any, Counter[str]] = field(default_factory=lambda: defaultdict(Counter[str]))
     """("all", 0), ("epoch", number), ("replica", number) or ("group", number) -> items by fate."""
 
@@ -47,11 +49,29 @@ class _Count:
                 for item, fate in action.fates:  # of a lost replica
                     replica, _ = self.granted.get((item.sequence, item.copy), (-1, -1))
                     yield from self._end(item, fate, replica, action.missing, late=action.late)
+            elif isinstance(action, driver.NoteLeftOut):
+                yield from self._leave_out(action)
             elif isinstance(action, actions.Send) and isinstance(action.message, wire.Grant):
                 yield from self._grant(action.message)
 
+    def _leave_out(self, told: driver.NoteLeftOut) -> Iterator[str]:
+        """All items of a lost replica are settled. Those that no store has go back, even if they were settled."""
+        work, replica = self.seen.work, told.replica
+        self._settled.add(replica)
+        for item in told.returned:
+            fate = self.fates.pop(item.sequence, None)
+            if fate is not None:
+                self.granted[item.sequence, item.copy] = fate.replica, fate.clock
+                for key in (("all", 0), ("epoch", item.epoch), ("replica", replica)):
+                    self.by[key][fate.name] -= 1
+            yield from self._end(item, "returned", replica)
+        for sequence, _ in [at for at, (holder, _) in self.granted.items() if holder == replica]:
+            yield from self._end(work.item(sequence), "used", replica)
+
     def _is_ignored(self, replica: int, turn: Turn) -> bool:
-        """Others compute the portions of a lost replica."""
+        """Others compute the portions of a lost replica, or its items are settled."""
+        if replica in self._settled:
+            return True
         return self.seen.terms.speculation is not None and replica in self.seen.lost_at(turn)
 
     def _grant(self, told: wire.Grant) -> Iterator[str]:

@@ -110,6 +110,8 @@ def _cut(seen: Timeline, saved: Saved, store: int, place: int, where: str) -> It
     for apply in seen.applies.get((seen.places.homes[store][0], store), ()):
         for replica, clock in apply.keys:
             site = seen.site_of(store, replica)
+            if replica in seen.left_out:
+                continue  # its clock is that of others
             whole = terms.collective or seen.terms.speculation is not None
             next_clock = max(clocks) if whole else max(clocks[r] for r in site)
             who = f"the contribution of replica {replica} at clock {clock} to store {store}"

@@ -16,7 +16,7 @@ import numpy as np
 
 from flowml.policy import Fold, Gossip
 from flowml_runtime import wire
-from flowml_runtime.protocol.training import actions
+from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.terms import Group, ReplicaLost
 from flowml_tools.faults.history import DRIVER, Fact, History, Made, Matrix, Sent, Shown, Turn
 
@@ -104,6 +104,8 @@ class Timeline:
     flushed: dict[str, int] = field(default_factory=dict[str, int])
     """By worker: where it was asked for the last snapshot, for which it applies what waits for others."""
     _lost: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    left_out: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    """The lost replicas without which the run went on, and before which clock each store has what they did."""
 
     def __post_init__(self) -> None:
         history = self.history
@@ -127,11 +129,14 @@ class Timeline:
             if isinstance(fact.event, actions.Received):
                 found._hear(place, fact, fact.event, handles)
             elif isinstance(fact.event, ReplicaLost):
-                for known in (found._gone, found._leaving, found._lost):
-                    known[fact.who].append((place, fact.event.replica))
+                found._lose(place, fact.who, fact.event.replica)
             for action in fact.wanted:
                 found._want(place, fact, action, handles)
         return found
+
+    def _lose(self, place: int, who: str, replica: int) -> None:
+        for known in (self._gone, self._leaving, self._lost):
+            known[who].append((place, replica))
 
     def _hear(
         self, place: int, turn: Turn, event: actions.Received, handles: dict[tuple[str, int], wire.Contribution]
@@ -153,6 +158,8 @@ class Timeline:
             case wire.Arrived(store=store, replica=replica, clock=clock, weight=weight):
                 key = self.terms.group_of.get(store, -1), replica, clock, store
                 self._arrived.setdefault(key, (place, weight))
+            case wire.LeaveOut(replica=replica):
+                self._lose(place, turn.who, replica)
             case wire.Export(last=True):
                 self.flushed.setdefault(turn.who, place)
             case wire.Commit(site=None) as told:
@@ -178,6 +185,11 @@ class Timeline:
 
     def _want(self, place: int, turn: Turn, action: object, handles: dict[tuple[str, int], wire.Contribution]) -> None:
         match action:
+            case driver.LeaveOut(_, replicas):
+                for replica in replicas:
+                    self._lose(place, turn.who, replica)
+            case driver.NoteLeftOut(replica, reached):
+                self.left_out[replica] = reached
             case actions.Open():
                 self.began[turn.who] = turn.at
             case actions.Send(message=wire.Commit(site=None) as told) if turn.who == self.leader(

@@ -151,6 +151,8 @@ class World:
     """The plan's part about training, if the run computes with matrices instead of integers."""
     rhythm: Rhythm | None = None
     """When snapshots are taken; None: never."""
+    outlives: bool = False
+    """Whether the driver's machine goes on for good without a lost replica, where it can."""
     pauses: Sequence[float] = ()
     """When snapshots are asked for, beside those of the rhythm."""
     patience_s: float | None = None
@@ -285,22 +287,33 @@ class World:
             self.driver.tell(driver.WorkerLost(name, "it stopped"))
 
     def lose(self, victim: int, when: float) -> None:
-        """All workers of a replica fall silent; the others are told one after the other."""
+        """All workers of a replica fall silent; the others are told one after the other. If the run goes on without it
+        for good, the driver tells them."""
         self.clock.after(when, 0, self._die, victim)
 
     def _die(self, victim: int) -> None:
         if self.driver.machine.over:
             return
         self.dead.add(victim)
+        for name in filter(self.is_dead, self.nodes):
+            self.simulation.silence(name)
         self.clock.after(self.rng.random() * 3, 0, self._tell_lost, victim)
+        if not self.outlives:
+            self._tell_workers(victim)
+
+    def _tell_workers(self, victim: int) -> None:
         for name in self.nodes:
-            if self.is_dead(name):
-                self.simulation.silence(name)
-            else:
+            if not self.is_dead(name):
                 self.clock.after(self.rng.random() * 3, 0, self.simulation.tell_lost, name, victim)
 
     def _tell_lost(self, victim: int) -> None:
+        worker = self.places.stages[victim][0]
+        if self.driver.machine.goes_on_without(worker):
+            self.driver.tell(driver.WorkerLost(worker, "it stopped", may_leave=True))
+            return
         self.driver.tell(driver.ReplicaLost(victim))
+        if self.outlives:
+            self._tell_workers(victim)
 
     def is_dead(self, worker: str) -> bool:
         return worker in self.crashed or any(replica in self.dead for replica, _ in self.places.stages_on(worker))
@@ -314,7 +327,8 @@ class Driver:
         self.history = history
         ids: dict[str, Any] = {"total_clocks": world.terms.total_clocks, "seed": 0, "shuffle": False, "examples": 1}
         start = wire.StartTraining(plan_id=PLAN, run=history.run, source=world.source, **ids)
-        self.machine = driver.TrainingDriver(start, world.terms, world.work, world.places, world.rhythm)
+        about = world.terms, world.work, world.places, world.rhythm
+        self.machine = driver.TrainingDriver(start, *about, outlives=world.outlives)
         self.final: dict[int, Any] = {}
         self.ended = False
         """Whether the fit has ended before it was over."""
@@ -383,6 +397,8 @@ class Driver:
             case driver.SendSource():
                 pass  # the values of items need no data
             case driver.Note() | driver.NoteWaits() | driver.NoteStaleness() | driver.NoteForwarded():
+                pass  # for the history of a fit
+            case driver.NoteLeftOut() | driver.LeaveOut():
                 pass  # for the history of a fit
             case driver.KeepState(_, handle):
                 self._payloads.pop(handle or 0)
