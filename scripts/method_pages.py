@@ -36,7 +36,7 @@ METHODS = {
     "downpour": Method(
         "Downpour",
         ("fm.policies.downpour(4, 2)",),
-        "Replicas differ in speed: none waits for a slow one. A lost one pauses the others while the next run begins.",
+        "Replicas differ in speed: none waits for a slow one, or for a lost one whose worker is the home of no layer.",
         "The model does not bear stale changes at its rate, or machines are equal and links fast.",
     ),
     "sandblaster": Method(

@@ -13,6 +13,7 @@ the order of sending, but for links that are held.
     again A B            what A sent to B last comes once more
     reads R[.S] STORE    whether the stage, as it is, may read the store
     lose R               all are told that the replica is lost
+    left_out R           the driver is told that its worker is lost, and that the fit may go on without it
     pause                the driver is to take a snapshot soon
     withdraw             it gives the snapshot up for now that a late replica holds up
     resume               begin the run anew, from its newest snapshot
@@ -142,7 +143,8 @@ class Scenario:
         self.applied = self._saved_applied.copy()
         ids: dict[str, Any] = {**IDS, "seed": 0, "shuffle": False, "examples": 1, "source": "shipped"}
         start = wire.StartTraining(**ids, total_clocks=self.terms.total_clocks, stopped=stopped)
-        self.driver = driver.TrainingDriver(start, self.terms, self.work, self.places, self._rhythm, ledger)
+        about = self.terms, self.work, self.places, self._rhythm, ledger
+        self.driver = driver.TrainingDriver(start, *about, outlives=True)
         self.workers = {n: TrainingWorker(n, "driver", self.terms.lasting(0), self.places) for n in self.places.workers}
         self._tell("driver", driver.Begin())
 
@@ -209,6 +211,10 @@ class Scenario:
         for name in ("driver", *self.workers):
             if name not in self.places.stages[int(replica)]:
                 self._tell(name, ReplicaLost(int(replica)))
+
+    def _left_out(self, replica: str) -> None:
+        (worker,) = self.places.stages[int(replica)]
+        self._tell("driver", driver.WorkerLost(worker, "it stopped", may_leave=True))
 
     def _show(self, *kinds: str) -> None:
         self._told.update(kinds)

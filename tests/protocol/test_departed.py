@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flowml as fm
-from flowml.policy import Fold, Policy, Quorum, named
+from flowml.policy import Policy, named
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.departed import alone_on, waits_for_none
 from flowml_runtime.protocol.training.snapshot import Rhythm
+from flowml_runtime.protocol.training.terms import StoreTerms, Terms
 from flowml_tools.faults.campaign import check_rest
 from flowml_tools.faults.checker import check
 from flowml_tools.faults.layout import make
@@ -73,3 +74,72 @@ def test_a_replica_is_lost_at_any_time(
         assert summary.dropped == 0
         every = max(s.policy.every.push for s in made.terms.stores)
         assert summary.partly <= every, "at most one push was under way"
+
+
+def test_the_others_take_steps_while_the_homes_are_asked() -> None:
+    """Nothing holds them back: between the news of the loss and the last answer they begin steps."""
+    made = world("Downpour", 5, 6.0, speeds=(1, 1, 1, 1))
+    made.go()
+    facts = made.history.facts
+    (heard,) = (n for n, f in enumerate(facts) if any(isinstance(a, driver.LeaveOut) for a in wanted(f)))
+    (known,) = (n for n, f in enumerate(facts) if any(isinstance(a, driver.NoteLeftOut) for a in wanted(f)))
+    assert not any(isinstance(getattr(a, "message", None), wire.Hold) for a in wanted(facts[heard]))
+    begun = [a.replica for f in facts[heard:known] for a in wanted(f) if isinstance(a, actions.Start)]
+    assert begun
+    assert 3 not in begun
+    later = {a.replica for f in facts[known:] for a in wanted(f) if isinstance(a, actions.Start)}
+    assert later == {0, 1, 2}
+
+
+def wanted(fact: Any) -> Any:
+    return getattr(fact, "wanted", ())
+
+
+WAITS: dict[str, tuple[bool, Any]] = {
+    "asynchronous": (True, named.asynchronous()),
+    "asynchronous, every 4": (True, named.asynchronous(every=4)),
+    "Downpour": (True, named.downpour(2, 4)),
+    "Project Adam": (True, named.adam_convolution(10)),
+    "elastic averaging": (True, named.elastic_averaging(4, 0.5)),
+    "bounded": (False, named.asynchronous(staleness=8)),
+    "n-softsync": (False, named.softsync(2)),
+    "synchronous": (False, named.synchronous()),
+    "quorum": (False, named.quorum(0.75)),
+    "DiLoCo": (False, named.diloco(4)),
+    "gossip": (False, named.gossip()),
+    "sums": (False, named.all_reduce()),
+    "shared memory": (False, named.hogwild()),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_under_which_policies_no_replica_waits(name: str) -> None:
+    expected, policy = WAITS[name]
+    terms = Terms(4, 1, 1, (StoreTerms((0,), policy),), 8)
+    assert waits_for_none(terms) == expected
+    mixed = replace(terms, stores=(*terms.stores, StoreTerms((0,), named.synchronous())))
+    assert not waits_for_none(mixed), "a layer beside it has a clock"
+    assert not waits_for_none(replace(terms, stages=2))
+    assert not waits_for_none(replace(terms, stateful=frozenset({0})))
+
+
+def test_a_home_and_the_last_replicas_are_not_left_out() -> None:
+    made = world("asynchronous", 0, 1.0)
+    terms, places = made.terms, made.places
+    assert [alone_on(f"worker:{n}", terms, places) for n in range(4)] == [(), (), (2,), (3,)]
+    last = places.without([2, 0, 1])
+    assert alone_on("worker:3", terms, last) == ()
+
+
+def test_without_leave_the_fit_ends() -> None:
+    made = world("Downpour", 0, 1e9)
+    machine = made.driver.machine
+    machine.step(driver.Begin())
+    assert machine.goes_on_without("worker:3") == (3,)
+    (failed,) = machine.step(driver.WorkerLost("worker:3", "it stopped"))
+    assert isinstance(failed, driver.Fail)
+    told, left = machine.step(driver.WorkerLost("worker:3", "it stopped", may_leave=True))
+    assert isinstance(told, actions.Send)
+    assert isinstance(left, driver.LeaveOut)
+    assert machine.step(driver.WorkerLost("worker:3", "others hear of it too", may_leave=True)) == []
+    assert machine.goes_on_without("worker:3") == ()
