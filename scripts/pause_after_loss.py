@@ -2,8 +2,8 @@
 
     python scripts/pause_after_loss.py [--kills 5] [--policy downpour]
 
-Each fit has four processes; one that is the home of no layer is killed by kill -9 in the middle of it. Printed are, by the
-times of the callbacks, the median time between two steps, and the longest in the second before each kill and after it.
+Each fit has four processes; one that is the home of no layer is killed by kill -9 in the middle of it. Printed are the
+median time between two steps, and the longest in the second before each kill and after it, by the times of callbacks.
 """
 
 from __future__ import annotations
