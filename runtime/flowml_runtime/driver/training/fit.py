@@ -109,8 +109,8 @@ class Fit:
         """The lost workers without which it has gone on."""
         self.may_lose: Callable[[str], bool] = lambda worker: False
         """Whether the fit may go on without a worker."""
-        self.goes_on: Callable[[str, str], None] = lambda worker, reason: None
-        """Called when this run goes on without a worker, with the reason why that is lost."""
+        self.goes_on: Callable[[str, str, int], None] = lambda worker, reason, step: None
+        """Called when this run goes on without a worker, with the reason why that is lost, and the step."""
         self._now = 0.0
         """When the message arrived that is processed."""
 
@@ -316,7 +316,7 @@ class Fit:
         self._training = left_out(self._training, replicas)
         for replica in replicas:
             self._observer.retired(replica, self._now)
-        self.goes_on(worker, reason)
+        self.goes_on(worker, reason, self._history.step)
 
     def _note(self, report: wire.Report, arrays: Sequence[Any]) -> None:
         """Enter a report in the history. Raises WorkerError if its loss is not finite and that ends the fit."""

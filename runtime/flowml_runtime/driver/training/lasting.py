@@ -68,6 +68,8 @@ class Losses:
         """What to do if too few replicas are left. An elastic fit replaces no worker."""
         self.gone: dict[str, None] = {}
         """The workers whose replicas are left out."""
+        self.survived: list[Loss] = []
+        """Those after which the fit went on."""
         self._cluster = cluster
         self._program = program
         self._least = least
@@ -138,11 +140,17 @@ class Losses:
         """Whether the fit goes on without the replicas of a worker, instead of having another in its place."""
         return self.regrouping is not None and not self._why_not({*self.gone, worker})
 
-    def leave(self, worker: str) -> None:
-        """A run goes on without a lost worker."""
+    def leave(self, worker: str, why: str, step: int) -> None:
+        """A run goes on without a lost worker: nothing is done again, and no replica has stopped."""
         self.gone[worker] = None
         if self.regrouping is not None:
             self.regrouping.begin(self.gone)
+        self.survive(Loss((worker,), why, step, step, 0.0))
+
+    def survive(self, loss: Loss) -> None:
+        """The fit goes on after a loss."""
+        self.survived.append(loss)
+        warnings.warn(_told(loss, self.on_loss), FlowmlWarning, stacklevel=6)
 
     def ready(self) -> bool:
         """Whether the next run can begin with other workers, before any is lost. Called for each message of a fit."""
@@ -226,13 +234,11 @@ class Runs:
         self._records: list[Record] = []
         self._told = -1
         """The newest step whose record callbacks have seen."""
-        self._survived: list[Loss] = []
         self._changes: list[Change] = []
         self._in_vain = 0
         """The newest losses without a new step before them."""
         self._reached = -1
         """`_told` at the newest loss."""
-        first.goes_on = self._leave
 
     @property
     def plan(self) -> Plan:
@@ -271,7 +277,7 @@ class Runs:
             try:
                 outcome = self.fit.run(*self._leaves(), callbacks, held, time.now() - began)
                 changes = tuple(self._changes)
-                return replace(outcome, history=self._records, losses=tuple(self._survived), changes=changes)
+                return replace(outcome, history=self._records, losses=tuple(self._losses.survived), changes=changes)
             except Regrouped:
                 held = self._regroup(began)
             except FlowmlError as error:
@@ -296,16 +302,8 @@ class Runs:
         self._next(handle)
         why = str(error) if before.lost is None else before.lost.reason
         loss = Loss(gone, why, before.step, self.fit.saving.first, now() - lost_at)
-        self._survived.append(loss)
-        warnings.warn(_told(loss, self._losses.on_loss), FlowmlWarning, stacklevel=5)
+        self._losses.survive(loss)
         return before.held(self.fit.saving.first, lost_at - began)
-
-    def _leave(self, worker: str, why: str) -> None:
-        """The run goes on without a lost worker: nothing is done again, and no replica has stopped."""
-        self._losses.leave(worker)
-        loss = Loss((worker,), why, self.fit.step, self.fit.step, 0.0)
-        self._survived.append(loss)
-        warnings.warn(_told(loss, self._losses.on_loss), FlowmlWarning, stacklevel=5)
 
     def _regroup(self, began: float) -> list[Record]:
         """Prepare the next run with other replicas. Returns the records that it is to show first."""
@@ -325,7 +323,6 @@ class Runs:
         saving = before.saving.again(handle.plan.training, before.total)
         self.fit = self._make(handle, self._program.reserve(before.total), saving)
         self._regroup_to(self.fit, self._losses)
-        self.fit.goes_on = self._leave
 
     @staticmethod
     def _regroup_to(fit: Fit, losses: Losses) -> None:
@@ -334,7 +331,7 @@ class Runs:
             fit.saving.waits_for_push = True
             losses.regrouping.begin(losses.gone)
         if losses.on_loss != "raise":
-            fit.saving.regroups, fit.may_lose = losses.ready, losses.may_leave
+            fit.saving.regroups, fit.may_lose, fit.goes_on = losses.ready, losses.may_leave, losses.leave
 
     def _leaves(self) -> tuple[Sequence[Any], Sequence[Any]]:
         params, state, _ = self.fit.saving.trees
