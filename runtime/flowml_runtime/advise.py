@@ -1,7 +1,7 @@
 """`advise` simulates a fit with each of many policies, and ranks them.
 
 Each policy is one simulated fit without arithmetic, of the same model on the same machines: draws depend only on the
-seed, the machine and the step. A replica of a code computes more than one of the others, so its machines are slower.
+seed, the machine and the step.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from flowml.data import Source
 from flowml.errors import FlowmlError, FlowmlWarning, PolicyError, SimulationError
 from flowml.numbers import whole_number
 from flowml.plan import Plan
-from flowml.policy import Coded, Gossip, Policy
+from flowml.policy import Gossip, Policy
 from flowml.policy.candidates import candidates
 from flowml.policy.rhythm import ONCE
-from flowml.sim import Sites, Straggler
+from flowml.sim import Sites
 from flowml_runtime.current import blocks
 from flowml_runtime.driver.progress import shown
 from flowml_runtime.driver.training.result import TrainingResult
@@ -138,22 +138,12 @@ class _Comparison:
 
     def _simulated(self, policies: Any) -> tuple[TrainingResult, list[str]]:
         """The fit, and what it has warned of."""
-        load = self._load(policies)
-        machines = self._cluster.models.compute
-        if load > 1:
-            machines = Straggler(machines, load, workers=range(self._cluster.models.workers))
-        trainer = self._trainer.with_policies(policies, self._cluster.without_arithmetic(machines))
+        trainer = self._trainer.with_policies(policies, self._cluster.without_arithmetic())
         settings: dict[str, Any] = {"batch_size": self._batch_size, "steps": self._steps, "progress": False}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", FlowmlWarning)
             result = trainer.fit(self._params, self._source, state=self._state, **settings)
         return result, [str(w.message) for w in caught]
-
-    def _load(self, policies: Any) -> float:
-        """How many times its share of the batch a replica computes."""
-        each = [policies] if isinstance(policies, Policy) else list(policies.values())
-        codes = [p.quorum.among(self._replicas) for p in each if isinstance(p.quorum, Coded)]
-        return max((float(code.load) * self._replicas for code in codes), default=1.0)
 
     def _trial(self, name: str, policies: Any, result: TrainingResult, notes: Sequence[str]) -> Trial:
         """What a fit took for as many examples as all steps have."""

@@ -43,7 +43,8 @@ def loss(params: Any, batch: Any) -> Any:
 
 
 def fit(policy: str, *faults: Any, arithmetic: bool = False, steps: int = 120, **options: Any) -> fm.TrainingResult:
-    models = fm.sim.LogNormal(0.1, 0.2), fm.sim.Network(1e-3, 1e8)
+    share_s = 0.05 if policy == "coded" else 0.1  # a replica of the code computes two shares of the batch
+    models = fm.sim.LogNormal(share_s, 0.2), fm.sim.Network(1e-3, 1e8)
     cluster = fm.SimulatedCluster(4, *models, arithmetic=arithmetic, faults=faults)
     trainer = fm.Trainer(loss, optax.adam(0.01), cluster=cluster, replicas=4, policies=POLICIES[policy])
     return trainer.fit(PARAMS, SOURCE, batch_size=32, steps=steps, progress=False, **options)

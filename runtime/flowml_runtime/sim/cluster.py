@@ -142,15 +142,12 @@ class SimulatedCluster:
     def models(self) -> Models:
         return self._session.models
 
-    def without_arithmetic(
-        self, compute: ComputeModel | None = None, faults: Sequence[Fault | Churn] | None = None
-    ) -> SimulatedCluster:
-        """A cluster of the same models and seed that keeps clocks and bytes only, with other machines or faults if
-        given."""
+    def without_arithmetic(self, faults: Sequence[Fault | Churn] | None = None) -> SimulatedCluster:
+        """A cluster of the same models and seed that keeps clocks and bytes only, with other faults if given."""
         m = self.models
         return SimulatedCluster(
             m.workers,
-            compute or m.compute,
+            m.compute,
             m.network,
             homes=m.homes,
             devices_per_worker=m.devices,

@@ -66,6 +66,8 @@ class Layout:
     """The sites of each store; none if no store has any."""
     positions: Sequence[Which] = ()
     """Of each store, which of the arrays that mirrors send hold positions."""
+    load: float = 1.0
+    """How many work items' examples the step of a replica computes: those of its shares of a batch, under a code."""
 
     def site_of(self, store: int, replica: int) -> Site | None:
         """The site of a replica, if it adds up gradients with those there, or its leader decides about them alone."""
@@ -90,6 +92,7 @@ class Layout:
             frozenset(i for i, s in enumerate(stores) if s.local is not None),
             [s.sites for s in stores] if any(s.sites for s in stores) else (),
             list(map(which, stores)),
+            float(training.code.load) * len(training.replicas) if training.code else 1.0,
         )
 
     def lasting(self, total_clocks: int) -> Layout:
@@ -145,6 +148,8 @@ class World:
         layout = self.layout
         self.terms, self.places, self.sizes = layout.terms, layout.places, layout.sizes
         self.programs = layout.programs
+        self.work = layout.load * self.terms.replicas / self.terms.members
+        """The examples of a step as a share of those of a work item: more under a code, fewer of a portion."""
         here = self.here
         self.wires = Wires(self.clock, self.network, self.numbers, self.tamper, None if here is None else here.put_for)
         self.backlog = Backlog(self.wires.waiting)
@@ -236,9 +241,9 @@ class World:
         return worker * self.devices + (int(device.rpartition(":")[2]) if self.devices > 1 else 0)
 
     def seconds(self, worker: int, step: actions.Start) -> float:
-        """The compute time of a step, or of one of the portions that make the step of a replica. A work item with fewer
-        examples than usual takes its share of that."""
-        seconds = self.times.seconds(worker, step.clock) * self.terms.replicas / self.terms.members
+        """The compute time of a step, in proportion to its examples: a replica of a code computes several shares of the
+        batch, a portion is a part of one, and a work item may have fewer examples than usual."""
+        seconds = self.times.seconds(worker, step.clock) * self.work
         return seconds * step.item.size / self.layout.item_size if self.is_short(step.item) else seconds
 
     def is_short(self, item: wire.Item) -> bool:

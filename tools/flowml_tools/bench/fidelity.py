@@ -22,7 +22,7 @@ from flowml_tools.bench.timing import tell
 
 SUMMARY = "simulated against real training: step times and bytes of many policies under slow machines"
 REPEATS = 1
-REPLICAS, STEPS, FIRST = 4, 20, 4
+REPLICAS, STEPS, FIRST, BATCH = 4, 20, 4, 64
 """The steps before the FIRST one are not measured: they start threads and fill caches."""
 PAUSE_S = 0.06
 GOAL = Goal("at most", 0.10, of="value")
@@ -35,13 +35,16 @@ KINDS = ("threads", "processes")
 class Composition:
     """A way to keep replicas in step. `make` gives its policy from `fm.policies`.
 
-    `work` gives a policy with the same work in each step, which leaves no replica out; None: synchronous().
+    `work` gives a policy with the same work in each step, which leaves no replica out; None: synchronous(). A replica
+    computes `shares` of the batch, under a code several: so many times the examples and microbatches of a synchronous
+    one.
     """
 
     name: str
     make: Callable[[Any], Any]
     microbatches: int = 1
     work: Callable[[Any], Any] | None = None
+    shares: int = 1
 
 
 def compositions() -> list[Composition]:
@@ -67,7 +70,7 @@ def compositions() -> list[Composition]:
         Composition("streaming DiLoCo, every 4", lambda p: p.diloco(4, fragments=2, delay=1, alpha=0.5), work=local),
         Composition("D-PSGD on a ring", lambda p: p.gossip("ring"), work=local),
         Composition("two sites, significance", lambda p: p.gaia(0.01, sites=2), work=local),
-        Composition("gradient coding, 1 straggler", lambda p: p.coded(1)),
+        Composition("gradient coding, 1 straggler", lambda p: p.coded(1), shares=2),
         Composition("top-k with error feedback", filtered, work=filtered),
         Composition("4-bit deltas, every 4", lambda p: p.diloco(4, filters=(fm.filters.quantise(4),)), work=local),
     ]
@@ -106,25 +109,30 @@ def rows(repeats: int | None, only: Sequence[str] = (), kinds: Sequence[str] = K
             calibration = calibrate(cluster, synchronous, drawn)
             costs = f"{kind}: {calibration}"
             found.append(Row(costs, "s", Sample(calibration.steps_s), Peer("no peer"), group=("calibration", kind)))
-            works: dict[tuple[Any, int], tuple[float, ...]] = {}
             for number, composition in enumerate(chosen):
                 tell(f"fidelity: {kind}, {composition.name}, {number + 1} of {len(chosen)}")
-                key = composition.work, composition.microbatches
-                if key not in works:
-                    works[key] = _step_times(cluster, composition, drawn)
-                simulated = calibration.cluster(REPLICAS, works[key])
+                now = calibrate(cluster, synchronous, drawn)  # other programs on this machine come and go
+                simulated = now.cluster(REPLICAS, _share_times(cluster, composition, drawn))
                 for model, delays in stragglers().items():
                     group = kind, composition.name, model
                     found += _compared(group, cluster, simulated, composition, delays, repeats)
     return [*found, *summary(found)]
 
 
-def _step_times(cluster: Any, composition: Composition, delays: Any) -> tuple[float, ...]:
-    """The compute times of the steps of a composition."""
+def recorded(composition: Composition) -> tuple[Any, int, int]:
+    """The policy, the microbatches and the batch of a fit whose steps do the work of a composition, and whose replicas
+    all count."""
     import flowml as fm
 
-    policy = composition.work(fm.policies) if composition.work else fm.Policy()
-    return step_times(cluster, partial(fit, cluster, policy, delays, composition.microbatches), delays)
+    policy, shares = composition.work(fm.policies) if composition.work else fm.Policy(), composition.shares
+    return policy, composition.microbatches * shares, BATCH * shares
+
+
+def _share_times(cluster: Any, composition: Composition, delays: Any) -> tuple[float, ...]:
+    """The compute times of a replica's share of the batch, in steps that do the work of a composition."""
+    policy, microbatches, batch = recorded(composition)
+    work = partial(fit, cluster, policy, delays, microbatches, batch)
+    return tuple(seconds / composition.shares for seconds in step_times(cluster, work, delays))
 
 
 def _compared(
@@ -155,8 +163,18 @@ def _compared(
     ]
 
 
-def fit(cluster: Any, policy: Any, delays: Any, microbatches: int = 1) -> Measured:
-    """Train four replicas. The model is small, so that the cores of this machine are idle for most of the time."""
+def fit(cluster: Any, policy: Any, delays: Any, microbatches: int = 1, batch: int = BATCH) -> Measured:
+    """Train four replicas."""
+    trainer, params, source = prepared(cluster, policy, delays, microbatches)
+    result = trainer.fit(params, source, batch_size=batch, steps=STEPS, progress=False)
+    ends = [record["seconds"] for record in result.history]
+    nbytes = sum(t["pushed_wire_bytes"] + t["published_wire_bytes"] for t in result.traffic.values())
+    return Measured((ends[-1] - ends[FIRST - 1]) / (len(ends) - FIRST), nbytes)
+
+
+def prepared(cluster: Any, policy: Any, delays: Any, microbatches: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The trainer of four replicas, the parameters, and the examples. The model is small, so that the cores of this
+    machine are idle for most of the time."""
     import jax.numpy as jnp
     import numpy as np
     import optax
@@ -172,11 +190,7 @@ def fit(cluster: Any, policy: Any, delays: Any, microbatches: int = 1) -> Measur
     shapes = {"hidden": (64, 256), "output": (256, 16)}
     params = {name: 0.1 * rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     settings: dict[str, Any] = {"policies": policy, "delays": delays, "microbatches": microbatches}
-    trainer = fm.Trainer(loss, optax.sgd(0.05), cluster=cluster, replicas=REPLICAS, **settings)
-    result = trainer.fit(params, source, batch_size=64, steps=STEPS, progress=False)
-    ends = [record["seconds"] for record in result.history]
-    nbytes = sum(t["pushed_wire_bytes"] + t["published_wire_bytes"] for t in result.traffic.values())
-    return Measured((ends[-1] - ends[FIRST - 1]) / (len(ends) - FIRST), nbytes)
+    return fm.Trainer(loss, optax.sgd(0.05), cluster=cluster, replicas=REPLICAS, **settings), params, source
 
 
 def summary(found: Sequence[Row]) -> list[Row]:

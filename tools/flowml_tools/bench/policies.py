@@ -113,10 +113,10 @@ def simulated(name: str, policy: fm.Policy, seed: int, steps: int) -> Fitted:
     import flowml as fm
 
     load = 2 if name.startswith("coded") else 1
-    compute = machines(STEP_S * load)
+    compute = machines(STEP_S)
     cluster = fm.SimulatedCluster(REPLICAS, compute, fm.sim.Network(1e-3, 1e8), seed=seed)
     result, test = trained(cluster, policy, seed, steps)
-    each = compute.draw(seed, np.arange(REPLICAS)[:, None], np.arange(steps)).mean(axis=1)
+    each = load * compute.draw(seed, np.arange(REPLICAS)[:, None], np.arange(steps)).mean(axis=1)
     ledger, seconds = result.ledger, result.virtual_seconds or 0.0
     begun = [t.used + t.dropped + t.folded for t in ledger.replicas]
     computed = float(np.dot(each, begun)) * ledger.item_size * REPLICAS / BATCH

@@ -8,7 +8,6 @@ a step.
 from __future__ import annotations
 
 from collections import Counter
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from flowml_tools.plots import Line, Plot
@@ -40,17 +39,17 @@ def run(full: bool, seed: int) -> Outcome:
     tree, single = trees[0], CyclicRepetition(84, trees[0].tolerates)
     pauses = (0.0, 10.0, 30.0, 100.0, 300.0) if full else (0.0, 100.0)
     policies = {
-        "CodedReduce": (fm.policies.coded_reduce(4, 3, 1), tree.load),
-        "gradient coding": (fm.policies.coded(20), Fraction(21, 84)),
-        "ring all-reduce": (fm.Policy(topology=fm.Ring()), Fraction(1, 84)),
+        "CodedReduce": fm.policies.coded_reduce(4, 3, 1),
+        "gradient coding": fm.policies.coded(20),
+        "ring all-reduce": fm.Policy(topology=fm.Ring()),
     }
     times = {
-        name: {pause: _seconds(policy, load, pause, 100 if full else 20, seed) for pause in pauses}
-        for name, (policy, load) in policies.items()
+        name: {pause: _seconds(policy, pause, 100 if full else 20, seed) for pause in pauses}
+        for name, policy in policies.items()
     }
     ours, coded, ring = times.values()
     slow = {
-        free: [_seconds(*policies[name], 0.0, 20, seed, SLOW, free) for name in ("gradient coding", "CodedReduce")]
+        free: [_seconds(policies[name], 0.0, 20, seed, SLOW, free) for name in ("gradient coding", "CodedReduce")]
         for free in (True, False)
     }
     return Outcome(
@@ -120,16 +119,13 @@ def _messages(form: tuple[int, int, int], seed: int) -> float:
     return float("inf") if check(run.history) else float(max(taken.values()))
 
 
-def _seconds(
-    policy: fm.Policy, load: Fraction, pause: float, steps: int, seed: int, rate: float = FAST, free: bool = False
-) -> float:
+def _seconds(policy: fm.Policy, pause: float, steps: int, seed: int, rate: float = FAST, free: bool = False) -> float:
     """Virtual seconds of a step. If parameters are `free`, only the links of receivers have the rate."""
     import flowml as fm
 
-    share = 84 * float(load)
     pauses = fm.sim.Straggler(fm.sim.Constant(1e-6), 1 + 1e6 * pause, share=1.0, probability=0.005)
     network = fm.sim.Network(1e-3, rate, uplink_bytes_per_s=None if free else rate, downlink_bytes_per_s=rate)
-    machines = fm.sim.ShiftedExponential(share, share)
+    machines = fm.sim.ShiftedExponential(1.0, 1.0)  # of an 84th of the batch
     found = simulate(policy, 84, machines, network, steps=steps, seed=seed, nbytes=NBYTES, each=28, delays=pauses)
     return step_s(found)
 

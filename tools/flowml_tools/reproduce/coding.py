@@ -33,7 +33,7 @@ def run(full: bool, seed: int) -> Outcome:
                 worst = max(worst, float(np.max(np.abs(total - 1))))
 
     def seconds(policy: fm.Policy, load: int, delay: float) -> float:
-        machines = fm.sim.Straggler(fm.sim.Constant(float(load)), 1 + delay / load, workers=(3,))
+        machines = fm.sim.Straggler(fm.sim.Constant(1.0), 1 + delay / load, workers=(3,))
         return step_s(simulate(policy, replicas, machines, steps=20, seed=seed, each=replicas))
 
     naive = [(delay, seconds(fm.Policy(), 1, delay)) for delay in DELAYS]
