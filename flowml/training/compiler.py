@@ -112,6 +112,11 @@ class TrainingSpec:
             raise TypeError(
                 f"policies={given.__name__}: it makes a policy, and is none; call it: fm.policies.{given.__name__}(…)"
             )
+        if isinstance(given, type):
+            raise TypeError(
+                f"policies={given.__name__}: it is a class, and no policy; give a value, such as fm.Policy() or one of "
+                "fm.policies"
+            )
         for pattern in self.policies if isinstance(self.policies, Mapping) else ():
             if not is_text(pattern):
                 raise TypeError(
