@@ -56,6 +56,8 @@ SUSPENDED_S = 1.0
 """A driver that has sent no heartbeat for so long may be lost itself."""
 AGAIN_S = 1.0
 """After how long another is asked for again in the place of a lost worker."""
+SOON_S = 0.02
+"""The same for the process of a worker that its launcher does not know yet."""
 BACK_S = 60.0
 """How long a worker that takes the place of a lost one may take to join."""
 
@@ -93,8 +95,8 @@ class Cluster:
         """For the runtime: the processes that this cluster started."""
         self._table: LinkTable | None = None
         """None if all workers are in this process."""
-        self._end_worker: Callable[[str], None] | None = None
-        """End a worker. None if others started the workers."""
+        self._end_worker: Callable[[str], bool] | None = None
+        """End a worker; returns whether there was one. None if others started the workers."""
         self._replace: Callable[[str], None] = lambda _: None
         """Have another in the place of a lost worker, unless it is on its way."""
         self.spares = self.launchers = 0
@@ -143,10 +145,16 @@ class Cluster:
                 raise ClusterError(f"{worker!r} is not in the cluster, whose workers are {named(sorted(there))}")
             self._give_notice(worker)
             return
+        foreign = f"{worker} was not started by this cluster; end it where it was started"
         if self._end_worker is None:
-            raise ClusterError(f"{worker} was not started by this cluster; end it where it was started")
+            raise ClusterError(foreign)
         self._check(worker)
-        self._end_worker(worker)
+        deadline = time.monotonic() + NOTICE_S
+        while not self._end_worker(worker):  # a spare's new name is known to its launcher a moment later
+            if self._wait_for_devices(lambda there: worker not in there, SOON_S):
+                return
+            if time.monotonic() > deadline:
+                raise ClusterError(foreign)
 
     def _check(self, worker: str) -> None:
         """Raise ClusterError for a worker that this cluster never had, if it has started them all."""

@@ -126,8 +126,8 @@ def test_rarer_values_are_drawn_for_the_sites_that_there_are() -> None:
 
 
 def test_rules_of_sites_are_drawn_for_the_sites_that_there_are() -> None:
-    """A home that applies each four thirds of the contributions of one site ended a campaign in place of a seed."""
-    topology = fm.Hierarchy(ParameterServer(), ParameterServer(), 1)
-    rule = Policy(topology=topology, staleness=1, quorum=Quorum(0.75, late="fold"))
+    """A home that applies each half of a contribution of two sites ended a campaign in place of a seed."""
+    topology = fm.Hierarchy(ParameterServer(), ParameterServer(), 2)
+    rule = Policy(topology=topology, staleness=1, quorum=Quorum(0.25, late="fold"))
     with pytest.raises(fm.PolicyError, match="less than one"):
         check_drawn((rule,), 6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -111,32 +111,43 @@ def test_a_suspended_worker_is_killed_when_another_takes_its_place() -> None:
             wait_until(lambda: not os.path.exists(f"/proc/{old}"), "it is killed")
 
 
+def end_and_start(cluster: fm.Cluster) -> None:
+    cluster.end_worker("worker:1")
+    wait_until(lambda: len(cluster.devices) == REPLICAS - 1, "it is lost", 30)
+    cluster.start_worker("worker:1")
+
+
 @pytest.mark.filterwarnings(LOST)
+@pytest.mark.parametrize(
+    "again", [lambda c: c.bring_back("worker:1", timeout_s=30), end_and_start], ids=["back", "end"]
+)
 def test_a_spare_whose_new_name_the_launcher_learns_late_is_ended_all_the_same(
-    cluster: fm.Cluster, monkeypatch: pytest.MonkeyPatch
+    cluster: fm.Cluster, monkeypatch: pytest.MonkeyPatch, again: Callable[[fm.Cluster], None]
 ) -> None:
-    wait_until(lambda: cluster.spares == 2, "they have joined", 30)
+    names = {*(f"worker:{i}" for i in range(REPLICAS))}
+    wait_until(
+        lambda: cluster.spares == 2 and names <= {*cluster.pids}, "they have joined, and it knows their names", 30
+    )
     late: list[tuple[str, str]] = []
     processes = cluster.launched.processes
     rename, kill = processes.rename, processes.kill
     monkeypatch.setattr(processes, "rename", lambda *names: late.append(names))
-    cluster.end_worker("worker:1")
-    wait_until(lambda: len(cluster.devices) == REPLICAS - 1, "it is lost")
-    cluster.start_worker("worker:1")
+    end_and_start(cluster)
     wait_until(lambda: len(cluster.devices) == REPLICAS and late, "a spare has its place", 30)
 
-    def kill_before_it_is_known(worker: str) -> None:
-        kill(worker)
+    def kill_before_it_is_known(worker: str) -> bool:
+        killed = kill(worker)
         while late:
             rename(*late.pop())
+        return killed
 
     monkeypatch.setattr(processes, "kill", kill_before_it_is_known)
     monkeypatch.setattr(processes, "rename", rename)
     (spare, _), *_ = late
     before = cluster.pids[spare]
-    cluster.bring_back("worker:1", timeout_s=30)
-    assert len(cluster.devices) == REPLICAS
-    wait_until(lambda: cluster.pids.get("worker:1", before) != before, "another process has its name")
+    again(cluster)
+    wait_until(lambda: cluster.pids.get("worker:1", before) != before, "another process has its name", 30)
+    wait_until(lambda: len(cluster.devices) == REPLICAS, "it is back", 30)
 
 
 def test_bad_numbers_of_spares() -> None:

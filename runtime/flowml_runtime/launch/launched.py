@@ -174,9 +174,9 @@ class LaunchedCluster:
         if self._failure:
             raise ClusterError(f"the coordinator has ended: {self._failure}; start the cluster again")
 
-    def end_worker(self, worker: str) -> None:
-        """Kill the process of a worker, if it still runs. All members lose it."""
-        self.processes.kill(worker)
+    def end_worker(self, worker: str) -> bool:
+        """Kill the process of a worker, if it still runs. All members lose it. Returns whether there was one."""
+        return self.processes.kill(worker)
 
     def start_worker(self, worker: str, ending: Ending | None = None) -> None:
         """Start a process under the name of a worker that is lost. Tests say at what point it is to end.

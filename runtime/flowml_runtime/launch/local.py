@@ -172,14 +172,15 @@ class LocalWorkers:
                 if psutil.Process(pid).status() in SUSPENDED:
                     self._request(Kill(worker, signal.SIGKILL))
 
-    def kill(self, worker: str) -> None:
-        """Kill a worker, and return when its process has ended. Does nothing if it has ended before."""
+    def kill(self, worker: str) -> bool:
+        """Kill a worker, and return when its process has ended. False if no process has that name, or has it yet."""
         with self._changed:
             runs, ended = worker in self._expected, self._ends.get(worker, 0)
         if runs:
             self._request(Kill(worker, signal.SIGKILL))
             with self._changed:  # another may be started at once
                 self._changed.wait_for(lambda: self._ends.get(worker, 0) > ended, KILL_S)
+        return runs
 
     def rename(self, worker: str, name: str) -> None:
         """The process of `worker` is now that of `name`, and one that still has that name is killed. Does not wait."""

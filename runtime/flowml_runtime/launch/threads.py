@@ -37,12 +37,13 @@ class ThreadWorkers:
         self._running[name] = worker, endpoint
         return worker
 
-    def end(self, name: str) -> None:
-        """Close a worker, which the others lose. Does nothing if there is none."""
+    def end(self, name: str) -> bool:
+        """Close a worker, which the others lose. Returns whether there was one."""
         worker, endpoint = self._running.pop(name, (None, None))
         if worker is not None and endpoint is not None:
             endpoint.close()
             worker.close()
+        return worker is not None
 
     def leave(self, name: str) -> None:
         """Have a worker hand over what it does, and then end. Does not wait."""
