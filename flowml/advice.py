@@ -13,16 +13,19 @@ from dataclasses import dataclass, field
 
 from flowml.policy import UNBOUNDED, Coded, Gossip, Policy
 from flowml.policy.filters import is_lossless
+from flowml.policy.published import PolicyRule
 from flowml.render.units import bytes_text, clip, plural, seconds_text
 
 TIE = 0.05
 """Times that differ by less than this share are a tie: models of machines are not better than that."""
 NOTICED = 0.005
 """A share of the work below this is not worth a word."""
+STALE = 0.05
+"""A mean staleness below this is shown as 0.0, and is not worth a word."""
 SHOWN = 3
 """The best policies that the text explains."""
 
-Policies = Policy | Mapping[str, Policy]
+Policies = Policy | Mapping[str, Policy] | PolicyRule
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,11 @@ def ranked(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     return tuple(found)
 
 
-def why(trial: Trial, plain: Trial) -> str:
-    """Why a policy takes the time that it takes, and what that costs, beside `plain`, the synchronous fit."""
+def why(trial: Trial, plain: Trial, each: Sequence[Policy]) -> str:
+    """Why a trial takes the time that it takes, and what that costs, beside `plain`, the synchronous fit. `each`: the
+    policies of its layers."""
     if trial.name == SYNCHRONOUS:
         return "each step waits for all replicas, and equals one step on the whole batch"
-    each = list(trial.policies.values()) if isinstance(trial.policies, Mapping) else [trial.policies]
     ratio = trial.nbytes / plain.nbytes if plain.nbytes else 1.0
     speed = plain.seconds / trial.seconds
     pace = "as fast as" if abs(speed - 1) < TIE else f"{speed:.2f} times as fast as"
@@ -165,7 +168,7 @@ def why(trial: Trial, plain: Trial) -> str:
     costs = [text for policy in each for text in _costs(policy)]
     if trial.dropped > NOTICED:
         costs.append(f"{trial.dropped:.0%} of the computed work is lost")
-    if trial.staleness > 0:
+    if trial.staleness >= STALE:
         costs.append(f"contributions are {trial.staleness:.1f} versions old on average, {trial.most_stale} at most")
     if ratio > 1.25:
         costs.append(f"it moves {ratio:.2g} times the bytes")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from flowml.advice import GIVEN, SYNCHRONOUS, Advice, Policies, Trial, ranked, why
 from flowml.data import Source
-from flowml.errors import FlowmlError, FlowmlWarning, PolicyError, SimulationError
+from flowml.errors import ClusterError, FlowmlError, FlowmlWarning, PolicyError, SimulationError
 from flowml.numbers import whole_number
 from flowml.plan import Plan
 from flowml.policy import Gossip, Policy
@@ -55,7 +55,7 @@ def advise(
         batch: one global batch, as for `Trainer.plan`.
         cluster: the machines and links; by default those of the trainer, which is then on a `SimulatedCluster`. For a
             recorded run give `fm.sim.Recorded(trace)` as its model of machines.
-        policies: name -> a policy, or a mapping from patterns of parameter paths, to try instead of those of
+        policies: name -> a policy, a mapping from patterns of parameter paths, or a rule, to try instead of those of
             `fm.policies` that change training in a known way. Synchronous training is always tried.
         steps: at least 4. A method that exchanges values every 32 steps needs a few times that.
         state: the state of the model, for a loss with `has_state`.
@@ -66,17 +66,46 @@ def advise(
     """
     if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"{trainer!r} is of type {type(trainer).__name__}; give an fm.Trainer")
-    found = cluster or trainer.cluster or blocks.current()
+    found = cluster or trainer.cluster or _current()
     if not isinstance(found, SimulatedCluster):
+        has = "there is no cluster" if found is None else f"{found!r} has none"
         raise SimulationError(
-            f"advise() needs models of machines and links, and {found!r} has none; give cluster=fm.SimulatedCluster("
+            f"advise() needs models of machines and links, and {has}; give cluster=fm.SimulatedCluster("
             "workers=..., compute=fm.sim.LogNormal(0.1, 0.3), network=fm.sim.Network(1e-4, 1e9)), or for a recorded "
             "run compute=fm.sim.Recorded(trace)"
         )
     if trainer.spec.replicas < 2:
         raise SimulationError("advise() compares ways to keep replicas in step, and there is one; give replicas=")
     steps = whole_number("steps", steps, least=4)
-    return _Comparison(trainer, params, structs(batch, "batch leaf"), found, steps, state).run(policies)
+    _check(policies)
+    shapes = structs(batch, "batch leaf")
+    if not jax.tree_util.tree_leaves(shapes):
+        raise ValueError(f"batch={batch!r} has no arrays; give one global batch, as for Trainer.plan")
+    return _Comparison(trainer, params, shapes, found, steps, state).run(policies)
+
+
+def _current() -> object:
+    """The cluster of the current block, if there is one."""
+    try:
+        return blocks.current()
+    except ClusterError:
+        return None
+
+
+def _check(policies: object) -> None:
+    """Raise TypeError unless it is None or maps names to what a trainer takes for its policies."""
+    if not isinstance(policies, Mapping | None):
+        raise TypeError(
+            f"policies={policies!r} is a {type(policies).__name__}; give a mapping from names to the policies to try, "
+            'such as {"quorum(0.75)": fm.policies.quorum(0.75)}'
+        )
+    for name, given in cast("Mapping[Any, Any]", policies or {}).items():
+        if not (isinstance(given, Policy | Mapping) or callable(given)):
+            raise TypeError(
+                f"policies[{name!r}] is {given!r}, of type {type(given).__name__}; give an fm.Policy such as "
+                "fm.policies.quorum(0.75), a mapping from patterns of parameter paths to policies, or a rule "
+                "(path, shape) -> fm.Policy"
+            )
 
 
 class _Comparison:
@@ -88,7 +117,10 @@ class _Comparison:
         self._trainer = trainer
         self._params = jax.tree_util.tree_map(_array, params)
         self._state = jax.tree_util.tree_map(_array, state)
+        self._batch = batch
         self._batch_size = int(jax.tree_util.tree_leaves(batch)[0].shape[0])
+        self._ruled: dict[Any, list[Policy]] = {}
+        """By rule, the policies that it chooses."""
         self._source = _source(batch, self._batch_size)
         self._cluster = cluster
         self._steps = steps
@@ -115,7 +147,7 @@ class _Comparison:
                 del left[0]
         if given is not None and len(trials) == 1 and refused:
             raise PolicyError(f"none of these policies can train this model: {next(iter(refused.values()))}")
-        told = [_explained(trial, trials[SYNCHRONOUS]) for trial in trials.values()]
+        told = [self._explained(trial, trials[SYNCHRONOUS]) for trial in trials.values()]
         size = self._replicas, self._steps, self._batch_size
         return Advice(*size, own_s, slowest_s, ranked(told), refused)
 
@@ -145,6 +177,18 @@ class _Comparison:
             result = trainer.fit(self._params, self._source, state=self._state, **settings)
         return result, [str(w.message) for w in caught]
 
+    def _each(self, policies: Any) -> list[Policy]:
+        """The policies of layers."""
+        if isinstance(policies, Policy):
+            return [policies]
+        if isinstance(policies, Mapping):
+            return list(cast("Mapping[str, Policy]", policies).values())
+        if policies not in self._ruled:
+            trainer = self._trainer.with_policies(policies, self._cluster)
+            training = trainer.plan(self._params, self._batch, self._state).training
+            self._ruled[policies] = [store.policy for store in training.stores] if training else []
+        return self._ruled[policies]
+
     def _trial(self, name: str, policies: Any, result: TrainingResult, notes: Sequence[str]) -> Trial:
         """What a fit took for as many examples as all steps have."""
         ledger, wanted = result.ledger, self._steps * self._batch_size
@@ -167,6 +211,10 @@ class _Comparison:
             notes=tuple(notes),
         )
 
+    def _explained(self, trial: Trial, plain: Trial) -> Trial:
+        speed = plain.seconds / trial.seconds if trial.seconds else 1.0
+        return replace(trial, speed=speed, why=why(trial, plain, self._each(trial.policies)))
+
     def _times(self, plan: Plan) -> tuple[float, float]:
         """The mean seconds of a replica's step, and of the slowest replica's of each step."""
         training, models = plan.training, self._cluster.models
@@ -174,10 +222,6 @@ class _Comparison:
         machines = [_machine(devices[0], models.devices) for devices in training.replicas]
         times = models.compute.drawn(models.seed, np.array(machines), np.arange(self._steps)[:, None])
         return float(times.mean()), float(times.max(axis=1).mean())
-
-
-def _explained(trial: Trial, plain: Trial) -> Trial:
-    return replace(trial, speed=plain.seconds / trial.seconds if trial.seconds else 1.0, why=why(trial, plain))
 
 
 def _rhythm(policies: Any) -> int:

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import flowml as fm
-from flowml.advice import TIE, Trial, ranked
+from flowml.advice import TIE, Trial, ranked, why
 from flowml.policy.candidates import candidates
 
 REPLICAS, BATCH, STEPS = 8, 64, 64
@@ -135,11 +135,40 @@ def test_a_trial_repeats_and_leaves_the_trainer_as_it_was() -> None:
     [
         ({"steps": 3}, "steps=3: give at least 4"),
         ({"cluster": "local"}, "has none; give cluster=fm.SimulatedCluster"),
+        ({"policies": fm.policies.quorum(0.75)}, "is a Policy; give a mapping from names to the policies to try"),
+        ({"policies": [fm.Policy()]}, "is a list; give a mapping from names"),
+        ({"policies": {"x": 3}}, r"policies\['x'\] is 3, of type int; give an fm.Policy such as"),
+        ({"batch": {}}, "batch={} has no arrays; give one global batch"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], text: str) -> None:
-    with pytest.raises((fm.FlowmlError, ValueError), match=text):
-        fm.advise(trainer(STEADY), PARAMS, SHAPES, **arguments)
+    with pytest.raises((fm.FlowmlError, ValueError, TypeError), match=text):
+        fm.advise(trainer(STEADY), PARAMS, **{"batch": SHAPES, **arguments})
+
+
+def test_without_a_cluster_it_says_that_it_needs_a_simulated_one() -> None:
+    without = fm.Trainer(loss, optax.sgd(0.1), replicas=REPLICAS)
+    with pytest.raises(fm.SimulationError, match="and there is no cluster; give cluster="):
+        fm.advise(without, PARAMS, SHAPES)
+
+
+def test_rules_are_tried_and_explained_by_the_policies_that_they_choose() -> None:
+    def coded(path: str, shape: tuple[int, ...]) -> fm.Policy:
+        return fm.policies.coded(1)
+
+    own = trainer(STEADY, policies=fm.policies.adam_auto(8))
+    found = fm.advise(own, PARAMS, SHAPES, policies={"coded": coded}, steps=16)
+    assert {trial.name for trial in found.trials} == {"as given", "coded", "synchronous()"}
+    assert "no replica waits for a slow one" in found["as given"].why
+    assert "each example is computed several times" in found["coded"].why
+    assert found["coded"].speed == pytest.approx(0.5, abs=0.05)  # a replica computes twice as much
+
+
+def test_a_staleness_that_is_shown_as_0_is_no_word_of_the_reason() -> None:
+    plain = Trial("synchronous()", fm.Policy(), 1.0, 1.0)
+    for staleness, told in ((0.04, False), (0.2, True)):
+        trial = Trial("x", fm.policies.asynchronous(), 1.0, 1.0, staleness=staleness, most_stale=1)
+        assert ("versions old" in why(trial, plain, [fm.policies.asynchronous()])) is told
 
 
 def test_one_replica_has_nothing_to_compare() -> None:

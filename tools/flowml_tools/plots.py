@@ -1,4 +1,4 @@
-"""Draws the figure of a claim or a benchmark as SVG: lines in one pair of axes, with ticks and a legend.
+"""Draws the figure of a claim or a benchmark as SVG: lines in one pair of axes, or rows of dots.
 
 It needs no other program.
 """
@@ -12,6 +12,8 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 68, 150, 44, 48
+LINE, CHARACTER, LABEL = 15, 6.2, 36
+"""The height of a row of dots, and about the width of a letter and of the label of a tick."""
 COLOURS = ("#3978d8", "#dd7a2e", "#20967f", "#b5509a", "#7f8f1f", "#cf4759", "#6b62d6", "#7d6a57")
 STYLE = """
 .plot text{font-family:ui-sans-serif,system-ui,'Segoe UI','DejaVu Sans',Arial,sans-serif;font-size:11px;fill:#1c2733}
@@ -58,28 +60,87 @@ class _Axis:
         return self.begin + share * (self.end - self.begin)
 
 
-def draw(plot: Plot) -> str:
-    """The plot as an SVG document, on a background of its own, for light and dark pages."""
+@dataclass(frozen=True)
+class DotsRow:
+    """A name, and the values of each column."""
+
+    name: str
+    values: tuple[Sequence[float], ...]
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Rows of dots in columns beside each other, each column with an axis of its own. A line marks the mean. A column
+    without values in a row says `missing` there."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[DotsRow, ...]
+    missing: str = "–"
+
+
+def draw(figure: Plot | Dots) -> str:
+    """The figure as an SVG document, on a background of its own, for light and dark pages."""
+    return _dots(figure) if isinstance(figure, Dots) else _lines(figure)
+
+
+def _document(title: str, height: float, parts: Sequence[str]) -> str:
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" '
+        f'height="{height:g}" role="img">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect class="back" width="{WIDTH}" height="{height:g}" rx="8"/>',
+        _text(LEFT, 24, title, "start", "title"),
+    ]
+    return "\n".join([*head, *parts, "</svg>"]) + "\n"
+
+
+def _dots(figure: Dots) -> str:
+    first = 16 + CHARACTER * max((len(row.name) for row in figure.rows), default=0)
+    each = (WIDTH - 24 - first) / len(figure.columns)
+    bottom = TOP + LINE * len(figure.rows)
+    parts: list[str] = []
+    for column, name in enumerate(figure.columns):
+        begin, colour = first + column * each, COLOURS[column % len(COLOURS)]
+        values = [value for row in figure.rows for value in row.values[column]]
+        axis = _axis(values or [1.0], log=False, begin=begin + 10, end=begin + each - 10)
+        for tick in axis.ticks[:: math.ceil(len(axis.ticks) * LABEL / each)]:
+            parts += [
+                f'<path class="rule" d="M{axis.at(tick):.1f},{TOP}V{bottom}"/>',
+                _text(axis.at(tick), bottom + 16, f"{tick:g}", "middle"),
+            ]
+        parts.append(_text(begin + each / 2, bottom + 36, name, "middle"))
+        parts += [
+            _dots_row(row.values[column], axis, TOP + LINE * (number + 0.5), colour, figure.missing)
+            for number, row in enumerate(figure.rows)
+        ]
+    names = (_text(first - 4, TOP + LINE * (i + 0.5) + 4, r.name, "end") for i, r in enumerate(figure.rows))
+    return _document(figure.title, bottom + BOTTOM, [*parts, *names])
+
+
+def _dots_row(values: Sequence[float], axis: _Axis, y: float, colour: str, missing: str) -> str:
+    if not values:
+        return _text((axis.begin + axis.end) / 2, y + 4, missing, "middle")
+    mean = axis.at(sum(values) / len(values))
+    dots = "".join(f'<circle cx="{axis.at(value):.1f}" cy="{y:g}" r="2.6"/>' for value in values)
+    return f'<g fill="{colour}">{dots}<path d="M{mean:.1f},{y - 5:g}v10" stroke="{colour}" stroke-width="1.8"/></g>'
+
+
+def _lines(plot: Plot) -> str:
     lines = [_finite(line, plot) for line in plot.lines]
     points = [point for line in lines for point in line.points]
     xs, ys = [x for x, _ in points] or [1.0], [y for _, y in points] or [1.0]
     across = _axis(xs, plot.log_x, LEFT, WIDTH - RIGHT)
     up = _axis(ys if plot.log_y else [0.0, *ys], plot.log_y, HEIGHT - BOTTOM, TOP)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-        f'height="{HEIGHT}" role="img">',
-        f"<title>{escape(plot.title)}</title>",
-        f"<style>{STYLE}</style>",
-        f'<rect class="back" width="{WIDTH}" height="{HEIGHT}" rx="8"/>',
-        _text(LEFT, 24, plot.title, "start", "title"),
         *(_tick_x(across, value) for value in across.ticks),
         *(_tick_y(up, value) for value in up.ticks),
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, plot.x, "middle"),
         f'<g transform="rotate(-90 16 {HEIGHT / 2})">{_text(16, HEIGHT / 2, plot.y, "middle")}</g>',
         *(_line(line, index, across, up) for index, line in enumerate(lines)),
-        "</svg>",
     ]
-    return "\n".join(parts) + "\n"
+    return _document(plot.title, HEIGHT, parts)
 
 
 def _finite(line: Line, plot: Plot) -> Line:

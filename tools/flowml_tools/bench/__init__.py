@@ -1,7 +1,8 @@
 """`flowml bench` measures flowml side by side with other systems on this machine.
 
-A benchmark is a module with a SUMMARY and a function `rows`. Its goals are ratios, because absolute times differ
-between machines. A missed goal is printed as MISSED and does not fail the command.
+A benchmark is a module with a SUMMARY and a function `rows`. One that takes minutes and has many lines has `parts` too,
+which yields each line when it is known; after Ctrl-C those that are there are kept. Its goals are ratios, because
+absolute times differ between machines. A missed goal is printed as MISSED and does not fail the command.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from flowml_tools.bench import (
     allreduce,
@@ -31,10 +34,11 @@ from flowml_tools.bench import (
     training,
     transport,
 )
-from flowml_tools.bench.rows import BenchError, Row
+from flowml_tools.bench.policy_entries import parsed
+from flowml_tools.bench.rows import BenchError, Part, Row
 from flowml_tools.bench.table import render
 from flowml_tools.bench.timing import hush
-from flowml_tools.command import CommandError, positive
+from flowml_tools.command import CommandError, positive, seconds
 from flowml_tools.plots import draw
 
 SUMMARY = "side-by-side measurements, peers included where installed"
@@ -73,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=positive, metavar="N", help="measurements a row (default: as each needs)")
     parser.add_argument("--jobs", type=positive, metavar="N", help="processes of `simulator` (default: one a core)")
     parser.add_argument("--machines", type=positive, metavar="N", help="machines of `simulator` (default: 20000)")
+    parser.add_argument(
+        "--policies", metavar="NAME,...", help="those of `policies`: quorum, or diloco(8) (default: all)"
+    )
+    parser.add_argument("--cluster", choices=policies.KINDS, help="the replicas of `policies` (default: threads)")
+    parser.add_argument("--time", type=seconds, metavar="SECONDS", help="begin nothing in `policies` that ends later")
+    parser.add_argument("--full", action="store_true", help="more seeds and steps in `policies`: about half an hour")
     parser.add_argument("--make-peers", action="store_true", help="install Ray and TensorFlow for later runs, and end")
 
 
@@ -89,22 +99,72 @@ def main(arguments: argparse.Namespace) -> int:
     folder: Path | None = arguments.plots
     if folder and not folder.is_dir():
         raise CommandError(f"--plots {str(folder)!r} is not a folder")
+    settings = {name: _settings(name, names, arguments) for name in OPTIONS}
     results: dict[str, Sequence[Row]] = {}
+    left_out: dict[str, Mapping[str, str]] = {}
     for name in names:
+        found: list[Row] = []
         try:
-            own = {"jobs": arguments.jobs, "machines": arguments.machines} if name == "simulator" else {}
-            results[name] = BENCHMARKS[name].rows(arguments.repeats, **own)
+            with closing(_parts(name, arguments.repeats, settings.get(name, {}))) as parts:
+                for part in parts:
+                    hush()
+                    print(part.text, end="\n" if part.text else "", flush=True)
+                    found += part.rows
+                    left_out |= {name: part.left_out} if part.left_out else {}
         except BenchError as error:
             raise BenchError(f"{name}: {error}") from None
         finally:
             hush()
-        shown = getattr(BENCHMARKS[name], "render", render)
-        print(shown(name, results[name]), flush=True)
-        if output:
-            output.write_text(report(results))
-        if folder and hasattr(BENCHMARKS[name], "plot"):
-            (folder / f"{name}.svg").write_text(draw(BENCHMARKS[name].plot(results[name])))
+            results |= {name: found} if found else {}
+            _write(output, folder, name, results, left_out)
     return 0
+
+
+OPTIONS = {"simulator": ("jobs", "machines"), "policies": ("policies", "cluster", "time", "full")}
+"""The options of one benchmark alone."""
+
+
+def _settings(name: str, names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of one benchmark, as arguments of its function. Raises CommandError if it is not among `names`."""
+    given = {option: value for option in OPTIONS[name] if (value := getattr(arguments, option)) not in (None, False)}
+    if given and name not in names:
+        raise CommandError(f"--{next(iter(given))} is an option of `{name}` alone; give it with that benchmark")
+    if name != "policies":
+        return given
+    chosen = parsed(given["policies"]) if "policies" in given else []
+    if chosen:
+        policies.chosen(chosen)  # a wrong name is refused before anything runs
+    return {
+        "names": chosen,
+        "kind": given.get("cluster", policies.KINDS[0]),
+        "seconds": given.get("time"),
+        "full": bool(given.get("full")),
+    }
+
+
+def _parts(name: str, repeats: int | None, settings: Mapping[str, Any]) -> Generator[Part]:
+    """What a benchmark finds, as it comes."""
+    module = BENCHMARKS[name]
+    if hasattr(module, "parts"):
+        yield from module.parts(repeats, **settings)
+    else:
+        found = module.rows(repeats, **settings)
+        yield Part(getattr(module, "render", render)(name, found), tuple(found))
+
+
+def _write(
+    output: Path | None,
+    folder: Path | None,
+    name: str,
+    results: Mapping[str, Sequence[Row]],
+    left_out: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Write the rows of all benchmarks so far, and the plot of this one."""
+    if output and results:
+        output.write_text(report(results, left_out))
+    if folder and name in results and hasattr(BENCHMARKS[name], "plot"):
+        (folder / f"{name}.svg").write_text(draw(BENCHMARKS[name].plot(results[name])))
+        print(f"  written: {folder / name}.svg")
 
 
 def _make_peers(arguments: argparse.Namespace) -> int:
@@ -118,12 +178,13 @@ def _make_peers(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def report(results: Mapping[str, Sequence[Row]]) -> str:
-    """The rows of each benchmark, and a description of the machine and versions, as JSON text."""
+def report(results: Mapping[str, Sequence[Row]], left_out: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """The rows of each benchmark, why others were left out, the machine and the versions, as JSON text."""
     content = {
         "machine": _machine(),
         "versions": _versions(),
         "benchmarks": {name: [row.json() for row in rows] for name, rows in results.items()},
+        "left out": left_out or {},
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 

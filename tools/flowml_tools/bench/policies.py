@@ -1,273 +1,227 @@
-"""Trains one real model with many policies beside slow machines: time to a loss, accuracy, bytes, idle time, lost work.
+"""Trains one real model with many policies beside a slow machine: time to a loss, accuracy, bytes, waits, lost work.
 
-A network of two layers learns scikit-learn's digits on eight replicas, of which a quarter is four times as slow as the
-others. The fits run under a virtual clock with arithmetic: losses and accuracies are computed, and times are those of
-the models, so the table is the same on every machine. A few policies are trained on threads and on processes too, with
-the drawn times as pauses, to show that their real times are the virtual ones.
+Replicas are threads or worker processes of this machine, or simulated ones (`policy_fits`). All policies have the same
+optimizer and the same number of steps, for none of which they were tuned (`policy_entries`). The loss is that of the
+training examples, where the replicas compute it: some have parameters of their own. The accuracy is that of the result
+on examples that were held back.
 
-All policies have the same optimizer and the same number of steps, for none of which they were tuned. The loss is that
-of the training examples, as a mean over `WINDOW` steps. A replica of a code computes twice as many examples in a step,
-so its steps take twice as long.
+A policy's line is printed when its last seed is done. Seeds for which there is no time are not begun: how long a fit
+takes is judged by those before, so the benchmark ends about one fit after its time at the latest.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from flowml_tools.bench.rows import BenchError, Peer, Row, Sample
-from flowml_tools.bench.stragglers import accuracy, loss
+from flowml.errors import FlowmlError
+from flowml_tools.bench.policy_entries import BATCH, LEFT_OUT, PAUSE_S, REPLICAS, Entry, chosen
+from flowml_tools.bench.policy_fits import FACTOR, SIZES, SPREAD, TARGET, Fits, Fitted, start
+from flowml_tools.bench.rows import Part, Peer, Row, Sample
 from flowml_tools.bench.timing import tell
-from flowml_tools.plots import COLOURS, Line, Plot
+from flowml_tools.command import count
+from flowml_tools.plots import Dots, DotsRow
 
-if TYPE_CHECKING:
-    import flowml as fm
-    from flowml.sim import ComputeModel
-    from flowml_runtime.driver.training.result import TrainingResult
-
-SUMMARY = "one model, many policies beside slow machines: time to a loss, accuracy, bytes, idle time, lost work"
-SEEDS = 3
-REPLICAS, BATCH, STEPS = 8, 64, 240
-TARGET, WINDOW = 0.4, 12
-STEP_S, PAUSE_S = 0.1, 0.06
-"""The mean seconds of a replica's step under the virtual clock, and of the pauses of real workers."""
-REAL = ("synchronous()", "quorum(0.75)", "local_sgd(4)", "asynchronous()")
-KINDS = ("threads", "processes")
-"""The real workers."""
-LAYERS = ("hidden", "output")
-
-
-def compositions() -> dict[str, fm.Policy]:
-    """The policies, by the calls of `fm.policies` that make them."""
-    import flowml as fm
-
-    p = fm.policies
-    return {
-        "synchronous()": p.synchronous(),
-        "all_reduce()": p.all_reduce(),
-        "coded(1)": p.coded(1),
-        "speculate(2)": p.speculate(2),
-        "deadline(0.75)": p.deadline(0.75),
-        "quorum(0.75)": p.quorum(0.75),
-        "compensate(0.75)": p.compensate(0.75),
-        "qsgd(8)": p.qsgd(8),
-        "deep_compression(0.05)": p.deep_compression(0.05),
-        "double_buffer()": p.double_buffer(),
-        "asynchronous(3)": p.asynchronous(3),
-        "softsync(4)": p.softsync(4),
-        "asynchronous()": p.asynchronous(),
-        "local_sgd(4)": p.local_sgd(4),
-        "gossip('ring')": p.gossip("ring"),
-        "diloco(8)": p.diloco(8),
-        "decoupled_diloco(8, 0.75)": p.decoupled_diloco(8, 0.75),
-        "elastic_averaging(4, 0.1)": p.elastic_averaging(4, 0.1),
+SUMMARY = "one model, many policies beside a slow machine: time to a loss, accuracy, bytes, waits, lost work"
+SEEDS, STEPS = 3, 60
+FULL_SEEDS, FULL_STEPS = 5, 180
+Kind = Literal["threads", "processes", "simulated"]
+KINDS: tuple[Kind, ...] = ("threads", "processes", "simulated")
+"""What the replicas are."""
+PEER = "synchronous()"
+NOTE_LENGTH = 200
+COLUMNS = (
+    {"": 0, f"to loss {TARGET:g}": 20, "accuracy": 12, "step": 8}
+    | {f"{s}/step": 11 for s in SIZES}
+    | {
+        "waits": 5,
+        "lost": 4,
     }
+)
+"""The head of the table, with the width of each column but the first."""
 
 
-def machines(mean_s: float) -> ComputeModel:
-    import flowml as fm
+@dataclass
+class Budget:
+    """How much time is left, and what a fit costs: the first of a policy compiles its step."""
 
-    return fm.sim.Straggler(fm.sim.LogNormal(mean_s, sigma=0.2), factor=4, share=0.25)
+    seconds: float = float("inf")
+    began: float = field(default_factory=time.monotonic)
+    took: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
 
+    def allows(self, *, first: bool) -> bool:
+        known = self.took[first] or self.took[not first] or [0.0]
+        return time.monotonic() - self.began + statistics.mean(known) <= self.seconds
 
-def rows(repeats: int | None, steps: int = STEPS, only: Sequence[str] = (), real: Sequence[str] = REAL) -> list[Row]:
-    """The rows of each policy. `repeats` is the number of seeds; `real` names those that real workers train too."""
-    chosen = {name: policy for name, policy in compositions().items() if not only or name in only}
-    plain: dict[str, Row] = {}
-    found: list[Row] = []
-    for name, policy in chosen.items():
-        tell(f"policies: {name}")
-        fits = [simulated(name, policy, seed, steps) for seed in range(repeats or SEEDS)]
-        for row in described(name, fits, plain):
-            plain.setdefault(row.group[1], row)
-            found.append(row)
-    for kind in KINDS:
-        for name in real:
-            if name in chosen:
-                tell(f"policies: {name} on {kind}")
-                found.append(on_workers(kind, name, chosen[name], steps // 4))
-    return found
+    def fit(self, fits: Fits, seed: int, *, first: bool) -> Fitted:
+        began = time.monotonic()
+        fitted = fits.fit(seed)
+        self.took[first].append(time.monotonic() - began)
+        return fitted
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What one fit has shown. `losses` has (seconds, mean loss of the last steps) for each step."""
-
-    losses: Sequence[tuple[float, float]]
-    accuracy: float
-    nbytes: dict[str, float]
-    idle: float
-    lost: float
-
-    @property
-    def reached_s(self) -> float | None:
-        return next((seconds for seconds, mean in self.losses if mean <= TARGET), None)
+def rows(repeats: int | None, **settings: Any) -> list[Row]:
+    """The rows of all parts."""
+    return [row for part in parts(repeats, **settings) for row in part.rows]
 
 
-def simulated(name: str, policy: fm.Policy, seed: int, steps: int) -> Fitted:
-    """One fit under the virtual clock."""
-    import numpy as np
+def parts(
+    repeats: int | None,
+    *,
+    names: Sequence[str] = (),
+    kind: Kind = "threads",
+    full: bool = False,
+    seconds: float | None = None,
+    steps: int | None = None,
+) -> Iterator[Part]:
+    """The head of the table, a line for each policy, and what there is to say of those without one.
 
-    import flowml as fm
+    Args:
+        repeats: the number of seeds.
+        names: the policies; see `chosen`.
+        full: more seeds and steps.
+        seconds: no seed is begun that would not end by then.
+    """
+    budget = Budget() if seconds is None else Budget(seconds)
+    known = chosen(names)
+    seeds, steps = repeats or (FULL_SEEDS if full else SEEDS), steps or (FULL_STEPS if full else STEPS)
+    width = max(map(len, known))
+    yield Part(f"{_title(kind, seeds, steps)}\n{_padded(tuple(COLUMNS), width)}")
+    table = _Table(known, seeds, steps, budget)
+    try:
+        with start(kind) as cluster:
+            for name, entry in known.items():
+                fits = table.fit(cluster, name, entry)
+                if fits:
+                    found = tuple(described(name, fits, table.plain))
+                    table.plain = table.plain or (found if name == PEER else ())
+                    yield Part(_padded(line(name, found), width), found)
+    except (KeyboardInterrupt, SystemExit):
+        yield table.end("interrupted", named=bool(names))
+        raise
+    yield table.end(f"the time of {budget.seconds:g} s was over", named=bool(names))
 
-    load = 2 if name.startswith("coded") else 1
-    compute = machines(STEP_S)
-    cluster = fm.SimulatedCluster(REPLICAS, compute, fm.sim.Network(1e-3, 1e8), seed=seed)
-    result, test = trained(cluster, policy, seed, steps)
-    each = load * compute.draw(seed, np.arange(REPLICAS)[:, None], np.arange(steps)).mean(axis=1)
-    ledger, seconds = result.ledger, result.virtual_seconds or 0.0
-    begun = [t.used + t.dropped + t.folded for t in ledger.replicas]
-    computed = float(np.dot(each, begun)) * ledger.item_size * REPLICAS / BATCH
-    granted = sum(begun) * ledger.item_size
-    return Fitted(
-        means(result),
-        accuracy(result.params, test),
-        {layer: sent(result, layer) / steps for layer in LAYERS},
-        max(0.0, 1 - computed / (REPLICAS * seconds)),
-        1 - ledger.examples / granted,
+
+class _Table:
+    """What is known of each policy so far."""
+
+    def __init__(self, known: Mapping[str, Entry], seeds: int, steps: int, budget: Budget) -> None:
+        self._known, self._seeds, self._steps, self._budget = known, seeds, steps, budget
+        self._done: dict[str, int] = dict.fromkeys(known, 0)
+        self._notes: dict[str, tuple[str, ...]] = {}
+        self._failed: dict[str, str] = {}
+        self.plain: tuple[Row, ...] = ()
+        """The rows of synchronous training."""
+
+    def fit(self, cluster: Any, name: str, entry: Entry) -> list[Fitted]:
+        """The fits of a policy, one for each seed for which there is time."""
+        found: list[Fitted] = []
+        number = list(self._known).index(name) + 1
+        try:
+            fits = Fits(cluster, entry, self._steps)
+            for seed in range(self._seeds):
+                if not self._budget.allows(first=seed == 0):
+                    break
+                tell(f"policies: {name}, {number} of {len(self._known)}, seed {seed + 1} of {self._seeds}")
+                found.append(self._budget.fit(fits, seed, first=seed == 0))
+                self._done[name] += 1
+        except FlowmlError as error:
+            self._failed[name] = _clipped(str(error))
+        self._notes[name] = tuple(dict.fromkeys(note for fitted in found for note in fitted.notes))
+        return found
+
+    def end(self, reason: str, *, named: bool) -> Part:
+        """What there is to say after the table. `reason` is why policies were not run; `named`: they were chosen."""
+        left = {name: f"failed: {error}" for name, error in self._failed.items()}
+        for name, done in self._done.items():
+            if done < self._seeds and name not in left:
+                left[name] = f"{reason} after {done} of {count(self._seeds, 'seed')}" if done else f"not run: {reason}"
+        left |= {} if named else LEFT_OUT
+        notes = [f"{name}: {_clipped(note)}" for name, found in self._notes.items() for note in found]
+        lines = [*notes, *_grouped(left)]
+        return Part("\n".join(f"  {line}" for line in lines), left_out=left)
+
+
+def _clipped(text: str) -> str:
+    from flowml.render.units import clip
+
+    return clip(text, NOTE_LENGTH)
+
+
+def _grouped(left: Mapping[str, str]) -> list[str]:
+    """One line for each reason, with the names that share it."""
+    reasons = list(dict.fromkeys(left.values()))
+    return [f"{', '.join(name for name in left if left[name] == why)}: {why}" for why in reasons]
+
+
+def _title(kind: Kind, seeds: int, steps: int) -> str:
+    where = "simulated machines, virtual seconds" if kind == "simulated" else f"{kind} of this machine"
+    pause, slow = (f"{scale * PAUSE_S * 1e3:g} ms" for scale in (1, FACTOR))
+    return (
+        f"policies: digits on {REPLICAS} replicas, {where}; mean of {count(seeds, 'seed')} ± standard deviation\n"
+        f"  a step pauses {pause}, at one replica {slow} (log-normal, σ {SPREAD:g}); {steps} steps of {BATCH} examples"
     )
 
 
-def trained(cluster: Any, policy: Any, seed: int, steps: int, delays: Any = None) -> tuple[TrainingResult, Any]:
-    """A fit of the digits, and the examples that were held back."""
-    import optax
-
-    import flowml as fm
-
-    params, train, test = digits(seed)
-    trainer = fm.Trainer(loss, optax.sgd(0.2), cluster=cluster, replicas=REPLICAS, policies=policy, delays=delays)
-    return trainer.fit(params, train, batch_size=BATCH, steps=steps, seed=seed, progress=False), test
-
-
-def digits(seed: int) -> tuple[Any, Any, Any]:
-    """Parameters, and examples to train and to test."""
-    import numpy as np
-
-    try:
-        from sklearn.datasets import load_digits  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
-    except ImportError:
-        raise BenchError("needs scikit-learn; pip install 'flowml[examples]'") from None
-    data: Any = load_digits()
-    rng, order = np.random.default_rng(seed), np.random.default_rng(0).permutation(len(data.target))
-    x, label = (data.data[order] / 16).astype(np.float32), data.target[order].astype(np.int32)
-    params = {"hidden": rng.normal(size=(64, 32)) / 8, "output": rng.normal(size=(32, 10)) / 6}
-    train, test = ({"x": x[part], "label": label[part]} for part in (slice(1440), slice(1440, None)))
-    return {k: v.astype(np.float32) for k, v in params.items()}, train, test
-
-
-def means(result: TrainingResult) -> list[tuple[float, float]]:
-    """The mean loss of the last `WINDOW` steps at the end of each, from the first with as many."""
-    import numpy as np
-
-    losses = np.array([record["loss"] for record in result.history])
-    ends = [record["seconds"] for record in result.history][WINDOW - 1 :]
-    return list(zip(ends, np.convolve(losses, np.ones(WINDOW) / WINDOW, "valid").tolist(), strict=True))
-
-
-def sent(result: TrainingResult, layer: str) -> float:
-    """The bytes of a layer that all replicas and homes have sent. A sum of several layers is divided by their sizes."""
-    sizes = {"hidden": 64 * 32, "output": 32 * 10}
-    total = 0.0
-    for names, traffic in result.traffic.items():
-        layers = names.split("+")
-        if layer in layers:
-            share = sizes[layer] / sum(sizes[name] for name in layers)
-            total += share * (traffic["pushed_wire_bytes"] + traffic["published_wire_bytes"])
-    return total
-
-
-def described(name: str, fits: Sequence[Fitted], plain: dict[str, Row]) -> list[Row]:
+def described(name: str, fits: Sequence[Fitted], plain: Sequence[Row] = ()) -> list[Row]:
     """The rows of one policy, beside those of synchronous training."""
+    peers = {row.group[1]: Peer(PEER, row.ours) for row in plain}
 
-    def row(what: str, unit: Any, value: Callable[[Fitted], float]) -> Row:
-        beside = Peer("synchronous()", plain[what].ours) if what in plain else Peer("no peer")
-        return Row(f"{name}: {what}", unit, Sample(tuple(map(value, fits))), beside, group=(name, what))
+    def row(what: str, unit: Any, values: Sequence[float]) -> Row:
+        peer = peers.get(what, Peer("no peer"))
+        return Row(f"{name}: {what}", unit, Sample(tuple(values)), peer, group=(name, what))
 
-    reached = all(fit.reached_s is not None for fit in fits)
-    times = [row("time", "s", lambda fit: fit.reached_s or 0.0)] if reached else []
+    def each(what: str, unit: Any, value: Callable[[Fitted], float]) -> Row:
+        return row(what, unit, list(map(value, fits)))
+
+    reached = [fit.reached_s for fit in fits if fit.reached_s is not None]
     seconds, losses = zip(*fits[0].losses, strict=True)
     curve = Row(f"{name}: loss", "s", Sample(seconds), Peer("loss", Sample(losses)), group=(name, "loss"))
     return [
-        *times,
-        row("accuracy", "share", lambda fit: fit.accuracy),
-        *(row(f"bytes of {layer}", "bytes", lambda fit, layer=layer: fit.nbytes[layer]) for layer in LAYERS),
-        row("idle", "share", lambda fit: fit.idle),
-        row("lost", "share", lambda fit: fit.lost),
+        *([row("time", "s", reached)] if reached else []),
+        each("accuracy", "share", lambda fit: fit.accuracy),
+        each("step", "s", lambda fit: fit.step_s),
+        *(each(f"bytes of {layer}", "bytes", lambda fit, layer=layer: fit.nbytes[layer]) for layer in SIZES),
+        each("waits", "share", lambda fit: fit.waits),
+        each("lost", "share", lambda fit: fit.lost),
         curve,
     ]
 
 
-def on_workers(kind: str, name: str, policy: fm.Policy, steps: int) -> Row:
-    """The seconds of a step on workers of a kind that pause as the model says, beside those of the simulation of such
-    pauses."""
-    import flowml as fm
-
-    pauses, quick = machines(PAUSE_S), fm.sim.Constant(1e-4)
-    start = {"threads": fm.Cluster.threads, "processes": fm.Cluster.local}[kind]
-    with start(workers=REPLICAS) as cluster:
-        real, _ = trained(cluster, policy, 0, steps, pauses)
-    with fm.SimulatedCluster(REPLICAS, quick, fm.sim.Network(1e-4, 1e9)) as cluster:
-        virtual, _ = trained(cluster, policy, 0, steps, pauses)
-    times = [Sample((step_s(result),)) for result in (virtual, real)]
-    return Row(f"{name}: seconds a step on {kind}", "s", times[0], Peer(kind, times[1]), group=(name, kind))
-
-
-def step_s(result: TrainingResult) -> float:
-    """The mean seconds of a step after the first ones, which start threads and fill caches."""
-    ends = [record["seconds"] for record in result.history]
-    first = len(ends) // 8
-    return (ends[-1] - ends[first]) / (len(ends) - 1 - first)
+def line(name: str, found: Sequence[Row]) -> tuple[str, ...]:
+    """The cells of a policy's line."""
+    cells = {row.group[1]: row.ours for row in found}
+    step = f"{statistics.mean(cells['step'].values) * 1e3:.1f} ms"
+    sizes = (f"{statistics.mean(cells[f'bytes of {layer}'].values) / 1024:.1f} KiB" for layer in SIZES)
+    shares = (f"{max(0.0, statistics.mean(cells[what].values)):.0%}" for what in ("waits", "lost"))
+    reached, seeds = cells.get("time"), len(cells["accuracy"].values)
+    time_s = "not reached"
+    if reached:
+        few = f", {len(reached.values)} of {seeds}" if len(reached.values) < seeds else ""
+        time_s = f"{_spread(reached, 1, 2)} s{few}"
+    return name, time_s, f"{_spread(cells['accuracy'], 100, 1)} %", step, *sizes, *shares
 
 
-def render(benchmark: str, found: Sequence[Row]) -> str:
-    """One line for each policy, and one for each that real workers have trained."""
-    cells = {row.group: row for row in found}
-    names = list(dict.fromkeys(row.group[0] for row in found))
-    head = ("", f"to loss {TARGET:g}", "accuracy", *(f"{layer}/step" for layer in LAYERS), "idle", "lost")
-    lines = [head, *(_line(name, cells) for name in names if (name, "accuracy") in cells)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    seeds = len(next(row for row in found if row.group[1] == "accuracy").ours.values)
-    title = (
-        f"{benchmark}: digits, {REPLICAS} replicas, a quarter 4 times as slow; virtual seconds and computed losses; "
-        f"mean of {seeds} seeds ± standard deviation"
-    )
-    table = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    real = [row for row in found if row.group[1] in KINDS]
-    return "\n".join([title, *(f"  {line}".rstrip() for line in table), *map(_beside, real)])
-
-
-def _line(name: str, cells: dict[tuple[str, ...], Row]) -> tuple[str, ...]:
-    time = cells.get((name, "time"))
-    reached = f"{_spread(time.ours, 1, 1)} s" if time else "not reached"
-    sizes = (f"{cells[name, f'bytes of {layer}'].ours.median / 1024:.1f} KiB" for layer in LAYERS)
-    shares = (f"{statistics.mean(cells[name, what].ours.values):.0%}" for what in ("idle", "lost"))
-    return name, reached, f"{_spread(cells[name, 'accuracy'].ours, 100, 1)} %", *sizes, *shares
+def _padded(cells: Sequence[str], width: int) -> str:
+    widths = (width, *list(COLUMNS.values())[1:])
+    return ("  " + "  ".join(cell.ljust(wide) for cell, wide in zip(cells, widths, strict=True))).rstrip()
 
 
 def _spread(sample: Sample, scale: float, digits: int) -> str:
     values = [scale * value for value in sample.values]
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def _beside(row: Row) -> str:
-    real = row.peer.sample
-    assert real is not None
-    off = row.ours.median / real.median - 1
-    return (
-        f"  {row.group[0]} on {row.group[1]}, pauses of {PAUSE_S * 1e3:g} ms: a step took {real.median * 1e3:.1f} ms, "
-        f"simulated {row.ours.median * 1e3:.1f} ms, {off:+.1%}"
-    )
-
-
-def plot(found: Sequence[Row]) -> Plot:
-    """The loss of each policy over virtual time, of the first seed."""
-    curves = [row for row in found if row.group[1:] == ("loss",)]
-    lines: list[Line] = []
-    for row in curves:
-        assert row.peer.sample is not None
-        points = list(zip(row.ours.values, row.peer.sample.values, strict=True))[:: WINDOW // 2]
-        lines.append(Line(row.group[0], points, dashed=len(lines) >= len(COLOURS)))
-    return Plot("Loss of the digits beside slow machines", "virtual seconds", "loss", tuple(lines), log_y=True)
+def plot(found: Sequence[Row]) -> Dots:
+    """The time to the loss and the accuracy of each policy, a dot for each seed, the soonest first."""
+    cells = {row.group: row.ours for row in found}
+    names = dict.fromkeys(row.group[0] for row in found)
+    times = {name: cells[name, "time"].values for name in names if (name, "time") in cells}
+    order = sorted(names, key=lambda name: statistics.mean(times.get(name, (float("inf"),))))
+    rows = [DotsRow(name, (times.get(name, ()), cells[name, "accuracy"].values)) for name in order]
+    columns = (f"seconds to loss {TARGET:g}", "accuracy")
+    return Dots(f"Digits on {REPLICAS} replicas, one {FACTOR} times as slow", columns, tuple(rows), "not reached")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from flowml.errors import FlowmlError
@@ -111,6 +111,7 @@ class Row:
         peer: Mapping[str, object] = self.peer.sample.json() if self.peer.sample else {}
         return {
             "name": self.name,
+            "group": list(self.group),
             "unit": self.unit,
             "ours": self.ours.json(),
             "peer": {"name": self.peer.name, "measured": self.peer.sample is not None, **peer},
@@ -119,3 +120,13 @@ class Row:
             "goal": self.goal and self.goal.json(),
             "met": self.met,
         }
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a benchmark has found so far: text to print, the rows that it is about, and why there are no rows of what
+    was left out."""
+
+    text: str
+    rows: tuple[Row, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])

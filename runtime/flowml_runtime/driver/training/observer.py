@@ -284,7 +284,8 @@ class Observer:
         computed = sorted(self._computed.values())
         middle = computed[(len(computed) - 1) // 2] if computed else 0.0
         homes = slow_homes(self._training, self._terms, traffic, middle)
-        return Stragglers(self._compared, seconds, tuple(found), usual, homes, rough(self._terms))
+        worked = tuple(float(self._computed[r]) for r in range(self._terms.replicas))
+        return Stragglers(self._compared, seconds, tuple(found), usual, homes, rough(self._terms), worked)
 
     def _costs(self, until: Sequence[float]) -> dict[int, float]:
         """What late replicas have cost by the records, and after the last one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median_high
 
 from flowml.errors import named
@@ -112,6 +112,8 @@ class Stragglers(Sequence[Straggler]):
         homes: the workers that were slow as homes.
         rough: whether layers have several rules that are not modelled together. The cost is then that of the rule that
             waited longest at each step, which may be far from the truth.
+        worked_s: by replica, how many seconds the steps that it has reported took, less its waits for others and for
+            homes. A step that it gave up is not in it.
     """
 
     steps: int = 0
@@ -120,6 +122,7 @@ class Stragglers(Sequence[Straggler]):
     usual: int | None = None
     homes: tuple[SlowHome, ...] = ()
     rough: bool = False
+    worked_s: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def cost_s(self) -> float:
