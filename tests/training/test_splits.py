@@ -15,6 +15,7 @@ import pytest
 
 import flowml as fm
 from flowml.data import epoch_order
+from flowml.instructions import Feed
 from flowml.splits import Shuffle, dealt
 from tests.training.reference import BATCH, EXAMPLES, assert_same, data, mlp, mlp_loss
 
@@ -171,3 +172,34 @@ def test_bad_splits(make: Any, text: str) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_split_travels_in_messages(kind: Any) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(kind), type=Shuffle) == kind
+
+
+def test_blocks_of_columns_go_only_to_the_devices_that_read_them(threads_cluster: fm.Cluster) -> None:
+    """Examples divided by feature: the same training as on whole rows, and no device is fed another's columns."""
+    x = np.random.default_rng(0).normal(size=(64, 7)).astype(np.float32)
+    source = {"x": np.array_split(x, 3, axis=1), "y": x.mean(1)}
+    params = {f"block{i}": jnp.full((block.shape[1], 4), 0.1 * i + 0.1) for i, block in enumerate(source["x"])}
+
+    def loss(params: Any, batch: Any) -> Any:
+        h: Any = 0.0
+        for name, block in zip(sorted(params), batch["x"], strict=True):
+            with fm.layer(name):
+                h = h + jnp.tanh(block @ params[name])
+        return jnp.mean((h.mean(1) - batch["y"]) ** 2)
+
+    def rows(params: Any, batch: Any) -> Any:
+        whole = {"x": jnp.split(batch["x"], np.cumsum([3, 2]), axis=1), "y": batch["y"]}
+        return loss(params, whole)
+
+    placement = {"block0": "worker:0", "block1": "worker:1", "block2": "worker:2"}
+    about: dict[str, Any] = {"cluster": threads_cluster}
+    options: dict[str, Any] = {"batch_size": 16, "epochs": 2, "seed": 0, "progress": False}
+    found = fm.Trainer(loss, optax.sgd(0.1), placement=placement, **about).fit(params, source, **options)
+    expected = fm.Trainer(rows, optax.sgd(0.1), **about).fit(params, source | {"x": x}, **options)
+    assert_same(found.params, expected.params)
+    fed = {
+        program.device: {slot for i in program.instructions if isinstance(i, Feed) for slot in i.slots}
+        for program in found.plan.programs
+    }
+    names = [f"worker:{i}/cpu:0" for i in range(3)]
+    assert [[0 in fed[n], 1 in fed[n], 2 in fed[n]] for n in names] == np.eye(3, dtype=bool).tolist()
