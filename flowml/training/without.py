@@ -9,15 +9,17 @@ lost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from flowml.devices import worker_of
-from flowml.errors import UnsupportedError, named
+from flowml.errors import PolicyError, UnsupportedError, named
 from flowml.plan import Part, Plan, Reduction, Site, StoreSpec, Training
-from flowml.policy import Gossip
+from flowml.policy import Deadline, Gossip
+from flowml.policy.compose import check_count
 from flowml.policy.graphs import NestedGraph, OwnMatrix, among
 from flowml.training.adapted import has_inside
 from flowml.training.private import PrivateOptimizer
@@ -55,14 +57,31 @@ def left_out(training: Training, replicas: Iterable[int]) -> Training:
     return msgspec.structs.replace(training, lost=tuple(sorted({*training.lost, *replicas})))
 
 
-def why_too_few(training: Training, left: Collection[int]) -> str:
+class TooFew(NamedTuple):
+    """Why the replicas that are left cannot go on, and what to give so that they can."""
+
+    why: str
+    remedy: str
+
+
+def too_few(training: Training, left: Collection[int]) -> TooFew | None:
     """Why these replicas cannot go on without the others, if they cannot."""
-    if training.code is None or training.code.decode(left) is not None:
-        return ""
-    rules = named(sorted({store.policy.describe() for store in training.stores}))
-    return (
-        f"replicas {named([str(r) for r in left])} are left, of which the code cannot decode a batch (policy: {rules})"
-    )
+    if training.code is not None and training.code.decode(left) is None:
+        rules = named(sorted({store.policy.describe() for store in training.stores}))
+        these = named([str(r) for r in left])
+        why = f"replicas {these} are left, of which the code cannot decode a batch (policy: {rules})"
+        return TooFew(why, "a code for more stragglers")
+    for store in training.stores:
+        quorum = store.policy.quorum
+        ends = isinstance(quorum, Deadline) and quorum.limit_s < math.inf  # it goes on with those that are there
+        if store.sites or ends:
+            continue
+        try:
+            check_count(store.name, quorum, len(left))
+        except PolicyError:
+            why = f"{len(left)} of {len(training.replicas)} replicas are left, too few for {quorum} of {store.name!r}"
+            return TooFew(why, f"a count of at most {len(left)}, or a fraction such as 0.75")
+    return None
 
 
 def _among(store: StoreSpec, training: Training, lost: Collection[int]) -> StoreSpec:

@@ -237,6 +237,35 @@ def test_too_few_replicas_end_the_fit(threads: fm.Cluster) -> None:
         threads.bring_back(threads.lost)
 
 
+@pytest.mark.parametrize("quorum", [fm.Quorum(3), fm.Quorum(3, late="fold", limit_s=60.0)], ids=["drop", "fold"])
+def test_a_count_that_too_few_replicas_cannot_meet_ends_the_fit(threads: fm.Cluster, quorum: fm.Quorum) -> None:
+    """It names the worker and what to give, at once, where the clock would wait for ever."""
+    callbacks = [killing(threads, {5: "worker:0", 8: "worker:2"}, [])]
+    trainer = fm.Trainer(
+        mlp_loss, optax.sgd(0.1), cluster=threads, replicas=REPLICAS, policies=fm.Policy(quorum=quorum)
+    )
+    about: dict[str, Any] = {"batch_size": BATCH, "steps": STEPS, "progress": False}
+    words = r"worker:2 was lost.* 2 of 4 .*, too few for Quorum\(3.*on_loss='replace', or a count of at most 2"
+    try:
+        with pytest.warns(fm.FlowmlWarning, match="worker:0 was lost"), pytest.raises(WorkerLostError, match=words):
+            trainer.fit(mlp(), data(), on_loss="shrink", callbacks=callbacks, **about)
+    finally:
+        threads.bring_back(threads.lost)
+
+
+def test_a_deadline_goes_on_with_those_that_are_left(threads: fm.Cluster) -> None:
+    policy = fm.Policy(quorum=fm.Deadline(3, limit_s=0.05))
+    callbacks = [killing(threads, {5: "worker:0", 8: "worker:2"}, [])]
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads, replicas=REPLICAS, policies=policy)
+    about: dict[str, Any] = {"batch_size": BATCH, "steps": STEPS, "progress": False}
+    try:
+        with pytest.warns(fm.FlowmlWarning, match=r"worker:\d was lost"):
+            found = trainer.fit(mlp(), data(), on_loss="shrink", callbacks=callbacks, **about)
+    finally:
+        threads.bring_back(threads.lost)
+    assert len(found.history) == STEPS
+
+
 def test_workers_that_were_lost_before_are_replaced_first(threads: fm.Cluster) -> None:
     threads.end_worker("worker:1")
     wait_until(lambda: threads.lost == ("worker:1",), "the loss is known")

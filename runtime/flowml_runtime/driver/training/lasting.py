@@ -32,7 +32,7 @@ from flowml.errors import FlowmlError, FlowmlWarning, PolicyError, WorkerLostErr
 from flowml.plan import Plan
 from flowml.policy.compose import check_count
 from flowml.render.units import listed
-from flowml.training.without import check_shrinks, why_too_few
+from flowml.training.without import check_shrinks, too_few
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Callback, OnLoss
@@ -83,7 +83,7 @@ class Losses:
                 _check_least(program, least)
         self.regrouping: Regrouping | None = None
         if on_loss == "shrink":
-            self.regrouping = Regrouping(cluster, program, lambda gone: not self._why_not(gone), joins=elastic)
+            self.regrouping = Regrouping(cluster, program, lambda gone: not self._cannot(gone), joins=elastic)
         if elastic:
             self._begin_with_those_there()
 
@@ -114,8 +114,8 @@ class Losses:
                 f"{self._least} (min_replicas=) to begin; start {', '.join(self.gone)} with `flowml worker`, or give a "
                 "smaller min_replicas"
             )
-        if why := why_too_few(training, left):
-            raise ValueError(f"{why}; start {', '.join(self.gone)} with `flowml worker`")
+        if few := too_few(training, left):
+            raise ValueError(f"{few.why}; start {', '.join(self.gone)} with `flowml worker`")
 
     def after(self, error: FlowmlError) -> tuple[LoadedPlan, tuple[str, ...]]:
         """Load the plan after workers were lost: it, and they. Raises `error` if none was, or too few are left."""
@@ -138,7 +138,7 @@ class Losses:
 
     def may_leave(self, worker: str) -> bool:
         """Whether the fit goes on without the replicas of a worker, instead of having another in its place."""
-        return self.regrouping is not None and not self._why_not({*self.gone, worker})
+        return self.regrouping is not None and not self._cannot({*self.gone, worker})
 
     def leave(self, worker: str, why: str, step: int) -> None:
         """A run goes on without a lost worker: nothing is done again, and no replica has stopped."""
@@ -179,10 +179,10 @@ class Losses:
         except WorkerLostError as error:
             return self.after(error)[0], leave, leave
 
-    def _why_not(self, gone: Collection[str]) -> str:
-        """Why the fit cannot go on without these workers, if it cannot."""
+    def _cannot(self, gone: Collection[str]) -> bool:
+        """Whether the fit cannot go on without these workers."""
         left = self._left(gone)
-        return why_too_few(self._program.training, left) or ("too few" if len(left) < self._least else "")
+        return too_few(self._program.training, left) is not None or len(left) < self._least
 
     def _left(self, gone: Collection[str]) -> list[int]:
         """The replicas that have no stage on these workers."""
@@ -194,10 +194,9 @@ class Losses:
         self.gone.update(dict.fromkeys(workers))
         replicas = self._program.training.replicas
         left = self._left(self.gone)
-        why = why_too_few(self._program.training, left)
-        if why:
+        if few := too_few(self._program.training, left):
             raise WorkerLostError(
-                f"{without_remedy(str(error))}. {why}; {self._remedy} a code for more stragglers",
+                f"{without_remedy(str(error))}. {few.why}; {self._remedy} {few.remedy}",
                 worker=workers[0],
                 step=error.step,
             ) from error
