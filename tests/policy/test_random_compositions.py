@@ -64,8 +64,8 @@ class Recorded:
         self._lock = threading.Lock()
         begin, drive, work = TrainingDriver.__init__, TrainingDriver.step, TrainingWorker.step
 
-        def begun(machine: Any, start: Any, terms: Any, work: Any, places: Any, *others: Any) -> None:
-            begin(machine, start, terms, work, places, *others)
+        def begun(machine: Any, start: Any, terms: Any, work: Any, places: Any, *others: Any, **named: Any) -> None:
+            begin(machine, start, terms, work, places, *others, **named)
             self.histories.append((History(start.run, terms, places, work), machine))
 
         def driven(machine: Any, event: Any) -> Any:

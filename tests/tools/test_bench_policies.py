@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flowml.errors import FlowmlError
-from flowml_tools.bench import policies, report
+from flowml_tools.bench import _take_all, policies, report
 from flowml_tools.bench.policies import Budget
 from flowml_tools.bench.policy_entries import LEFT_OUT, chosen, entries, parsed
 from flowml_tools.bench.policy_fits import SIZES, Fits, Fitted
@@ -203,6 +203,20 @@ def test_the_lines_that_are_there_are_kept_at_an_interrupt(
     assert content["benchmarks"]["policies"][0]["group"] == ["synchronous()", "time"]
     assert content["left out"]["policies"]["average_once()"] == "not run: interrupted"
     assert "synchronous()" in (tmp_path / "policies.svg").read_text()
+
+
+def test_an_interrupt_while_a_line_is_printed_says_what_was_not_run() -> None:
+    """It comes to the printer, and nothing was said of the others."""
+    taken: list[Part] = []
+
+    def take(part: Part) -> None:
+        taken.append(part)
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _take_all(policies.parts(1, names=["synchronous", "quorum"], kind="simulated", steps=12), take)
+    assert taken[-1].left_out == {"quorum(0.75)": "not run: interrupted"}
 
 
 def test_an_option_of_another_benchmark_is_refused(flowml) -> None:

@@ -12,8 +12,8 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +104,16 @@ def main(arguments: argparse.Namespace) -> int:
     left_out: dict[str, Mapping[str, str]] = {}
     for name in names:
         found: list[Row] = []
+
+        def take(part: Part, name: str = name, found: list[Row] = found) -> None:
+            found += part.rows
+            left_out.update({name: part.left_out} if part.left_out else {})
+            hush()
+            print(part.text, end="\n" if part.text else "", flush=True)
+
         try:
             with closing(_parts(name, arguments.repeats, settings.get(name, {}))) as parts:
-                for part in parts:
-                    hush()
-                    print(part.text, end="\n" if part.text else "", flush=True)
-                    found += part.rows
-                    left_out |= {name: part.left_out} if part.left_out else {}
+                _take_all(parts, take)
         except BenchError as error:
             raise BenchError(f"{name}: {error}") from None
         finally:
@@ -118,6 +121,17 @@ def main(arguments: argparse.Namespace) -> int:
             results |= {name: found} if found else {}
             _write(output, folder, name, results, left_out)
     return 0
+
+
+def _take_all(parts: Generator[Part], take: Callable[[Part], None]) -> None:
+    """Take each part. A benchmark hears of an interrupt that comes while one is printed, and says what was not run."""
+    try:
+        for part in parts:
+            take(part)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        with suppress(type(stop), StopIteration):
+            take(parts.throw(stop))
+        raise
 
 
 OPTIONS = {"simulator": ("jobs", "machines"), "policies": ("policies", "cluster", "time", "full")}
