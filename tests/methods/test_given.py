@@ -137,3 +137,11 @@ def test_a_time_model_predicts_a_time_or_says_what_to_give(
 def test_a_time_model_is_made_of_fits(probes: Any, text: str) -> None:
     with pytest.raises((TypeError, ValueError), match=text):
         TimeModel.of(probes)
+
+
+def test_a_closed_cluster_is_named() -> None:
+    with fm.Cluster.threads(workers=1) as closed:
+        pass
+    for call in (lambda: lbfgs(loss, PARAMS, SOURCE, closed, steps=1), lambda: boost(X, Y, closed)):
+        with pytest.raises(fm.ClusterError, match="no workers: it is closed, or all of them are lost; start another"):
+            call()

@@ -94,6 +94,7 @@ def test_a_fit_takes_it_or_says_what_is_wrong(threads_cluster: fm.Cluster, argum
     [
         ({"shuffle": "no"}, TypeError, "shuffle='no' is of type str; give True or False"),
         ({"shuffle": 0}, TypeError, "shuffle=0 is of type int; give True or False"),
+        ({"shuffle": fm.Shards}, TypeError, "give True or False, fm.Shards() or fm.WithReplacement()"),
         ({"progress": "x"}, TypeError, "progress='x' is of type str; give True or False"),
         ({"callbacks": [None]}, TypeError, "callbacks=[None]: give a list of functions that take a record"),
         ({"callbacks": ""}, TypeError, "callbacks='': give a list of functions that take a record"),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowml.errors import ClusterError
 from flowml.ir._jax import path_name
 from flowml.leaves import check_array
 from flowml_runtime.cluster import Cluster
@@ -15,12 +16,14 @@ from flowml_runtime.driver.training.structs import structs
 
 
 def check_cluster(cluster: object) -> None:
-    """Raise TypeError for what is no cluster of real workers."""
+    """Raise TypeError for what is no cluster of real workers, ClusterError for one without any."""
     if not isinstance(cluster, Cluster):
         raise TypeError(
             f"cluster={cluster!r} is of type {type(cluster).__name__}, and a method computes on real workers; give an "
             "fm.Cluster, such as fm.Cluster.local(workers=2)"
         )
+    if not cluster.devices:
+        raise ClusterError("this cluster has no workers: it is closed, or all of them are lost; start another")
 
 
 def check_function(name: str, value: object, form: str) -> None:

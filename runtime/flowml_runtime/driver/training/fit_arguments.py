@@ -71,7 +71,7 @@ class Asked:
         data, callbacks = as_source(source), _checked(callbacks)
         batch_size, epochs, steps, seed, shuffle, last = size
         batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
-        shuffle = shuffle if isinstance(shuffle, Shards | WithReplacement) else flag("shuffle", shuffle)
+        shuffle = _shuffle(shuffle)
         progress = None if progress is None else flag("progress", progress)
         rest = rest_of(data, batch_size, last)
         total = _total_steps(data, batch_size, epochs, steps, rest)
@@ -82,6 +82,16 @@ class Asked:
         every = whole_number("validate_every", every, least=1)
         lasts = _lasts(*losses)
         return Asked(data, batch_size, total, rest, seed, shuffle, progress, callbacks, given, every, *saving, *lasts)
+
+
+def _shuffle(given: object) -> Shuffle:
+    """Raises TypeError for what is no order of an epoch."""
+    if isinstance(given, Shards | WithReplacement):
+        return given
+    try:
+        return flag("shuffle", given)
+    except TypeError as error:
+        raise TypeError(f"{error}, fm.Shards() or fm.WithReplacement()") from None
 
 
 def _lasts(
