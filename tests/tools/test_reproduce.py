@@ -77,6 +77,29 @@ def test_the_command_writes_a_page_and_its_plots(tmp_path: Path, capsys: pytest.
         assert (tmp_path / "docs" / target).exists()
 
 
+def test_claims_that_are_there_are_written_at_an_interrupt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(full: bool, seed: int) -> Outcome:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(CLAIMS, "chaos", replace(CLAIMS["chaos"], run=interrupted))  # type: ignore[arg-type]
+    assert main(["reproduce", "coding", "chaos", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().out.endswith("reproduce.md\n")
+    page = (tmp_path / "reproduce.md").read_text()
+    assert "## coding" in page and "## chaos" not in page
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_a_claim_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for folder, says in (("file", "is not a folder"), ("file/below", "cannot be made: Not a directory; give another")):
+        assert main(["reproduce", "coding", "--out", str(tmp_path / folder)]) == 2
+        captured = capsys.readouterr()
+        assert says in captured.err and not captured.out
+
+
 def test_a_list_has_each_claim_and_its_paper(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "--list"]) == 0
     printed = capsys.readouterr().out.splitlines()

@@ -112,14 +112,25 @@ def main(arguments: argparse.Namespace) -> int:
         if name not in CLAIMS:
             raise CommandError(f"there is no claim {name!r}; there are {', '.join(CLAIMS)}")
     folder: Path | None = arguments.out
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise CommandError(f"--out {str(folder)!r} is not a folder")
-    runs: dict[str, Run] = {}
-    for name in names:
-        claim = CLAIMS[name]
-        runs[name] = Run(claim, claim.run(arguments.full, arguments.seed), arguments.seed)
-        print(text(name, runs[name]), end="\n\n", flush=True)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"written: {write(folder, runs, full=arguments.full)}")
+        _make(folder)
+    runs: dict[str, Run] = {}
+    try:
+        for name in names:
+            claim = CLAIMS[name]
+            runs[name] = Run(claim, claim.run(arguments.full, arguments.seed), arguments.seed)
+            print(text(name, runs[name]), end="\n\n", flush=True)
+    finally:  # what is there when a later claim is interrupted
+        if folder is not None and runs:
+            print(f"written: {write(folder, runs, full=arguments.full)}")
     return 0
+
+
+def _make(folder: Path) -> None:
+    """Make the folder of the page, before claims run for minutes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise CommandError(f"--out {str(folder)!r} is not a folder") from None
+    except OSError as error:
+        raise CommandError(f"--out {str(folder)!r} cannot be made: {error.strerror}; give another folder") from None
