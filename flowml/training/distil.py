@@ -122,6 +122,12 @@ def _array(leaf: Any) -> Any:
         raise PolicyError(
             f"Distill(inputs=) has {one_line(repr(leaf))}, which has no rows; give arrays with a row an example"
         )
+    wrong = np.count_nonzero(~np.isfinite(array)) if jnp.issubdtype(array.dtype, jnp.inexact) else 0
+    if wrong:
+        raise PolicyError(
+            f"Distill(inputs=) has {wrong} values that are NaN or infinite, which would make all parameters so; leave "
+            "these examples out"
+        )
     return array
 
 

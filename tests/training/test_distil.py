@@ -194,6 +194,7 @@ def test_what_makes_no_sense_is_refused(wrong: Callable[[], object], message: st
         ({"inputs": TRANSFER[:0]}, r"has arrays of 0 rows; give arrays with one row for each example"),
         ({"inputs": {"a": TRANSFER, "b": TRANSFER[1:]}}, r"has arrays of 511, 512 rows"),
         ({"inputs": 3.0}, r"has 3.0, which has no rows"),
+        ({"inputs": np.array([[0.0, np.nan], [np.inf, 1.0]], np.float32)}, r"has 2 values that are NaN or infinite"),
         ({"batch_size": 513}, r"batch_size=513\) with 512 examples as inputs; give batch_size=512 or less"),
         ({"loss": lambda o, t: o - t}, r"loss returns .*return one floating number"),
     ],
