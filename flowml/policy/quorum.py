@@ -238,7 +238,8 @@ class Quorum(Value, frozen=True, tag=True):
         return arrivals.weight * arrivals.rows >= self.need(samples) - ROUNDING
 
     def __repr__(self) -> str:
-        return brief(self, hidden=("counted",))
+        one = ("count_or_fraction",) if self.counted else ()  # a count of 1 equals the default, which is all
+        return brief(self, hidden=("counted",), shown=one)
 
     def __str__(self) -> str:
         of = ", of='microbatches'" if self.cuts else ""

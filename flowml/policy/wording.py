@@ -68,12 +68,13 @@ def is_one_of(value: object, choices: Sequence[str | None]) -> bool:
     return (value is None or isinstance(value, str)) and value in choices
 
 
-def brief(value: msgspec.Struct, hidden: Sequence[str] = ()) -> str:
-    """The call that makes a value, without the arguments that have their default, and without the `hidden` fields."""
+def brief(value: msgspec.Struct, hidden: Sequence[str] = (), shown: Sequence[str] = ()) -> str:
+    """The call that makes a value, without the arguments that have their default, unless they are `shown`, and without
+    the `hidden` fields."""
     given = [
         f"{field.name}={getattr(value, field.name)!r}"
         for field in _fields(type(value))
-        if field.name not in hidden and getattr(value, field.name) != field.default
+        if field.name not in hidden and (field.name in shown or getattr(value, field.name) != field.default)
     ]
     return f"{type(value).__name__}({', '.join(given)})"
 

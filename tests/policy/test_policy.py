@@ -19,6 +19,7 @@ from flowml.policy import (
     AllReduce,
     Every,
     Factors,
+    Fold,
     Gradient,
     Hierarchy,
     ParameterServer,
@@ -167,3 +168,20 @@ def test_what_a_schedule_makes_each_rank_send() -> None:
 def test_policies_need_no_jax() -> None:
     code = "import sys, flowml.policy.named, flowml.policy; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+SHOWN = [
+    Policy(),
+    *(policies.quorum(n) for n in (1, 3, 0.75)),
+    policies.ssp(8),
+    policies.downpour(4, 2),
+    policies.softsync(3),
+]
+
+
+@pytest.mark.parametrize("policy", SHOWN, ids=repr)
+def test_the_quorum_that_a_policy_shows_makes_it_again(policy: Policy) -> None:
+    """A count of 1 equals the share 1.0, which is all replicas, and was not shown."""
+    shown = eval(repr(policy.quorum), {"Quorum": Quorum, "Fold": Fold})
+    assert shown == policy.quorum
+    assert shown.need(4) == policy.quorum.need(4)
