@@ -28,7 +28,6 @@ CASES = {
     "sites that decide": fm.Policy(fm.Hierarchy(SERVER, fm.Ring(), 2, fm.Quorum()), filters=RANK),
     "sites of rings": fm.Policy(fm.Hierarchy(fm.Ring(), fm.AllReduce(), 2), filters=RANDOM),
     "machines": fm.Policy(fm.Hierarchy(sites=2), filters=RANK),
-    "stale": fm.Policy(fm.Ring(), staleness=1, filters=RANK),
     "DiLoCo": fm.policies.diloco(2, topology=fm.AllReduce(), filters=RANK),
 }
 
@@ -38,9 +37,9 @@ def simulated(workers: int = 4, *, arithmetic: bool = True) -> fm.SimulatedClust
 
 
 def fit(cluster: Any, policy: Any, loss: Any = mlp_loss, **options: Any) -> fm.TrainingResult:
-    source = options.pop("source", SOURCE)
+    source, params = options.pop("source", SOURCE), options.pop("params", None)
     trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, replicas=4, policies=policy, **options)
-    return trainer.fit(mlp(), source, batch_size=BATCH, steps=STEPS, progress=False)
+    return trainer.fit(params or mlp(), source, batch_size=BATCH, steps=STEPS, progress=False)
 
 
 def counted(result: fm.TrainingResult, what: str) -> int:
@@ -101,6 +100,23 @@ def test_a_rank_that_the_gradient_has_loses_nothing(threads_cluster: fm.Cluster)
         found.append(trainer.fit(one, rows, batch_size=24, steps=4, progress=False).params["w"])
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
     assert np.abs(np.asarray(found[0] - one["w"])).max() > 0.01
+
+
+def test_what_is_added_up_late_is_filtered_once(threads_cluster: fm.Cluster) -> None:
+    """A real replica may read a sum before it must: here the gradient, of rank 1, is the same at all parameters."""
+    start = {"w": jnp.ones((12, 5))}
+    rows = {"x": np.random.default_rng(1).normal(size=(STEPS * BATCH, 12)).astype(np.float32)}
+
+    def loss(params: Any, batch: Any) -> Any:
+        return jnp.mean(jnp.sum(batch["x"] @ params["w"], axis=1))
+
+    policy = fm.Policy(fm.Ring(), staleness=1, filters=RANK)
+    real, virtual = (fit(c, policy, loss, source=rows, params=start) for c in (threads_cluster, simulated()))
+    expected = np.broadcast_to(1 - 0.1 * STEPS * rows["x"].mean(axis=0)[:, None], (12, 5))
+    for result in (real, virtual):
+        np.testing.assert_allclose(result.params["w"], expected, atol=1e-5)
+        assert result.ledger.used == 4 * STEPS
+    assert virtual.traffic == real.traffic
 
 
 @pytest.mark.parametrize("chain", [RANK, RANDOM], ids=str)
