@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled
@@ -110,3 +111,22 @@ def test_what_waits_is_drawn_again_and_what_is_lost_is_not() -> None:
         assert state.epochs[0].fates[fate] >= 2
         (grant,) = goes_on(state, now, 1).step(Asked(0, (1,)))
         assert grant.items[0][1] == now.item(4)
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_what_was_used_and_not_sent_is_dropped_if_its_sum_is_left_out(replicas: int) -> None:
+    """A replica that pushes every few steps holds the sum of those since."""
+    before, now = work(2, aligned=False), work(replicas, aligned=False)
+    ledger = Ledger(before)
+    run(ledger, before, range(3), random.Random(0))
+    kept = ledger.kept((3, 3))
+    (first, _, _), *_ = kept.over
+    item = before.item(first)
+    kept = msgspec.structs.replace(kept, unsent=((0, 2, item),), partly=2)
+    for lost in (True, False):
+        state = recounted(kept, before, now, 0, lambda _r, _c, lost=lost: lost)
+        dropped = replicas // 2 if lost else 0
+        assert sum(n for _, n, fate in state.over if fate == "dropped") == dropped
+        summary = goes_on(state, now, -(-state.granted // replicas)).summary()
+        assert (summary.dropped, summary.used) == (dropped, 3 * replicas - dropped)
+        assert summary.partly == replicas

@@ -4,7 +4,8 @@ A batch is divided into an item for each replica, so items of another size begin
 epoch. Both are parts of the same row of examples. A new item gets the fate that most of its examples had, and of
 equal ones the better. If each item of a clock was used, as in a synchronous run, that is exact. Items behind the last
 one that is over are drawn again, in the order of the epoch. The caller knows what becomes of an item
-whose fate was unknown: it counts as dropped if what it led to is left out, and else as used.
+whose fate was unknown, or that was used and not sent to all stores yet: it counts as dropped if what it led to is left
+out, and else as used.
 
 Counts of events that are not fates of examples, such as returned items, are scaled. Those of other replicas than before
 are divided evenly, since their numbers mean others now.
@@ -74,7 +75,8 @@ def recounted(state: LedgerState, before: Work, now: Work, rows: int, lost: Call
     runs = tuple(over.runs())
     granted = sum(total.fates.values())
     replicas = _divided(total, now.replicas) if before != now else _with_outstanding(state, lost, now, rows)
-    return LedgerState(granted, (), epochs, replicas, groups, cut, runs, queue)
+    partly = round(state.partly * now.replicas / before.replicas)
+    return LedgerState(granted, (), epochs, replicas, groups, cut, runs, queue, partly=partly)
 
 
 def _fates(state: LedgerState, work: Work, rows: int, lost: Callable[[int, int], bool]) -> dict[int, dict[int, str]]:
@@ -91,6 +93,9 @@ def _fates(state: LedgerState, work: Work, rows: int, lost: Callable[[int, int],
             note(first + i, fate)
     for replica, clock, item in state.outstanding:
         note(item.sequence, "dropped" if lost(replica, clock) else "used")
+    for replica, clock, item in state.unsent:
+        if lost(replica, clock):
+            note(item.sequence, "dropped")
     for item in state.queue.requeued:
         note(item.sequence, "requeued")
     for _, item in _computed_by_others(state, work, rows):
@@ -185,6 +190,9 @@ def _with_outstanding(
     fates = [Counter(account.fates) for account in state.replicas]
     for replica, clock, _ in state.outstanding:
         fates[replica]["dropped" if lost(replica, clock) else "used"] += 1
+    for replica, clock, _ in state.unsent:
+        if lost(replica, clock):
+            fates[replica].update(used=-1, dropped=1)
     for replica, _ in _computed_by_others(state, work, rows):
         fates[replica]["used"] += 1
     return tuple(
