@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import flowml as fm
-from flowml_tools.bench import lost, recovery
+from flowml_tools.bench import left_behind, lost, recovery
 from flowml_tools.bench.table import render
 
 
@@ -41,3 +41,9 @@ def test_a_gap_is_the_longest_time_without_a_new_step_soon_after_the_kill() -> N
         kills({"step": step})
     assert kills.cluster.ended == ["worker:1"], "once, although the step is done again"
     assert len(kills.gaps()) == 1
+
+
+def test_a_replica_that_nobody_waits_for_is_lost() -> None:
+    (row,) = left_behind.rows(1, 60)
+    assert row.ours.median > 0
+    assert row.peer.sample is not None
