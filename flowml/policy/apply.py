@@ -91,6 +91,9 @@ class Outer(Value, frozen=True, tag=True):
                 f"Outer({self.optimizer!r}) has no optimizer; give an optax.GradientTransformation, as optax.sgd(0.7)"
             )
 
+    def __repr__(self) -> str:
+        return "fm.Outer()" if self.optimizer is None else "fm.Outer(optimizer)"
+
     def scale(self, staleness: int) -> float:
         return 1.0
 
@@ -240,7 +243,12 @@ class Distill(Value, frozen=True, tag=True):
         return f"distill {self.steps}"
 
     def __repr__(self) -> str:
-        return f"Distill(steps={self.steps})"
+        if self.travels:
+            return f"fm.Distill(None, None, steps={self.steps})"
+        given = [getattr(self.predict, "__name__", "predict").replace("<lambda>", "predict"), "inputs"]
+        given += [f"steps={self.steps}", "optimizer=optimizer", *(["loss=loss"] if self.loss else [])]
+        given += [f"batch_size={self.batch_size}"] if self.batch_size else []
+        return f"fm.Distill({', '.join(given)})"
 
 
 Base = Mean | Sum | StalenessScaled | Outer | Mix | Consensus | Vote | Distill

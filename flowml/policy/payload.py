@@ -6,7 +6,7 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import real
-from flowml.policy.wording import Value, brief
+from flowml.policy.wording import Value
 
 
 class Gradient(Value, frozen=True, tag=True):
@@ -32,9 +32,6 @@ class Delta(Value, frozen=True, tag=True):
     def __post_init__(self) -> None:
         _check_alpha(self)
 
-    def __repr__(self) -> str:
-        return brief(self)
-
 
 class Weights(Value, frozen=True, tag=True):
     """Replicas update local parameters, and send these. `alpha` is as in `Delta`."""
@@ -43,9 +40,6 @@ class Weights(Value, frozen=True, tag=True):
 
     def __post_init__(self) -> None:
         _check_alpha(self)
-
-    def __repr__(self) -> str:
-        return brief(self)
 
 
 LocalPayload = Delta | Weights

@@ -238,8 +238,7 @@ class Quorum(Value, frozen=True, tag=True):
         return arrivals.weight * arrivals.rows >= self.need(samples) - ROUNDING
 
     def __repr__(self) -> str:
-        one = ("count_or_fraction",) if self.counted else ()  # a count of 1 equals the default, which is all
-        return brief(self, hidden=("counted",), shown=one)
+        return _counting(self)
 
     def __str__(self) -> str:
         of = ", of='microbatches'" if self.cuts else ""
@@ -268,6 +267,8 @@ class Deadline(Value, frozen=True, tag=True):
     limit_s: float = math.inf
     late: Late = Drop()
     of: Of = "replicas"
+    counted: bool = False
+    """Makes Deadline(1), one replica, differ from Deadline(1.0), all. Set by `share`."""
 
     if TYPE_CHECKING:
 
@@ -283,6 +284,7 @@ class Deadline(Value, frozen=True, tag=True):
     def __post_init__(self) -> None:
         quorum = Quorum(self.share, late=self.late)  # checks both
         msgspec.structs.force_setattr(self, "share", quorum.count_or_fraction)
+        msgspec.structs.force_setattr(self, "counted", quorum.counted)
         msgspec.structs.force_setattr(self, "late", quorum.late)
         if not (isinstance(self.grace, str) and self.grace == "adaptive"):
             value = number(self.grace, "Deadline(grace={!r}): give seconds, or 'adaptive'")
@@ -356,6 +358,9 @@ class Deadline(Value, frozen=True, tag=True):
         if not (isinstance(self.grace, str) and self.grace == "adaptive"):
             return self.grace
         return arrivals.spread_s(need) if arrivals.window_s is None else arrivals.window_s
+
+    def __repr__(self) -> str:
+        return _counting(self)
 
     def __str__(self) -> str:
         return f"Deadline(limit_s={self.limit_s:g}, of='microbatches')" if self.cuts else f"Deadline({self.share})"
@@ -463,6 +468,11 @@ class Coded(Value, frozen=True, tag=True):
     def __str__(self) -> str:
         form = f", children={self.children}, levels={self.levels}" if self.code == "tree" else ""
         return f"Coded({self.stragglers}, {self.code!r}{form})"
+
+
+def _counting(value: Quorum | Deadline) -> str:
+    """A count of 1 equals the default, which is all, so it is shown."""
+    return brief(value, hidden=("counted",), shown=("count_or_fraction", "share") if value.counted else ())
 
 
 def _check_cut(where: str, late: Late) -> None:

@@ -68,12 +68,11 @@ class Every(Value, frozen=True, tag=True):
 
     def __repr__(self) -> str:
         if self == Once():
-            return "Once()"
+            return "fm.Once()"
         more = [f"{n}={getattr(self, n)}" for n in ("offset", "delay") if getattr(self, n)]
         more += [f"fragments={self.fragments}"] if self.fragments > 1 else []
-        return (
-            f"Every({', '.join([str(self.push), *([f'pull={self.pull}'] if self.pull != self.push else []), *more])})"
-        )
+        pull = [f"pull={self.pull}"] if self.pull != self.push else []
+        return f"fm.Every({', '.join([str(self.push), *pull, *more])})"
 
     def fragment(self, number: int) -> Every:
         """The rhythm of fragment `number`. The last one has the offset of the whole."""

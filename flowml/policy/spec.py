@@ -38,7 +38,7 @@ from flowml.policy.topology import (
     remote_of,
 )
 from flowml.policy.topology import describe as describe_topology
-from flowml.policy.wording import Value, brief, wrong_kind
+from flowml.policy.wording import Value, wrong_kind
 
 UNBOUNDED = math.inf
 """A staleness without bound: a read never waits."""
@@ -107,9 +107,6 @@ class Policy(Value, frozen=True):
         if isinstance(self.remote, Gossip):
             self._gossip(self.remote)
         _check_sound(self)
-
-    def __repr__(self) -> str:
-        return brief(self)
 
     def _share(self) -> None:
         """Replicas see each update at once, so none is late and no read waits."""

@@ -29,7 +29,7 @@ from flowml.policy.graphs import (
     sites_of,
 )
 from flowml.policy.quorum import Deadline, Quorum
-from flowml.policy.wording import Value, brief, wrong_kind
+from flowml.policy.wording import Value, wrong_kind
 
 DOUBLING_BYTES = 2 * 2**20
 """Largest gradient on one host for which fewer hops are faster than fewer bytes. The measured limit is 3 to 8 MiB for
@@ -114,7 +114,7 @@ class Gossip(Value, frozen=True, tag=True):
         named = not isinstance(self.graph, OwnMatrix) and as_graph(name.replace(" ", "_")) == self.graph
         graph = repr(name.replace(" ", "_")) if named else name
         more = [f"{n}={getattr(self, n):g}" for n in ("every", "pull") if getattr(self, n) != 1]
-        return f"Gossip({', '.join([graph, *more])})"
+        return f"fm.Gossip({', '.join([graph, *more])})"
 
     def within(self) -> tuple[Gossip, Gossip]:
         """The two that a graph with sites nests: inside a site and between sites."""
@@ -178,9 +178,6 @@ class Hierarchy(Value, frozen=True, tag=True):
             _check_gossips(self, self.local)
         if self.quorum is not None:
             _check_inside(self.local, self.quorum)
-
-    def __repr__(self) -> str:
-        return brief(self)
 
     def split(self, hosts: Sequence[Hashable]) -> tuple[tuple[int, ...], ...]:
         """The replicas of each site, where `hosts` is the machine of each replica.

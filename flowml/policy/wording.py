@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ _ARGUMENTS = {
 }
 """Class -> the arguments with which an error shows it, if it needs some."""
 
+_INNER = ("flowml.policy.graphs", "flowml.policy.codes")
+"""The modules whose values are made from names, and whose classes `flowml` does not have."""
+
 
 class _Worded(msgspec.StructMeta):
     """Makes values, and says in an error of ours which arguments a class has, and how large a count may be."""
@@ -42,12 +46,19 @@ class _Worded(msgspec.StructMeta):
 
 
 class Value(msgspec.Struct, metaclass=_Worded, frozen=True):
-    """A part of a policy. An argument that it does not have raises PolicyError, with the nearest that it has."""
+    """A part of a policy. An argument that it does not have raises PolicyError, with the nearest that it has.
+
+    Its `repr` is Python that makes it, after `import flowml as fm`. Functions and arrays that it holds are names there,
+    such as `optimizer`.
+    """
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 def _misfit(kind: Any, given: Sequence[object], named: Mapping[str, object]) -> str | None:
     """What is wrong with the arguments of a class; None if it is not their names or their number."""
-    has = {field.name: field.required for field in _fields(kind)}
+    has = {field.name: field.required for field in _fields(kind) if field.name != "counted"}  # which a count sets
     return misfit(_name(kind), has, len(given), named, f"give {example(kind)}")
 
 
@@ -68,15 +79,28 @@ def is_one_of(value: object, choices: Sequence[str | None]) -> bool:
     return (value is None or isinstance(value, str)) and value in choices
 
 
-def brief(value: msgspec.Struct, hidden: Sequence[str] = (), shown: Sequence[str] = ()) -> str:
+def brief(value: Value, hidden: Sequence[str] = (), shown: Sequence[str] = ()) -> str:
     """The call that makes a value, without the arguments that have their default, unless they are `shown`, and without
-    the `hidden` fields."""
+    the `hidden` fields. The first field has no name if users give it without."""
+    fields = _fields(type(value))
     given = [
-        f"{field.name}={getattr(value, field.name)!r}"
-        for field in _fields(type(value))
+        f"{'' if field is fields[0] and unnamed(type(value)) else f'{field.name}='}{code(getattr(value, field.name))}"
+        for field in fields
         if field.name not in hidden and (field.name in shown or getattr(value, field.name) != field.default)
     ]
-    return f"{type(value).__name__}({', '.join(given)})"
+    kind = type(value)
+    module = f"{kind.__module__}." if kind.__module__ in _INNER else "fm."
+    return f"{module}{kind.__name__}({', '.join(given)})"
+
+
+def unnamed(kind: type[msgspec.Struct]) -> bool:
+    """Whether users give the first field without its name: where a value has one field, or cannot do without it."""
+    return len(_fields(kind)) == 1 or kind.__name__ in ("Quorum", "Deadline", "Coded", "Speculate")
+
+
+def code(value: object) -> str:
+    """A field's value as Python. `inf` is no name there."""
+    return "fm.UNBOUNDED" if value == math.inf else f"-{code(math.inf)}" if value == -math.inf else repr(value)
 
 
 @functools.cache

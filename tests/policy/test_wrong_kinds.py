@@ -65,17 +65,17 @@ def test_the_error_says_what_to_write(name: str) -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (fm.Gossip("exponential", every=3), "Gossip('exponential', every=3)"),
-        (fm.Gossip(np.full((2, 2), 0.5)), "Gossip(2x2 matrix)"),
+        (fm.Gossip("exponential", every=3), "fm.Gossip('exponential', every=3)"),
+        (fm.Gossip(np.full((2, 2), 0.5)), "fm.Gossip(2x2 matrix)"),
         (
             fm.Hierarchy(fm.Ring(), fm.ParameterServer(), sites=2),
-            "Hierarchy(local=Ring(), remote=ParameterServer(), sites=2)",
+            "fm.Hierarchy(local=fm.Ring(), remote=fm.ParameterServer(), sites=2)",
         ),
-        (fm.Every(4, offset=1), "Every(4, offset=1)"),
-        (fm.Every(4, pull=2), "Every(4, pull=2)"),
-        (fm.Once(), "Once()"),
-        (fm.Delta(), "Delta()"),
-        (fm.Quorum(2, late="fold"), "Quorum(count_or_fraction=2, late=Fold(decay=1.0))"),
+        (fm.Every(4, offset=1), "fm.Every(4, offset=1)"),
+        (fm.Every(4, pull=2), "fm.Every(4, pull=2)"),
+        (fm.Once(), "fm.Once()"),
+        (fm.Delta(), "fm.Delta()"),
+        (fm.Quorum(2, late="fold"), "fm.Quorum(2, late=fm.Fold())"),
     ],
 )
 def test_values_are_shown_as_they_are_written(value: object, text: str) -> None:

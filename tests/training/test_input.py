@@ -104,7 +104,7 @@ def test_a_pattern_of_integers_only(threads_cluster: fm.Cluster) -> None:
         (lambda: fm.policies.every(0), r"an int of at least 1"),
         (
             lambda: fm.policies.quorum(0.5, topology=fm.Ring()),
-            r"topology=Ring\(\) with quorum=Quorum\(0.5\) is not sound",
+            r"topology=fm.Ring\(\) with quorum=Quorum\(0.5\) is not sound",
         ),
         (
             lambda: fm.policies.asynchronous(topology=fm.AllReduce()),

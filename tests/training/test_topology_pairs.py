@@ -112,7 +112,7 @@ def test_a_gossip_of_sites_that_gossip_equals_its_loop(threads_cluster: fm.Clust
     assert policy.describe() == "gossip complete in sites, gossip 2x2 matrix every 3 between"
     assert (
         str(policy.topology)
-        == f"Hierarchy(local=Gossip('complete'), remote=Gossip(2x2 matrix, every=3), sites={sites})"
+        == f"fm.Hierarchy(local=fm.Gossip('complete'), remote=fm.Gossip(2x2 matrix, every=3), sites={sites})"
     )
     inside, between = np.eye(4), np.eye(4)
     for site in sites:

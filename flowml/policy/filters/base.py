@@ -202,6 +202,9 @@ class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=T
         """The length of the part after `parts`, for a part whose length only its values decide."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        return f"fm.filters.{self}"
+
     def __str__(self) -> str:
         """The call that makes it, as in `top_k(0.01).with_error_feedback()`."""
         values = [(f.name, getattr(self, f.name), f.required, f.default) for f in msgspec.structs.fields(self)]
