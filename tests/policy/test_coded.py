@@ -67,7 +67,7 @@ def test_a_coded_policy_travels_and_describes_itself() -> None:
 UNSOUND: list[tuple[dict[str, Any], str]] = [
     ({"staleness": 2}, "with staleness=2 is not sound: .* of the same parameters"),
     ({"every": 4}, "with every=4 is not sound: .* use every=1"),
-    ({"payload": fm.Factors()}, r"payload=Factors\(\) is not sound: .* cannot be decoded"),
+    ({"payload": fm.Factors()}, r"payload=fm.Factors\(\) is not sound: .* cannot be decoded"),
     ({"apply": "sum"}, r"apply=fm.Sum\(\) is not sound: .* use apply='mean'"),
     ({"apply": fm.Vote(1)}, r"apply=fm.Vote\(.* is not sound: .* use apply='mean'"),
     ({"filters": [fm.filters.top_k(0.1)]}, "is not sound: a filter that changes .* use lossless filters"),
