@@ -15,7 +15,7 @@ from flowml.policy.filters import is_lossless
 from flowml.policy.graphs import check_members
 from flowml.policy.payload import LocalPayload
 from flowml.policy.quorum import ROUNDING, Coded, Deadline, Quorum
-from flowml.policy.replicas import check_pull
+from flowml.policy.replicas import check_pull, weighs_otherwise
 from flowml.policy.rhythm import Once
 from flowml.policy.spec import Policy
 from flowml.policy.topology import Gossip, Ring, Tree
@@ -170,6 +170,20 @@ def lonely(policies: Mapping[str, Policy], replicas: int) -> tuple[str, ...]:
     return (
         f"{named(found)} ({policies[found[0]].describe()}): one replica has no other to average with, so this is plain "
         "training; give Trainer(replicas=2) or more",
+    )
+
+
+def unweighed(policies: Mapping[str, Policy], replicas: int) -> tuple[str, ...]:
+    """Warnings if batches have weights, which count within the steps of a replica and not between replicas."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, policy in policies.items():
+        how = weighs_otherwise(policy) if replicas > 1 else None
+        if how is not None:
+            found.setdefault((policy.describe(), how), []).append(name)
+    return tuple(
+        f"{named(names)} ({described}): the weight of a batch counts in the steps of a replica, and not between "
+        f"replicas, because {how}"
+        for (described, how), names in found.items()
     )
 
 

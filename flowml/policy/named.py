@@ -226,7 +226,8 @@ def decoupled_diloco(
     **overrides: Unpack[_Decoupled],
 ) -> algebra.Policy:
     """DiLoCo that does not wait for slow replicas: a share or number of them completes a round, after a grace time for
-    the others, and each counts by the examples that it has seen (Douillard et al., *Decoupled DiLoCo*, 2026).
+    the others, and each counts by the examples that it has seen, or by the tokens that `Trainer(weight=)` gives
+    (Douillard et al., *Decoupled DiLoCo*, 2026).
 
     With `late="fold"`, as in the paper, a late replica goes on, and its push counts in the round that is open when it
     comes. With `"drop"` it takes the new global parameters, its steps are lost, and the ledger says so.

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from flowml.errors import PolicyError
-from flowml.policy.apply import Consensus, Distill, Mean, Mix, Outer, Sum, base_of
+from flowml.policy.apply import Consensus, Distill, Mean, Mix, Outer, Sum, base_of, most_at_once
 from flowml.policy.graphs import CompleteGraph
 from flowml.policy.late import Fold, late_name
 from flowml.policy.payload import Delta, Factors, LocalPayload, Weights
@@ -20,6 +20,32 @@ from flowml.policy.topology import Gossip, Hierarchy
 
 if TYPE_CHECKING:
     from flowml.policy.spec import Policy
+
+
+def weighs(policy: Policy, replicas: int) -> bool:
+    """Whether what replicas with parameters of their own send counts by the weights of the batches in it.
+
+    That is so where a home takes the mean of several. One that is applied alone, or added as it is, has nothing to be
+    weighed against.
+    """
+    if not policy.local or replicas < 2 or weighs_otherwise(policy) or not policy.apply.averages:
+        return False
+    return policy.collective or most_at_once(policy, replicas) > 1
+
+
+def weighs_otherwise(policy: Policy) -> str | None:
+    """What decides how much each replica counts, if it is not what its batches weigh: then a weight has no meaning
+    between replicas with parameters of their own."""
+    kind = base_of(policy.apply)
+    if policy.mirrored:
+        return "each site counts with its share of the replicas, or alike"
+    if isinstance(policy.remote, Gossip):
+        return "the weights of the graph say how much each counts, and are doubly stochastic"
+    if isinstance(kind, Mix):
+        return "each pulls the centre by the same share of its distance"
+    if isinstance(kind, Consensus):
+        return "the consensus is the mean of all reports, each with its dual variables"
+    return None
 
 
 def check_pull(name: str, policy: Policy, replicas: int, what: str = "replicas") -> None:

@@ -33,7 +33,7 @@ class Payload:
 
     `products` maps each leaf that is sent as factors to the function that forms its gradient. With `weighted`,
     gradients were multiplied by weights, and each part ends with the sum of these weights. With `steps`, gradients were
-    already divided by it.
+    already divided by it. With `kept` they are parameters, of which a mean over nothing keeps those of before.
     """
 
     parts: Sequence[Part]
@@ -41,6 +41,7 @@ class Payload:
     products: Mapping[int, Product]
     weighted: bool
     steps: bool
+    kept: bool = False
 
     @property
     def size(self) -> int:
@@ -67,6 +68,7 @@ class Payload:
             weight = row[-1].real
         elif self.weighted:
             *arrays, weight = arrays
+            weight = weight.real
         return arrays, weight
 
     def _product(self, part: Part, arrays: Sequence[Any]) -> tuple[Sequence[Any], Any]:
@@ -165,7 +167,7 @@ class HomeTasks:
             coefficient, share = coefficients[0, i], coefficients[1, i]
             terms, weight = self.payload.gradients(payloads[i * size : (i + 1) * size])
             if self.distils is not None:
-                terms = [*terms, *self.distils.outputs(terms)]
+                terms = [*terms, *self._outputs(terms, weight)]
             if not self.exact:
                 terms = [g * coefficient.astype(g.dtype) for g in map(wide, terms)]
             terms = [*terms, *(ballot(terms[leaf], self.voted) for leaf in self._voting)]
@@ -180,15 +182,26 @@ class HomeTasks:
         assert accumulator is not None
         return accumulator
 
+    def _outputs(self, terms: list[Any], weight: Any) -> list[Any]:
+        """What the model of one contribution computes, multiplied by its weight as its parameters are."""
+        assert self.distils is not None
+        if not self._divides:
+            return list(self.distils.outputs(terms))
+        return [scaled(x, weight) for x in self.distils.outputs([per(t, weight) for t in terms])]
+
     def _finished(self, kept: Sequence[Any], accumulator: Sequence[Any]) -> tuple[Any, ...]:
         total = list(accumulator[: self.params])
         for leaf, votes in zip(self._voting, accumulator[self.params :], strict=False):
             total[leaf] = elected(total[leaf], votes, self.voted)
+        outputs = accumulator[self.params :] if self.distils else ()
         if self._divides:
             total = [per(g, accumulator[-1]) for g in total]
+            outputs = [per(x, accumulator[-1]) for x in outputs[:-1]]
         gradients = [g.astype(p.dtype) for g, p in zip(total, kept[: self.params], strict=True)]
-        outputs = accumulator[self.params :] if self.distils else ()
-        return self.update(*gradients, *outputs, *kept)
+        results = self.update(*gradients, *outputs, *kept)
+        if not (self._divides and self.payload.kept):
+            return results
+        return tuple(jnp.where(accumulator[-1] > 0, new, old) for new, old in zip(results, kept, strict=True))
 
 
 def split(row: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:

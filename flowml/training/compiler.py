@@ -57,7 +57,7 @@ from flowml.policy.published import PolicyRule
 from flowml.rows import swapped
 from flowml.training.couplings import policy_of_value
 from flowml.training.cuts import cuts, deciding_stage
-from flowml.training.drafts import StoreDraft, coefficient_dtype, value_of
+from flowml.training.drafts import StoreDraft, coefficient_dtype, share_weight, value_of
 from flowml.training.evaluated import EvaluatingOptimizer, Evaluations
 from flowml.training.local import Optimizers, fragmented
 from flowml.training.replicate import Replicated, Template, replicate
@@ -68,6 +68,7 @@ from flowml.training.step import (
     StepFunction,
     Treatment,
     Weight,
+    by_examples,
     loss_takes_rng,
     name_of,
     one,
@@ -345,9 +346,8 @@ class _Compiler:
         verify_graph(graph, "simplify")
         held, returned = graph.inputs[len(graph.inputs) - self.step.held :], self.step.fetched + self.step.held
         graph = self._label(graph, held, returned, closed_over)
-        planner = StorePlanner(
-            self.paths, self.optimizers, self.policies, self.treatments, spec.replicas, self.microbatches, self.links
-        )
+        about = self.optimizers, self.policies, self.treatments, spec.replicas, self.microbatches, self.links
+        planner = StorePlanner(self.paths, *about, weighed=spec.weight not in (None, by_examples))
         graph, contributions = planner.contributions(graph, returned)
         graph = simplify(graph)
         verify_graph(graph, "factors")
@@ -355,7 +355,7 @@ class _Compiler:
         verify_placed(graph, choices.assignment, self.template)
         graph, state = settle(partition(graph, choices.assignment), held, self.step.fetched)
         if any(t.weighted for t in self.treatments):
-            graph, contributions = planner.share_weight(graph, contributions, self._weight(graph))
+            graph, contributions = share_weight(graph, contributions, self._weight(graph), self.treatments)
         verify_partitioned(graph)
 
         by_name = {d.name: d for d in self.devices}

@@ -4,14 +4,15 @@ parts of a contribution, and the stores."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flowml.ir.graph import Graph, Operand
 from flowml.plan import ArraySpec
 from flowml.policy import Policy
 from flowml.training.factors import OuterProduct
+from flowml.training.step import Treatment
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,23 @@ def coefficient_dtype(dtypes: Iterable[Any]) -> str:
 def strong(spec: ArraySpec) -> ArraySpec:
     """The same array without a weak type."""
     return ArraySpec(spec.shape, spec.dtype)
+
+
+def share_weight(
+    graph: Graph, contributions: Contributions, weight: int, treatments: Sequence[Treatment]
+) -> tuple[Graph, Contributions]:
+    """Copy the weight of a microbatch to each device that sends weighted gradients."""
+    weighted = [leaf for leaf, t in enumerate(treatments) if t.weighted]
+    devices = dict.fromkeys(graph.producer[v].device for leaf in weighted for v in contributions.values[leaf])
+    made = graph.producer[weight]
+    weights = {device: weight for device in devices if device == made.device}
+    nodes, values, avals = list(graph.nodes), dict(graph.values), dict(graph.avals)
+    for device in devices:
+        if device not in weights:
+            weights[device] = copy = max(values) + 1
+            values[copy], avals[copy] = values[weight], avals[weight]
+            number = max(n.id for n in nodes) + 1
+            nodes.append(replace(made, id=number, inputs=(weight,), outputs=(copy,), device=device))
+    outputs = (*graph.outputs, *weights.values())
+    graph = replace(graph, nodes=tuple(nodes), values=values, avals=avals, outputs=outputs)
+    return graph, replace(contributions, weights=weights)

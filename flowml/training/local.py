@@ -4,7 +4,7 @@ A stage keeps three buffers for each of its local stores between steps: its para
 parameters that it *started* from, which are the global ones that it took last. Their tasks are
 
     update   (parameters, state, coefficients, gradients) -> (parameters, state)    at the end of each step
-    send     (started, parameters) -> what is sent, where this is not the parameters themselves
+    send     (started, parameters[, weight]) -> what is sent, where this is not the parameters themselves
     take     (global, parameters, started) -> (parameters, started), where a replica does not just take the global ones
     fold     (average, what a replica sends, weight) -> average, with a gossip topology
     mix      (average, parameters after the step, parameters before it) -> parameters, with a gossip topology; with an
@@ -21,6 +21,10 @@ step is pulled to:
     take     (global, u) -> started
 
 The update is the optimizer of the Trainer, sliced as for a home. The home has an optimizer of its own or none.
+
+If batches have weights, and the home takes a mean, what is sent is multiplied by the mean weight of a step in it, and
+ends with that weight, as weighted gradients do. The home multiplies it by the number of steps, so each replica counts
+by the sum of its weights.
 """
 
 from __future__ import annotations
@@ -32,19 +36,21 @@ from typing import Any
 
 import jax
 import msgspec
+import numpy as np
 
+from flowml.arrays import dtype_of
 from flowml.errors import PolicyError, named
 from flowml.home import Buffer, Local
 from flowml.ir.label import layer_of
 from flowml.lowering.lower import ExecutableTable
-from flowml.plan import ArraySpec
+from flowml.plan import ArraySpec, Part
 from flowml.policy import Consensus, Delta, Gossip, Mix, Outer, Policy, Prox, Weights
 from flowml.policy.apply import base_of
 from flowml.training.apply import HomeTasks, Payload
 from flowml.training.couplings import Exchange, Use, together, uses
 from flowml.training.distil import Distilling, distilling
 from flowml.training.optimizer import OptimizerSlices, slice_optimizer
-from flowml.training.step import wide
+from flowml.training.step import is_narrow, scaled, wide
 from flowml.training.updates import proximal
 
 
@@ -234,9 +240,11 @@ def local_tasks(
     dtype: str,
     *,
     exact: bool,
-) -> Local:
-    """Export the tasks of one store. `gradients` is what a step of one replica computes for it, `dtype` that of its
-    coefficient; `exact` is as in `HomeTasks`."""
+    weighed: bool = False,
+) -> tuple[Local, Payload]:
+    """Export the tasks of one store, which sends the payload. `gradients` is what a step of one replica computes for
+    it, `dtype` that of its coefficient; `exact` is as in `HomeTasks`. What is sent is `weighed`, or each counts alike.
+    """
     own, outer = _sliced(optimizers.own, leaves, 0), optimizers.at_replica(policy, leaves)
     home = HomeTasks(own.update, gradients, len(specs), len(own.state), exact)
     kind = base_of(policy.apply)
@@ -244,8 +252,11 @@ def local_tasks(
     state_specs = own.state_specs
     payload = tuple(s for p in gradients.parts for s in p.payload)
     arguments = (*specs, *state_specs, ArraySpec((2, 1), dtype), *payload)
+    first, sent = gradients.parts[0], _weighed(specs) if weighed else specs
+    part = Part(first.stage, first.leaves, sent, reduction=first.reduction)
+    given = Payload((part,), gradients.shapes, {}, weighed, steps=False, kept=isinstance(policy.payload, Weights))
     if isinstance(kind, Consensus):
-        return Local(
+        local = Local(
             update=table.add_function(f"update:{name}", update, (*arguments, *specs), (*specs, *state_specs)),
             send=table.add_function(f"send:{name}", report, specs * 3, specs * 3),
             take=table.add_function(f"take:{name}", anchor, specs * 2, specs),
@@ -253,15 +264,30 @@ def local_tasks(
             state_specs=state_specs,
             dual=True,
         )
-    send, take = sending(policy), taking(policy)
+        return local, given
+    send, take = sending(policy, weighed=weighed), taking(policy)
+    weight = (real(sent[-1]),) if weighed else ()
     local = Local(
         update=table.add_function(f"update:{name}", update, arguments, (*specs, *state_specs)),
-        send=send and table.add_function(f"send:{name}", send, specs * 2, specs),
+        send=send and table.add_function(f"send:{name}", send, (*specs * 2, *weight), sent),
         take=take and table.add_function(f"take:{name}", take, specs * 3, specs * 2),
         state=own.state,
         state_specs=state_specs,
     )
-    return _gossiping(local, name, policy, specs, outer, table, dtype) if isinstance(policy.remote, Gossip) else local
+    if isinstance(policy.remote, Gossip):
+        local = _gossiping(local, name, policy, specs, outer, table, dtype)
+    return local, given
+
+
+def _weighed(specs: Sequence[ArraySpec]) -> tuple[ArraySpec, ...]:
+    """Arrays that are multiplied by a weight, and the weight. What is added up among replicas has one dtype."""
+    found = tuple(ArraySpec(s.shape, "float32") if is_narrow(dtype_of(s.dtype)) else s for s in specs)
+    return (*found, ArraySpec((), found[0].dtype))
+
+
+def real(weight: ArraySpec) -> ArraySpec:
+    """A weight as a replica has it. Beside complex arrays it is sent as a complex number."""
+    return ArraySpec((), np.real(np.zeros(0, dtype_of(weight.dtype))).dtype.name)
 
 
 def _gossiping(
@@ -329,8 +355,17 @@ def anchor(*arrays: Any) -> tuple[Any, ...]:
     return tuple(z - u for z, u in zip(arrays[:half], arrays[half:], strict=True))
 
 
-def sending(policy: Policy) -> Function | None:
-    """(started, parameters) -> delta."""
+def sending(policy: Policy, *, weighed: bool = False) -> Function | None:
+    """(started, parameters) -> delta; if `weighed`, (started, parameters, weight) -> (what is sent, weight)."""
+
+    def product(*arrays: Any) -> tuple[Any, ...]:
+        half, weight = len(arrays) // 2, arrays[-1]
+        pairs = zip(arrays[:half], arrays[half:-1], strict=True)
+        found = [wide(p) if isinstance(policy.payload, Weights) else wide(s) - wide(p) for s, p in pairs]
+        return (*(scaled(x, weight) for x in found), weight.astype(found[0].dtype))
+
+    if weighed:
+        return product
 
     def delta(*arrays: Any) -> tuple[Any, ...]:
         half = len(arrays) // 2

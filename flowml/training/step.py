@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flowml.ir import _jax
 from flowml.policy import Coded, Policy
 from flowml.policy.apply import most_at_once
+from flowml.policy.replicas import weighs
 from flowml.training.state import with_state
 
 RNG_WORDS = 3
@@ -44,7 +45,8 @@ class Treatment:
             return Treatment(wide=True, weighted=weighted, coded=True)
         together = policy.adds_up and replicas > 1
         added = microbatches > 1 or (policy.every.push > 1 and not policy.local) or together
-        alone = not added and (policy.local or most_at_once(policy, replicas) == 1)  # applied without a sum
+        sent = policy.local or most_at_once(policy, replicas) == 1  # applied without a sum
+        alone = not added and sent and not weighs(policy, replicas)
         return Treatment(wide=added or (weighted and not alone), weighted=weighted and not alone)
 
 

@@ -30,9 +30,10 @@ from flowml.placement.links import Links
 from flowml.plan import ArraySpec, Part, StoreSpec
 from flowml.policy import Distill, Factors, Policy, check_composition
 from flowml.policy.apply import Vote, base_of, most_at_once, scales
-from flowml.policy.compose import lonely
+from flowml.policy.compose import lonely, unweighed
 from flowml.policy.filtering import check_ranks
 from flowml.policy.filters import Form, check_array, sum_sizes
+from flowml.policy.replicas import weighs
 from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, joined, pack
 from flowml.training.couplings import Exchange, across_clocks, exchanges, lower, lower_member
@@ -50,7 +51,8 @@ from flowml.training.updates import check_vote
 class StorePlanner:
     """Plans and lowers the stores of one model.
 
-    `policies` maps parameter paths to policies. `treatments` has an entry for the gradient of each leaf.
+    `policies` maps parameter paths to policies. `treatments` has an entry for the gradient of each leaf. Batches are
+    `weighed` by what the user says.
     """
 
     paths: tuple[str, ...]
@@ -60,6 +62,7 @@ class StorePlanner:
     replicas: int
     microbatches: int
     links: Links = field(default_factory=Links)
+    weighed: bool = False
     notes: list[str] = field(default_factory=list[str])
     products: Mapping[int, OuterProduct] = field(default_factory=dict[int, OuterProduct])
     product_graph: Graph | None = None
@@ -70,7 +73,7 @@ class StorePlanner:
     def __post_init__(self) -> None:
         policies = {parameter_path(p): q for p, q in self.policies.items()}
         self.notes.extend(check_composition(policies, self.replicas))
-        self._warn(lonely(policies, self.replicas))
+        self._warn((*lonely(policies, self.replicas), *(unweighed(policies, self.replicas) if self.weighed else ())))
         for group, why in self._coupled:
             self._check_coupled(group, why)
         self._warn(self._scaled_but_remembered(policies))
@@ -163,23 +166,6 @@ class StorePlanner:
         check_ranks(self.policies, forms)
         outputs = (*metrics, *(v for found in values.values() for v in found))
         return replace(graph, outputs=outputs), Contributions(values, products)
-
-    def share_weight(self, graph: Graph, contributions: Contributions, weight: int) -> tuple[Graph, Contributions]:
-        """Copy the weight of a microbatch to each device that sends weighted gradients."""
-        weighted = [leaf for leaf, t in enumerate(self.treatments) if t.weighted]
-        devices = dict.fromkeys(graph.producer[v].device for leaf in weighted for v in contributions.values[leaf])
-        made = graph.producer[weight]
-        weights = {device: weight for device in devices if device == made.device}
-        nodes, values, avals = list(graph.nodes), dict(graph.values), dict(graph.avals)
-        for device in devices:
-            if device not in weights:
-                weights[device] = copy = max(values) + 1
-                values[copy], avals[copy] = values[weight], avals[weight]
-                number = max(n.id for n in nodes) + 1
-                nodes.append(replace(made, id=number, inputs=(weight,), outputs=(copy,), device=device))
-        outputs = (*graph.outputs, *weights.values())
-        graph = replace(graph, nodes=tuple(nodes), values=values, avals=avals, outputs=outputs)
-        return graph, replace(contributions, weights=weights)
 
     def _product(self, graph: Graph, leaf: int, gradient: int, plain: int) -> OuterProduct | None:
         """The outer product of a gradient, if it has one and the factors are smaller than `plain` bytes."""
@@ -389,9 +375,11 @@ class StorePlanner:
             every = self.optimizers
             one = self.microbatches == 1 and not (store.policy.sited and self.replicas > 1)
             dtype = coefficient_dtype(s.dtype for s in specs)
-            local = local_tasks(store.name, store.policy, specs, store.leaves, every, given, table, dtype, exact=one)
-            parts = (Part(parts[0].stage, parts[0].leaves, specs, reduction=parts[0].reduction),)
-            given = Payload(parts, given.shapes, {}, weighted=False, steps=False)
+            weighed = given.weighted and weighs(store.policy, self.replicas)
+            local, given = local_tasks(
+                store.name, store.policy, specs, store.leaves, every, given, table, dtype, exact=one, weighed=weighed
+            )
+            parts = tuple(given.parts)
         collective = self._collective(store.policy)
         update, exchange = self._update(number, store, len(sites) or self.replicas)
         candidates = [replicas[leaders.get(r, r)][parts[0].stage] for r in range(self.replicas)]

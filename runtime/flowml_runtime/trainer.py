@@ -89,9 +89,9 @@ class Trainer:
         weight: the weight of a batch, for a loss that is a mean over something other than examples, such as the tokens
             that are not padding. Give the name of a leaf of aux (`"tokens"`, `"counts/tokens"`), or a function of
             the batch. The loss stays a mean; each microbatch and replica counts by its weight, so that a step equals
-            one on the whole batch. Weights must be at least 0 and finite; where gradients are added up, any other
-            weight is treated like a gradient that is not finite. If all weights of a step are 0,
-            its gradient is 0 and its record has the loss NaN and 0 replicas.
+            one on the whole batch. In a mean of what replicas made of their own parameters, each counts by the weights
+            of its steps. Weights must be at least 0 and finite; others are treated like a gradient that is not finite,
+            where gradients are added up. A step whose weights are all 0 has gradient 0, loss NaN and 0 replicas.
         delays: worker name -> seconds added to each of its steps, to make workers slow in experiments; or a model of
             `flowml.sim`, which is drawn for each worker and step with the seed of the fit.
         check_replicas: the number of steps between two checks that replicas hold the same bits of parameters and

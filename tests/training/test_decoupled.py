@@ -31,13 +31,20 @@ def batch(clock: int, replica: int, replicas: int = 3) -> Any:
     return {k: v[np.split(order, replicas)[replica]] for k, v in SOURCE.items()}
 
 
-def rounds_loop(rounds: Sequence[Sequence[Push]], outer: Any, share: float = 1.0) -> Any:
-    """The global parameters after rounds. Each applies the mean of changes, weighed by their numbers of steps.
+def rounds_loop(
+    rounds: Sequence[Sequence[Push]],
+    outer: Any,
+    share: float = 1.0,
+    loss: Any = mlp_loss,
+    weigh: Any = lambda batch: 1,
+) -> Any:
+    """The global parameters after rounds. Each applies the mean of changes, weighed by what the batches of their steps
+    `weigh`: by default, by their numbers of steps.
 
     With a `share` below 1 a replica sends its largest elements in 4 bits, and keeps what it could not send.
     """
     versions, state = [jax.tree.map(np.asarray, mlp())], outer.init(mlp())
-    gradient = jax.jit(jax.grad(mlp_loss))
+    gradient = jax.jit(jax.grad(loss))
     kept = [jax.tree.map(np.zeros_like, versions[0]) for _ in range(3)]
     for pushes in rounds:
         changes = []
@@ -53,7 +60,7 @@ def rounds_loop(rounds: Sequence[Sequence[Push]], outer: Any, share: float = 1.0
                 change = jax.tree.map(lambda v: sent(v, share, 4), total)
                 kept[replica] = jax.tree.map(np.subtract, total, change)
             changes.append(change)
-        counts = [len(steps) for _, steps in pushes]
+        counts = [sum(weigh(batch(clock, replica)) for clock, _ in steps) for replica, steps in pushes]
         mean = jax.tree.map(lambda *cs, n=counts: np.average(cs, axis=0, weights=n).astype(np.float32), *changes)
         updates, state = outer.update(mean, state, versions[-1])
         versions.append(jax.tree.map(np.asarray, optax.apply_updates(versions[-1], updates)))

@@ -47,16 +47,19 @@ def replica_loop(
     outer: Any = None,
     alpha: float = 0.0,
     plain: Collection[str] = (),
+    weigh: Callable[[Any], float] = lambda batch: 1.0,
 ) -> Loop:
     """Replicas that each train alone. A layer's mean change is applied when its rhythm says, and taken a delay later.
 
-    The layers in `plain` have no outer optimizer, and replicas take their global values whole.
+    The layers in `plain` have no outer optimizer, and replicas take their global values whole. A replica counts by what
+    the batches of its steps since the last push `weigh`.
     """
     count = len(shares(0))
     outer = outer or optax.sgd(1.0)
     shared, outer_states = dict(params), {k: outer.init(v) for k, v in params.items()}
     own, started = [dict(params) for _ in range(count)], [dict(params) for _ in range(count)]
     states = [inner.init(params) for _ in range(count)]
+    weights = [dict.fromkeys(params, 0.0) for _ in range(count)]
     takes: dict[int, list[str]] = {}
     before: list[Any] = []
     gradient = jax.jit(jax.grad(loss))
@@ -70,18 +73,21 @@ def replica_loop(
         for r, share in enumerate(shares(step)):
             updates, states[r] = inner.update(gradient(own[r], share), states[r], own[r])
             own[r] = optax.apply_updates(own[r], updates)
+            weights[r] = {layer: found + weigh(share) for layer, found in weights[r].items()}
         for layer, every in rhythms.items():
             if step + 1 != steps and (step + 1 - every.offset) % every.push:
                 continue
             deltas = [jax.tree.map(jnp.subtract, started[r][layer], own[r][layer]) for r in range(count)]
-            mean = jax.tree.map(lambda *xs: sum(xs) / count, *deltas)
+            given = [weights[r].pop(layer) for r in range(count)]
+            parts = [w / (sum(given) or 1.0) for w in given]
+            mean = jax.tree.map(lambda *xs, parts=parts: sum(x * p for x, p in zip(xs, parts, strict=True)), *deltas)
             if layer in plain:
                 shared[layer] = jax.tree.map(jnp.subtract, shared[layer], mean)
             else:
                 updates, outer_states[layer] = outer.update(mean, outer_states[layer], shared[layer])
                 shared[layer] = optax.apply_updates(shared[layer], updates)
             for r in range(count):
-                started[r][layer] = own[r][layer]
+                started[r][layer], weights[r][layer] = own[r][layer], 0.0
             takes.setdefault(step + 1 + every.delay, []).append(layer)
     return Loop(before, shared, own, states[0])
 
@@ -371,7 +377,8 @@ def test_a_step_of_weighted_microbatches_is_one_weighted_mean(threads_cluster: f
         policies=fm.policies.local_sgd(4),
     )
     result = trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=STEPS)
-    expected = replica_loop(weighted, mlp(), inner, shares, STEPS, dict.fromkeys(mlp(), fm.Every(4)))
+    every = dict.fromkeys(mlp(), fm.Every(4))
+    expected = replica_loop(weighted, mlp(), inner, shares, STEPS, every, weigh=lambda b: float(weight(b)))
     assert_close(result.params, expected.params)
 
 

@@ -303,7 +303,7 @@ def test_a_step_without_weight_has_no_replicas_in_its_record(
 @pytest.mark.parametrize("pieces", PIECES)
 def test_a_weight_below_0_is_refused(threads_cluster: fm.Cluster, pieces: str) -> None:
     for name in ("server", "all-reduce", "factors"):
-        with pytest.warns(fm.FlowmlWarning, match=r"holds NaN or infinity \(as it does if a weight is below 0 or not"):
+        with pytest.warns(fm.FlowmlWarning, match=r"the weight of .* is below 0 or not finite; the"):
             result = weighted_by(threads_cluster, [-1.0, -1.0], policies=POLICIES[name], **PIECES[pieces])
         assert np.isnan(result.history[0]["loss"]) and result.history[0]["replicas"] == 0
         assert result.ledger.nonfinite

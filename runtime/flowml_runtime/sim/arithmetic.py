@@ -40,7 +40,7 @@ from flowml_runtime.worker.training.exchange.mirrors import Mirror, share_of
 from flowml_runtime.worker.training.exchange.reductions import sum_of
 from flowml_runtime.worker.training.exchange.relays import for_leader, weighted_sum
 from flowml_runtime.worker.training.filtered import Decoder, Encoder, packed
-from flowml_runtime.worker.training.finite import all_finite, counted
+from flowml_runtime.worker.training.finite import all_finite, counted, is_weight_at_fault
 from flowml_runtime.worker.training.model_state import ModelState
 from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.published import PublicCopy
@@ -180,6 +180,7 @@ class Arithmetic:
     def update(self, at: At, store: int, gradient: Value, *, refused: bool) -> None:
         own = self._own[at, store]
         self._before[at, store] = own.params
+        own.weigh(() if refused else gradient)
         if not refused and len(gradient):
             own.update(gradient)
 
@@ -259,6 +260,11 @@ class Arithmetic:
     def is_finite(self, store: int, part: int, value: Value) -> bool:
         spec = self._training.stores[store].parts[part]
         return all_finite(counted([np.asarray(a) for a in value], spec, self._training.microbatches))
+
+    def blames_weight(self, store: int, part: int, value: Value) -> bool:
+        spec = self._training.stores[store]
+        count, weighted = self._training.microbatches, spec.applies.weighted
+        return is_weight_at_fault([np.asarray(a) for a in value], spec.parts[part], count, weighted=weighted)
 
     def filtered(self, at: At, message: wire.Contribution, value: Value, parameters: Value = None) -> tuple[Value, int]:
         encoder = self._encoder_of(at)

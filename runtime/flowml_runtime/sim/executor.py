@@ -456,7 +456,7 @@ class Executor:
         refused = node.start.on_nonfinite != "apply" and not world.values.is_finite(store, 0, gradient)
         world.values.update(self.at, store, gradient, refused=refused)
         if refused and self._leads(store):
-            world.refuse(node, store, step.clock, (step.replica,), "computes")
+            world.refuse(node, store, 0, step.clock, {step.replica: gradient}, "computes")
         self._updated = store
         if store in self._neighbours:
             self._neighbours[store].updated(step)

@@ -128,6 +128,10 @@ class Values(Protocol):
         """Whether a gradient may be applied."""
         ...
 
+    def blames_weight(self, store: int, part: int, value: Value) -> bool:
+        """Whether the weight with which such a value ends is not finite."""
+        ...
+
     def filtered(self, at: At, message: wire.Contribution, value: Value, parameters: Value = None) -> tuple[Value, int]:
         """What the home decodes of a gradient that the filters of its policy have encoded, and the bytes that are
         sent. `parameters` are those with which filters may compare it; None: those of the step of the stage."""
@@ -271,6 +275,9 @@ class Nothing:
 
     def is_finite(self, store: int, part: int, value: Value) -> bool:
         return True
+
+    def blames_weight(self, store: int, part: int, value: Value) -> bool:
+        return False
 
     def filtered(self, at: At, message: wire.Contribution, value: Value, parameters: Value = None) -> tuple[Value, int]:
         return value, 0

@@ -266,7 +266,7 @@ class World:
         part = message.part
         if self.values.is_finite(message.store, part, value) or node.start.on_nonfinite == "apply":
             return message, value
-        self.refuse(node, message.store, message.clock, (replica,), "sends")
+        self.refuse(node, message.store, part, message.clock, {replica: value}, "sends")
         return msgspec.structs.replace(message, weight=0, empty=True), None
 
     def filtered(self, at: At, message: Any, value: Value, parameters: Value = None) -> tuple[Value, int]:
@@ -303,17 +303,23 @@ class World:
         store, part = message.store, message.part
         if self.values.is_finite(store, part, value) or node.start.on_nonfinite == "apply":
             return message, value
-        bad = tuple(r for r in sorted(own) if not self.values.is_finite(store, part, own[r]))
-        self.refuse(node, store, message.clock, bad, "sends")
+        bad = {r: own[r] for r in sorted(own) if not self.values.is_finite(store, part, own[r])}
+        self.refuse(node, store, part, message.clock, bad, "sends", value)
         return msgspec.structs.replace(message, weight=0, empty=True), None
 
-    def refuse(self, node: Node, store: int, clock: int, replicas: tuple[int, ...], verb: str) -> None:
-        """A gradient is not finite: report that it is left out, or end the fit."""
+    def refuse(
+        self, node: Node, store: int, part: int, clock: int, given: Mapping[int, Value], verb: str, total: Value = None
+    ) -> None:
+        """What replicas have given is not finite: report that it is left out, or end the fit."""
+        values = [*given.values(), *([total] if total else ())]
+        replicas, weight = tuple(given), any(self.values.blames_weight(store, part, value) for value in values)
         if node.start.on_nonfinite == "raise":
-            error = FlowmlError(sentence(self.layout.names[store], self.terms.stores[store], replicas, verb))
+            terms = self.terms.stores[store]
+            error = FlowmlError(sentence(self.layout.names[store], terms, replicas, verb, weight=weight))
             self.fail(node, node.start.run + clock, error)
             return
-        self.send(node.name, DRIVER, wire.NonFinite(**node.ids, store=store, clock=clock, replicas=replicas))
+        ids: dict[str, Any] = {**node.ids, "store": store, "clock": clock}
+        self.send(node.name, DRIVER, wire.NonFinite(**ids, replicas=replicas, weight=weight))
 
     def fail(self, node: Node, step: int, error: BaseException, what: str = "training") -> None:
         """A worker reports a failure to the driver, which ends the fit, and does nothing more."""

@@ -388,11 +388,13 @@ class Report(TrainingMessage, frozen=True):
 
 class NonFinite(TrainingMessage, frozen=True):
     """Contributions to `store` at `clock` held NaN or infinity and were left out: those of these replicas. Where the
-    contributions of all replicas are summed, the sum was left out, and these of the sender's replicas caused it."""
+    contributions of all replicas are summed, the sum was left out, and these of the sender's replicas caused it. With
+    `weight` that of their batches is below 0 or not finite."""
 
     store: Count
     clock: Count
     replicas: tuple[Count, ...]
+    weight: bool = False
 
 
 class Staleness(TrainingMessage, frozen=True):

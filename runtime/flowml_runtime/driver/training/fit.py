@@ -277,8 +277,8 @@ class Fit:
                     self._ship()
                 case protocol.Feed(replica, item):
                     self._feed(replica, item)
-                case protocol.NoteNonFinite(store, clock, replicas):
-                    _warn(self._history.refused(store, clock, replicas), stacklevel=5)
+                case protocol.NoteNonFinite(store, clock, replicas, weight):
+                    _warn(self._history.refused(store, clock, replicas, weight=weight), stacklevel=5)
                 case protocol.NoteCommit(clock, excluded, coefficients):
                     self._history.committed(clock, excluded, coefficients)
                 case protocol.NoteWaits():

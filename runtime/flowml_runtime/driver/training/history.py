@@ -97,8 +97,8 @@ class History:
         self._sums: dict[tuple[str, int], set[int]] = {}
         self.nonfinite_losses: Counter[int] = Counter()
         """By replica, the losses that were left out of a record."""
-        self._left_out: tuple[int, int] | None = None
-        """(step, replica) of the first such loss, until there is a warning of it."""
+        self._left_out: tuple[int, int, bool] | None = None
+        """(step, replica, whether its weight is at fault) of the first such loss, until there is a warning of it."""
         if not self._aligned:
             self._row = self._members
         self._complete = first * self._row if self._aligned else done
@@ -163,9 +163,9 @@ class History:
             self._counted[earlier] = counted
         self._decided = max(self._decided, clock)
 
-    def refused(self, store: int, clock: int, replicas: Sequence[int]) -> str | None:
+    def refused(self, store: int, clock: int, replicas: Sequence[int], *, weight: bool = False) -> str | None:
         """Count gradients that were left out, for each layer of a bucket. Returns one sentence for a warning, the first
-        time for each store."""
+        time for each store. The `weight` of these replicas may be at fault."""
         spec = self._training.stores[store]
         layers = layers_of(spec)
         first = layers[0] not in self.nonfinite
@@ -176,23 +176,31 @@ class History:
             return None
         layer, terms = spec.name, Terms.of(self._training, 0).stores[store]
         whose = f"of {' and '.join(sender(terms, r) for r in replicas)}" if replicas else "of all replicas together"
-        weights = "" if self._metrics.weight is None else " (as it does if a weight is below 0 or not finite)"
+        what = f"the gradient of layer {layer!r} {whose} at step {clock} holds NaN or infinity and is"
+        if weight:
+            what = f"the weight {whose} at step {clock} is below 0 or not finite; the gradient of layer {layer!r} is"
         return (
-            f"the gradient of layer {layer!r} {whose} at step {clock} holds NaN or infinity{weights} and is left out "
-            "of the update; result.ledger counts such gradients, Trainer(on_nonfinite='raise') ends the fit at the "
-            "first, and 'apply' applies them"
+            f"{what} left out of the update; result.ledger counts such gradients, Trainer(on_nonfinite='raise') ends "
+            "the fit at the first, and 'apply' applies them"
         )
 
     def why_not_finite(self, report: wire.Report, arrays: Sequence[Any]) -> str | None:
         """What is wrong with the loss of a report, or with its weight, as a sentence; None if both are finite."""
         values = dict(zip(report.slots, arrays, strict=True))
-        for slot, what in ((0, "loss"), (self._metrics.weight, "weight")):
-            if slot in values and not np.isfinite(values[slot]):
-                return (
-                    f"the {what} of replica {report.replica} is {float(values[slot])}; lower the learning rate or look "
-                    "at the data of this step, or give Trainer(on_nonfinite='refuse') to leave such losses out of the "
-                    "history, and such gradients out of the update"
-                )
+        out = (
+            "Trainer(on_nonfinite='refuse') to leave such losses out of the history, and such gradients out of the "
+            "update"
+        )
+        if self._metrics.weight in values and not np.isfinite(values[self._metrics.weight]):
+            return (
+                f"the weight of replica {report.replica} is below 0 or not finite; give weights that are finite and at "
+                f"least 0 by Trainer(weight=), or {out}"
+            )
+        if 0 in values and not np.isfinite(values[0]):
+            return (
+                f"the loss of replica {report.replica} is {float(values[0])}; lower the learning rate or look at the "
+                f"data of this step, or give {out}"
+            )
         return None
 
     def loss_warning(self, *, over: bool = False) -> str | None:
@@ -202,12 +210,16 @@ class History:
         """
         if self._left_out is None or (not over and self.step <= self._left_out[0] + NEWS_STEPS):
             return None
-        (step, replica), self._left_out = self._left_out, None
+        (step, replica, weight), self._left_out = self._left_out, None
         if self.nonfinite:
             return None  # there was a warning of its gradient
+        what = f"the loss of replica {replica} at step {step} is NaN or infinite although its gradients are finite"
+        if weight:
+            what = (
+                f"the weight of replica {replica} at step {step} is below 0 or not finite, and its gradients have none"
+            )
         return (
-            f"the loss of replica {replica} at step {step} is NaN or infinite although its gradients are finite; they "
-            "are applied, and the loss is left out of the record; result.ledger counts such losses, and "
+            f"{what}; they are applied, and the loss is left out of the record; result.ledger counts such losses, and "
             "Trainer(on_nonfinite='raise') ends the fit at the first"
         )
 
@@ -289,11 +301,12 @@ class History:
         """The reports whose loss and weight are finite. Counts the others."""
         finite: list[_Unit] = []
         for unit in units:
-            if np.isfinite(unit.values[0]) and math.isfinite(self._weight([unit])):
+            weight = not math.isfinite(self._weight([unit]))
+            if np.isfinite(unit.values[0]) and not weight:
                 finite.append(unit)
                 continue
             if not self.nonfinite_losses:
-                self._left_out = step, unit.replica
+                self._left_out = step, unit.replica, weight
             self.nonfinite_losses[unit.replica] += 1
         return finite
 

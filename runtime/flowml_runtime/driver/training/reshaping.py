@@ -372,7 +372,7 @@ class _Anew(_Form):
             owner = "/".join(["replica", str(replica), *head.split("/")[2:]])
             name = f"{owner}/own/state/{rest}" if rest else buffer
             found[f"state/{place}"] = self.old.arrays.get(name, self.old.arrays[buffer])
-        return found | {name: (first or {})[name] for name in ("steps", "taken", "since") if name in (first or {})}
+        return found | {n: (first or {})[n] for n in ("steps", "taken", "since", "weights") if n in (first or {})}
 
     def _place(self, leaf: int) -> tuple[str, int]:
         """The layer that had a parameter, and its number there."""

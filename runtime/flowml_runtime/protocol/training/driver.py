@@ -400,8 +400,8 @@ class TrainingDriver:
                 return [NoteStaleness(stores, cause)]
             case wire.Forwarded():
                 return [NoteForwarded(message, cause)]
-            case wire.NonFinite(store=store, clock=clock, replicas=replicas):
-                return [NoteNonFinite(store, clock, replicas, cause)]
+            case wire.NonFinite():
+                return [NoteNonFinite(message.store, message.clock, message.replicas, message.weight, cause)]
             case wire.StoreValue():
                 return self._finish(event.peer, message, event.handle)
             case wire.OwnState(store=store, replica=replica) if replica == self._first:

@@ -62,11 +62,13 @@ class NoteForwarded(msgspec.Struct, frozen=True):
 
 
 class NoteNonFinite(msgspec.Struct, frozen=True):
-    """Count the gradients of these replicas for a store and clock as left out, and warn."""
+    """Count the gradients of these replicas for a store and clock as left out, and warn. Their `weight` may be at
+    fault."""
 
     store: int
     clock: int
     replicas: tuple[int, ...]
+    weight: bool
     cause: int
 
 

@@ -72,9 +72,8 @@ class Encoder:
         store = self._stores[message.store]
         part = store.parts[message.part]
         weight = () if part.factors else arrays[len(part.leaves) :]
-        number = float(np.asarray(weight[0])) if weight else message.weight
-        if store.policy.local:
-            number = 1.0  # a change or parameters, and no sum of gradients
+        number = 1.0 if store.policy.local else message.weight  # a change or parameters are no sum of gradients
+        number = float(np.real(np.asarray(weight[0]))) if weight else number
         context = filters.Context(clock=message.clock, weight=number, run=self._kernels)
         sent: list[Buffer] = []
         for i, array in enumerate(arrays):

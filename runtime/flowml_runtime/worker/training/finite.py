@@ -28,7 +28,18 @@ def counted(arrays: Sequence[Any], part: Part, microbatches: int) -> Sequence[An
     if not part.factors or width < 3:
         return arrays
     sets = [arrays[i : i + width] for i in range(0, len(arrays), width)]
-    return [array for one in sets if np.asarray(one[-1]) > 0 for array in one]
+    return [array for one in sets if np.asarray(one[-1]) != 0 for array in one]
+
+
+def is_weight_at_fault(arrays: Sequence[Any], part: Part, microbatches: int, *, weighted: bool) -> bool:
+    """Whether the weight of a contribution is not finite: with it a part ends, or a set of factors. A weight below 0 is
+    NaN here. A packed part has one if gradients are `weighted`."""
+    if part.factors:
+        width = len(arrays) // microbatches
+        return width > 2 and not all_finite(arrays[width - 1 :: width])
+    if part.pack is not None:
+        return weighted and not all_finite([np.asarray(arrays[0])[-1:]])
+    return not all_finite(arrays[len(part.leaves) :])
 
 
 def _is_finite(array: np.ndarray[Any, Any]) -> bool:
@@ -47,9 +58,16 @@ def sender(terms: StoreTerms, replica: int) -> str:
     return f"the site of replica {replica}" if summed else f"replica {replica}"
 
 
-def sentence(layer: str, terms: StoreTerms, replicas: Sequence[int], verb: str) -> str:
-    """The message of the error that ends a step. Without replicas the sum over all of them is not finite."""
+def sentence(layer: str, terms: StoreTerms, replicas: Sequence[int], verb: str, *, weight: bool = False) -> str:
+    """The message of the error that ends a step. Without replicas the sum over all of them is not finite. The `weight`
+    may be at fault."""
     who = " and ".join(sender(terms, r) for r in replicas)
+    if weight:
+        return (
+            f"the weight of {who or 'all replicas together'} is below 0 or not finite, so the gradient of layer "
+            f"{layer!r} that it multiplies holds NaN or infinity; give weights that are finite and at least 0 by "
+            "Trainer(weight=), or Trainer(on_nonfinite='refuse') to leave such gradients out"
+        )
     whose = (
         f"which {who} {verb if len(replicas) == 1 else verb.removesuffix('s')}" if who else "added up over all replicas"
     )

@@ -6,12 +6,13 @@ and when to take global parameters; `flowml.training.local` describes the tasks.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from flowml.plan import Plan, StoreSpec
-from flowml.policy import Fold, Mix, Policy
+from flowml.policy import Delta, Fold, Mix, Policy
 from flowml.policy.apply import base_of
 from flowml_runtime.execution.programs import Array, TaskFunction, aligned_copy
 from flowml_runtime.worker.training.resident import Arrays, number, row, row_of
@@ -98,26 +99,34 @@ class OwnValues(OwnRhythm):
         """The dual variables and the last report of ADMM."""
         self._update = tasks[spec.local.update]
         self._send = None if spec.local.send is None else tasks[spec.local.send]
+        self._weight_dtype = "" if spec.local.send is None else plan.tasks[spec.local.send].inputs[-1].dtype
         self._take = None if spec.local.take is None else tasks[spec.local.take]
         site = spec.site_of(replica)
         self._stands_for = len(site.replicas) if site else 1
-        """The replicas for which its reports count in a consensus, whose home divides by the number of all replicas."""
+        """The replicas for which it counts: in a consensus, whose home divides by the number of all, and in a mean."""
+        self._weights = Weights(spec.policy.every.delay) if spec.applies.weighted else None
+        """Those of the steps in what the next push sends, if the home takes its mean by them."""
         added = plan.training.microbatches * (len(site.replicas) if site else 1)
         self._coefficients = aligned_copy(np.full((2, 1), 1 / added, self.dtype))
 
     def export(self) -> Arrays:
         """All buffers, for a snapshot between two steps."""
         found = (row(name, getattr(self, name)) for name in _KEPT)
-        return {k: a for one in found for k, a in one.items()} | dict(self.numbers())
+        weights = {} if self._weights is None else {"weights": self._weights.export()}
+        return {k: a for one in found for k, a in one.items()} | dict(self.numbers()) | weights
 
     def restore(self, arrays: Arrays, adopt: Callable[[Sequence[Array]], Sequence[Array]]) -> None:
         """Go on with the buffers of a snapshot."""
         for name in _KEPT:
             setattr(self, name, adopt(row_of(arrays, name)))
         self.set_numbers(arrays)
+        if self._weights is not None and "weights" in arrays:
+            self._weights.restore(arrays["weights"])
 
     def forget(self) -> None:
         super().forget()
+        if self._weights is not None:
+            self._weights.clear()
         if not self.kept:
             self.started = self.params
 
@@ -131,6 +140,8 @@ class OwnValues(OwnRhythm):
             results = self._take(*values, *self.params, *self.started)
             self.params, self.started = results[: len(values)], results[len(values) :]
         self.took(clock)
+        if self._weights is not None and not self._owes:
+            self._weights.keep_last()
 
     def _anchor(self, values: Sequence[Array]) -> None:
         """Take the global parameters as what steps are pulled to. The first are also the own ones, without duals."""
@@ -146,6 +157,11 @@ class OwnValues(OwnRhythm):
         results = self._update(*self.params, *own, self._coefficients, *gradients, *(self.started if self.kept else ()))
         self.params, self.state = results[: len(self.params)], (*results[len(self.params) :], *outer)
 
+    def weigh(self, gradients: Sequence[Array]) -> None:
+        """Count the weight of a step, with which its gradients end. One whose gradients are left out weighs nothing."""
+        if self._weights is not None:
+            self._weights.add(float(np.real(np.asarray(gradients[-1]))) if len(gradients) else 0.0)
+
     def sent(self) -> Sequence[Array]:
         """What a push sends. The next one sends only what has changed since, if nothing is taken before."""
         if self._send is None:
@@ -155,9 +171,50 @@ class OwnValues(OwnRhythm):
             results = self._send(*self.started, *self.params, *self.kept[count:])
             self.kept = results[count:]
             return results[:count] if self._stands_for == 1 else [_times(a, self._stands_for) for a in results[:count]]
-        delta = self._send(*self.started, *self.params)
-        self.started = self.params
-        return delta
+        if self._weights is None:
+            sent = self._send(*self.started, *self.params)
+        else:
+            weight = aligned_copy(np.array(self._weights.take() / self._stands_for, self._weight_dtype))
+            sent = self._send(*self.started, *self.params, weight)
+        if isinstance(self.spec.policy.payload, Delta):
+            self.started = self.params
+        return sent
+
+
+class Weights:
+    """The sum of the weights of steps, and their number. The `last` few may stay when others are forgotten."""
+
+    def __init__(self, last: int) -> None:
+        self._total, self._count = 0.0, 0
+        self._recent: deque[float] = deque(maxlen=last)
+
+    def add(self, weight: float) -> None:
+        self._total, self._count = self._total + weight, self._count + 1
+        self._recent.append(weight)
+
+    def clear(self) -> None:
+        self._total, self._count = 0.0, 0
+        self._recent.clear()
+
+    def keep_last(self) -> None:
+        """Forget all but the last steps."""
+        self._total, self._count = sum(self._recent), len(self._recent)
+
+    def take(self) -> float:
+        """The mean weight of a step, and forget all. It is 1 if no step was counted, as after a change of policies."""
+        mean = self._total / self._count if self._count else 1.0
+        self.clear()
+        return mean
+
+    def export(self) -> Array:
+        """All as one array, of a length that depends on the policy alone, so that those of replicas have a mean."""
+        padding = [0.0] * ((self._recent.maxlen or 0) - len(self._recent))
+        return np.array([self._total, self._count, *padding, *self._recent])
+
+    def restore(self, array: Array) -> None:
+        total, count, *recent = (float(x) for x in np.asarray(array))
+        self._total, self._count = total, round(count)
+        self._recent.extend(recent[max(len(recent) - self._count, 0) :])
 
 
 def _times(array: Array, factor: int) -> Array:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
@@ -25,7 +26,7 @@ from flowml_runtime.worker.training.applying import Held
 from flowml_runtime.worker.training.counts import Bytes, Counts
 from flowml_runtime.worker.training.exchange.positions import Backlog, Lists, which
 from flowml_runtime.worker.training.filtered import Encoder, added
-from flowml_runtime.worker.training.finite import sentence
+from flowml_runtime.worker.training.finite import is_weight_at_fault, sentence
 from flowml_runtime.worker.training.published import StoreView
 from flowml_runtime.worker.training.resident import Residents
 
@@ -88,13 +89,26 @@ class Run:
         """The step number of this clock in messages. It is unique over all fits of the plan."""
         return self.start.run + clock
 
-    def refuse(self, store: int, clock: int, replicas: tuple[int, ...], verb: str) -> None:
-        """Report to the driver that a gradient with NaN or infinity is left out. `verb` says what these replicas do
-        with it. Raises FlowmlError if that ends the fit."""
+    def refuse(
+        self,
+        store: int,
+        part: int,
+        clock: int,
+        given: Mapping[int, Sequence[Array]],
+        verb: str,
+        total: Sequence[Array] | None = None,
+    ) -> None:
+        """Report to the driver that what replicas have `given` is left out, because it holds NaN or infinity, or the
+        `total` with it. `verb` says what they do with it. Raises FlowmlError if that ends the fit."""
+        spec, count = self.training.stores[store], self.training.microbatches
+        blamed = partial(is_weight_at_fault, part=spec.parts[part], microbatches=count, weighted=spec.applies.weighted)
+        ids: dict[str, Any] = {
+            "replicas": tuple(given),
+            "weight": any(map(blamed, (*given.values(), *([total] if total else ())))),
+        }
         if self.start.on_nonfinite == "raise":
-            raise FlowmlError(sentence(self.training.stores[store].name, self.terms.stores[store], replicas, verb))
-        message = wire.NonFinite(plan_id=self.plan_id, run=self.number, store=store, clock=clock, replicas=replicas)
-        self.send(self.driver, message)
+            raise FlowmlError(sentence(spec.name, self.terms.stores[store], verb=verb, **ids))
+        self.send(self.driver, wire.NonFinite(plan_id=self.plan_id, run=self.number, store=store, clock=clock, **ids))
 
     @property
     def end(self) -> int:

@@ -437,7 +437,7 @@ class StageRunner(EdgeServices):
             ):
                 run.shared[store].update(arrays, weight, training.microbatches, self._read_versions[store])
         else:
-            run.refuse(store, clock, (self.replica,), "computes")
+            run.refuse(store, part, clock, {self.replica: arrays}, "computes")
         run.count_push(store, part, 0, run.me)
         self._on_event(Updated(run.number, self.replica, store, clock, finite))
 
@@ -446,11 +446,12 @@ class StageRunner(EdgeServices):
         clock, before = self._now.clock, own.params
         own.steps += 1
         finite = self.run.start.on_nonfinite == "apply" or all_finite(host_view(gradients, self.loaded.device))
+        own.weigh(gradients if finite else ())
         if gradients and finite:  # there are none if none of the site could be applied
             with self.recorder.record(self.device, "update", f"store {own.spec.name}", step):
                 own.update(gradients)
         elif gradients and self._leads(store):
-            self.run.refuse(store, clock, (self.replica,), "computes")
+            self.run.refuse(store, 0, clock, {self.replica: gradients}, "computes")
         self._exchange(store, own, before)
         with self.run.changed:
             if not self.machine.pushes(store, clock):
@@ -478,7 +479,7 @@ class StageRunner(EdgeServices):
         added = terms.tree is not None and terms.tree.adder_of(replica, summed=False) is not None
         counts = counted(arrays, training.stores[message.store].parts[message.part], training.microbatches)
         if self.run.start.on_nonfinite != "apply" and not all_finite(counts):
-            self.run.refuse(message.store, message.clock, (self.replica,), "sends")
+            self.run.refuse(message.store, message.part, message.clock, {self.replica: arrays}, "sends")
             message, arrays = msgspec.structs.replace(message, weight=0, empty=True, specs=()), ()
         elif self.encoder.filters(message.store) and not inside and not added:
             message, arrays = self.encoder.encode(message, arrays, parameters)

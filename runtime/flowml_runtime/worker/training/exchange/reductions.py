@@ -322,8 +322,8 @@ class Reductions:
         """
         if self._run.start.on_nonfinite == "apply" or all_finite(sums):
             return True
-        bad = tuple(r for r, arrays in own.items() if not all_finite(arrays))
-        self._run.refuse(given.store, given.clock, bad, "sends")
+        bad = {r: arrays for r, arrays in own.items() if not all_finite(arrays)}
+        self._run.refuse(given.store, given.part, given.clock, bad, "sends", sums)
         return False
 
     def _failed(self, given: Given, error: BaseException) -> None:
