@@ -184,3 +184,23 @@ def test_a_worker_that_goes_before_it_has_started_was_away_all_the_time() -> Non
 def test_times_of_a_churn_that_make_no_sense_are_refused(name: str) -> None:
     with pytest.raises(fm.SimulationError, match=name):
         Churn(CHANGES, **{name: -1.0})
+
+
+@pytest.mark.parametrize(("policy", "latency_s"), [("synchronous", 0.0), *((policy, 1e-3) for policy in POLICIES)])
+def test_a_worker_that_joins_stops_the_others_for_no_longer_than_a_step(policy: str, latency_s: float) -> None:
+    """In virtual time, where all steps take the same and loading a plan takes none: the longest time between the ends
+    of two steps around the join is at most a step longer than before it. Replicas that wait for each other stand only
+    for the messages of the snapshot, so not at all if these take no time."""
+    late = Churn([(0.0, 3, False), (4.03, 3, True)])
+    models = fm.sim.Constant(0.05 if policy == "coded" else 0.1), fm.sim.Network(latency_s, float("inf"))
+    cluster = fm.SimulatedCluster(4, *models, arithmetic=False, faults=[late])
+    trainer = fm.Trainer(loss, optax.adam(0.01), cluster=cluster, replicas=4, policies=POLICIES[policy])
+    found = trainer.fit(PARAMS, SOURCE, batch_size=32, steps=80, progress=False, replicas="elastic")
+    assert [change.joined for change in found.changes] == [("worker:3",)]
+    took = np.diff([record["seconds"] for record in found.history])
+    at = found.changes[0].step  # of the first step with all replicas
+    assert 20 < at < 70
+    stood_s = took[at - 10 : at + 10].max() - took[: at - 10].max()
+    assert stood_s <= 0.1 + 1e-9
+    if policy not in ("asynchronous", "portions"):
+        assert stood_s <= 8 * latency_s + 1e-9

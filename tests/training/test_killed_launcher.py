@@ -4,6 +4,9 @@ All processes of a launcher end with it. If another is started with the same sta
 driver finds it, and its fit goes on from the snapshot in the driver's memory. A coordinator that is started again has a
 worker replaced that the one before did not, and none is replaced twice.
 
+The launcher has no part in a step, so its points are those of the driver: the moment before or after the driver sends
+or takes a message. All workers end at that moment, wherever they are.
+
 `make kills` does this at each point under four policies, and `make test` at one each.
 """
 
@@ -13,7 +16,9 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Generator, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,7 @@ import psutil
 import pytest
 
 import flowml as fm
+from flowml_runtime import wire
 from flowml_runtime.launch.launched import LaunchedCluster
 from flowml_runtime.transport.ending import Ending
 from tests.conftest import wait_until
@@ -31,9 +37,27 @@ from tests.training.test_lost_and_replaced import REPLICAS, STEPS, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:worker.+ (was|were) lost")
 
-STEPS_OF_KILLS = (2, STEPS // 2, STEPS - 8)
-"""The workers are a few steps ahead of the driver, so that they are anywhere in a step."""
-LAUNCHER = [(policy, step) for policy in EVERY_POLICY for step in STEPS_OF_KILLS]
+POINTS = points("""
+    after send LoadPlan 2
+    before take Loaded 3
+    after send StartTraining 2
+    after send Source 4
+    before send Grant 3
+    before take Report 20
+    after take Settled 18
+    after take Paused 2
+    after send Export 3
+    before take Exported 2
+    after take Buffers 20
+    before take Buffers 41
+    before send Hold 9
+    after take Report 120
+    after take Report 128
+    before take StoreValue 2
+    after take Retired 2
+""")
+"""Before the first read, in a step, in the middle of a snapshot, and while the fit ends."""
+LAUNCHER = [(policy, at) for policy in EVERY_POLICY for at in POINTS]
 REPLACING = points("""
     before after take Exited 1
     before after soon take Replace 1
@@ -66,22 +90,69 @@ def train(cluster: fm.Cluster, policy: str, path: Path, **options: Any) -> fm.Tr
     return (fit if policy in EXACT else count)(cluster, policy, path, on_loss="replace", **options)
 
 
-@pytest.mark.parametrize(("policy", "step"), LAUNCHER if ALL else LAUNCHER[1:2])
-def test_a_kill_of_the_launcher(policy: str, step: int, tmp_path: Path) -> None:
+class Killing:
+    """Kills a process at a point of the messages of an endpoint in this one."""
+
+    def __init__(self, endpoint: Any, at: Ending, pid: int) -> None:
+        self.done = threading.Event()
+        self._at, self._pid, self._left = at, pid, at.number
+        self._lock = threading.Lock()
+        self._endpoint, self._were = endpoint, (endpoint.send, endpoint._on_message)
+        send, take = self._were
+        if at.verb == "send":
+            endpoint.send = self._watched(send)
+        else:
+            endpoint._on_message = self._watched(take)
+
+    def __enter__(self) -> Killing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._endpoint.send, self._endpoint._on_message = self._were
+
+    def _watched(self, process: Callable[..., None]) -> Callable[..., None]:
+        def watched(peer: str, message: wire.Wire, *more: Any) -> None:
+            here = self._is_here(message)
+            if here and self._at.when == "before":
+                self._kill()
+            process(peer, message, *more)
+            if here and self._at.when == "after":
+                self._kill()
+
+        return watched
+
+    def _is_here(self, message: wire.Wire) -> bool:
+        with self._lock:
+            self._left -= type(message).__name__ == self._at.message
+            return self._left == 0 and type(message).__name__ == self._at.message
+
+    def _kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        self.done.set()
+
+
+@pytest.mark.parametrize(
+    ("policy", "at"), LAUNCHER if ALL else LAUNCHER[10:11], ids=lambda value: str(value).replace(" ", "-")
+)
+def test_a_kill_of_the_launcher(policy: str, at: Ending, tmp_path: Path) -> None:
     with ExitStack() as stack:
         first, address = stack.enter_context(launched(tmp_path))
         cluster = stack.enter_context(fm.Cluster.connect(address, tmp_path / "token"))
         whole = {policy: fit(cluster, policy)} if policy in EXACT else {}
+        processes = psutil.Process(first.pid).children(recursive=True)
+        killing = stack.enter_context(Killing(cluster.endpoint, at, first.pid))
 
-        def kill(record: dict[str, Any]) -> None:
-            if record["step"] == step:
-                processes = psutil.Process(first.pid).children(recursive=True)
-                first.send_signal(signal.SIGKILL)
-                assert psutil.wait_procs(processes, 10)[1] == [], "all processes end with their launcher"
-                assert stack.enter_context(launched(tmp_path))[1] == address
+        def start_another() -> None:
+            assert killing.done.wait(60), f"it has not come to the point {at}"
+            assert psutil.wait_procs(processes, 10)[1] == [], "all processes end with their launcher"
+            assert stack.enter_context(launched(tmp_path))[1] == address
 
-        found = train(cluster, policy, tmp_path / "checkpoints", callbacks=[kill])
-        assert len(found.losses) >= 1
+        with ThreadPoolExecutor(1) as pool:
+            started = pool.submit(start_another)
+            found = train(cluster, policy, tmp_path / "checkpoints")
+            started.result()
+        if at.message not in ("LoadPlan", "Loaded", "StoreValue", "Retired"):
+            assert len(found.losses) >= 1
         check(found, policy, tmp_path / "checkpoints", whole)
 
 
