@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 
 from flowml.arrays import dtype_of
 from flowml.devices import Device
-from flowml.errors import CheckpointError, ClusterError, FlowmlError, WorkerLostError
+from flowml.errors import CheckpointError, ClusterError, DeadlineError, FlowmlError, WorkerLostError
 from flowml.ir._jax import exact_types
 from flowml.plan import ArraySpec
 from flowml_runtime import service, wire
@@ -40,6 +41,15 @@ SHOWN = 5
 
 PIECE_BYTES = 8 * 2**20
 """The most bytes of a lent array in one message."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question that a worker was asked, and the answer to come."""
+
+    worker: str
+    question: wire.Recall | wire.Write | wire.ReadFile
+    future: Future[list[Any]]
 
 
 class Holdings:
@@ -140,15 +150,14 @@ class Holdings:
         for remote in remotes:
             remote.made()
         found: dict[int, Array] = {}
-        asked: list[tuple[list[int], Future[list[Array]]]] = []
+        asked: list[tuple[list[int], _Asked]] = []
         for worker in dict.fromkeys(r.kind.worker for r in remotes):
             mine = [i for i, r in enumerate(remotes) if r.kind.worker == worker]
             recall = partial(wire.Recall, names=tuple(remotes[i].number for i in mine))
             asked.append((mine, self._ask(worker, recall)))
         for mine, answer in asked:
             try:
-                # no deadline: a computation may take any time, and a lost worker ends the wait
-                found.update(zip(mine, answer.result(), strict=True))
+                found.update(zip(mine, self._answer(answer), strict=True))
             except FlowmlError:
                 for i in mine:
                     remotes[i].made()  # the call may have failed meanwhile, and says more
@@ -170,14 +179,13 @@ class Holdings:
         for worker in dict.fromkeys(r.kind.worker for r in remotes):
             mine = [r for r in remotes if r.kind.worker == worker]
             parts += (mine[i : i + wire.MAX_ARRAYS] for i in range(0, len(mine), wire.MAX_ARRAYS))
-        asked: list[tuple[list[Remote], str, Future[list[wire.Part]]]] = []
+        asked: list[tuple[list[Remote], str, _Asked]] = []
         for number, mine in enumerate(parts):
             file, names = f"worker{number}.bin", tuple(r.number for r in mine)
             question = partial(wire.Write, names=names, folder=str(folder.resolve()), file=file, token=token)
             asked.append((mine, file, self._ask(mine[0].kind.worker, question)))
         for mine, file, answer in asked:
-            # no deadline: a disk takes as long as it takes, and a lost worker ends the wait
-            for remote, part in zip(mine, answer.result(), strict=False):
+            for remote, part in zip(mine, self._answer(answer), strict=False):
                 yield remote, Entry("", part.spec, part.offset, part.checksum, file)
 
     def load(
@@ -193,7 +201,7 @@ class Holdings:
                 missing.append(i)  # it has 64 bits there, and JAX would make 32 of them here
                 continue
             parts.setdefault((kind.device, entry.file), []).append(i)
-        asked: list[tuple[list[int], Future[list[bool]]]] = []
+        asked: list[tuple[list[int], _Asked]] = []
         for (device, file), mine in parts.items():
             for start in range(0, len(mine), wire.MAX_ARRAYS):
                 piece = mine[start : start + wire.MAX_ARRAYS]
@@ -207,8 +215,7 @@ class Holdings:
                 )
                 asked.append((piece, self._ask(kinds[piece[0]].worker, question)))
         try:
-            # no deadline: a disk takes as long as it takes, and a lost worker ends the wait
-            missing += [i for piece, answer in asked if not answer.result()[0] for i in piece]
+            missing += [i for piece, answer in asked if not self._answer(answer)[0] for i in piece]
             self._bring(batch, [(i, elsewhere(i)) for i in missing])
         except FlowmlError:
             self.freed(batch, range(len(kinds)))
@@ -266,16 +273,29 @@ class Holdings:
             if thread is not threading.current_thread():
                 thread.join(CLOSE_S)
 
-    def _ask(self, worker: str, question: Callable[..., wire.Recall | wire.Write | wire.ReadFile]) -> Future[list[Any]]:
+    def _ask(self, worker: str, question: Callable[..., wire.Recall | wire.Write | wire.ReadFile]) -> _Asked:
         number = next(self._asked)
-        future: Future[list[Any]] = Future("reading a kept value", list)
+        asked = _Asked(worker, question(number=number), Future("reading a kept value", list))
         with self._lock:
-            self._answers[number] = worker, future
+            self._answers[number] = worker, asked.future
+        self._send(asked)
+        return asked
+
+    def _send(self, asked: _Asked) -> None:
         try:
-            self._endpoint.send(worker, question(number=number), (), self._deadline_s)
+            self._endpoint.send(asked.worker, asked.question, (), self._deadline_s)
         except WorkerLostError as lost:
-            self.on_lost(worker, str(lost))
-        return future
+            self.on_lost(asked.worker, str(lost))
+
+    def _answer(self, asked: _Asked) -> list[Any]:
+        """Wait for an answer. A computation or a disk may take any time, and a lost worker ends the wait. The worker is
+        asked again meanwhile, in case that a message was lost: it answers a question that it is busy with once."""
+        while True:
+            try:
+                return asked.future.result(self._deadline_s)
+            except DeadlineError:
+                if not asked.future.done():
+                    self._send(asked)
 
     def _largest(self, device: str) -> list[Kind]:
         with self._lock:

@@ -138,13 +138,15 @@ def invite(folder: Path) -> str:
 
 
 def write_invited(folder: Path, file: str, token: str, arrays: Mapping[str, Any]) -> list[Entry] | None:
-    """Write a file into a folder where another process has invited to do so. None if that is not seen here: the other
-    process has another disk. Raises OSError if the disk refuses."""
+    """Write a file into a folder where another process has invited to do so, in place of one that this worker has
+    written for the same question. None if that is not seen here: the other process has another disk. Raises OSError if
+    the disk refuses."""
     try:
         if not _FILE.fullmatch(file) or (folder / TOKEN).read_text() != token:
             return None
     except (OSError, ValueError):
         return None
+    (folder / file).unlink(missing_ok=True)
     return write_arrays(folder / file, arrays)
 
 

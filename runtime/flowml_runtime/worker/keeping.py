@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import weakref
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +39,8 @@ class Keeping:
         self._devices = devices
         self._arriving: dict[tuple[str, int], tuple[Buffer, int]] = {}
         """(driver, name) -> the bytes of a value that comes in pieces, and how many are there."""
+        self._asked: set[tuple[str, int]] = set()
+        """(driver, number) of the questions that are being answered. One that comes again has its answer coming."""
         self._lent = LentMemory(f"{name} lent memory")
         self._answers = Lane(f"{name} kept values")
         """Sends what drivers read. A large value takes long to send."""
@@ -48,6 +51,10 @@ class Keeping:
         message: wire.Bring | wire.BringPiece | wire.Recall | wire.Write | wire.ReadFile | wire.Drop,
         arrays: Sequence[Array],
     ) -> None:
+        if isinstance(message, wire.Recall | wire.Write | wire.ReadFile):
+            if (driver, message.number) in self._asked:
+                return
+            self._asked.add((driver, message.number))
         match message:
             case wire.Bring():
                 device = self._devices.get(message.device)
@@ -56,9 +63,9 @@ class Keeping:
             case wire.BringPiece():
                 self._take(driver, message, *arrays)
             case wire.Recall():
-                self._read(partial(self._answer, driver, message.number), self.kept.find(driver, message.names), 0)
+                self._read(driver, message, partial(self._answer, driver, message.number))
             case wire.Write():
-                self._read(partial(self._write, driver, message), self.kept.find(driver, message.names), 0)
+                self._read(driver, message, partial(self._write, driver, message))
             case wire.ReadFile():
                 self.kept.open(driver, _read_by(driver, message), 0, message.names)
                 self._answers.put(
@@ -109,6 +116,7 @@ class Keeping:
     def forget(self, driver: str) -> None:
         """A driver is lost: forget everything of it."""
         self.kept.forget(driver)
+        self._asked -= {asked for asked in self._asked if asked[0] == driver}
         for key in [key for key in self._arriving if key[0] == driver]:
             del self._arriving[key]
 
@@ -139,13 +147,23 @@ class Keeping:
             self._lent.watch(value)
             self.kept.put(driver, (piece.name,), [value])
 
-    def _read(self, use: Callable[[Sequence[Cell]], None], cells: Sequence[Cell], begin: int) -> None:
-        """Use all cells once they have a value. Those before `begin` have one."""
-        for position in range(begin, len(cells)):
-            claim = self.kept.claim(cells[position], sole=False)
-            if claim.then(partial(self._read, use, cells, position)):
-                return
-        self._answers.put(partial(use, cells), lambda _: self.kept.leave(cells))
+    def _read(self, driver: str, asked: wire.Recall | wire.Write, use: Callable[[Sequence[Cell]], None]) -> None:
+        """Use the cells of a question once they have a value."""
+        cells = self.kept.find(driver, asked.names)
+
+        def failed(_: BaseException) -> None:
+            self._asked.discard((driver, asked.number))
+            self.kept.leave(cells)
+
+        def wait(begin: int) -> None:
+            """Those before `begin` have a value."""
+            for position in range(begin, len(cells)):
+                claim = self.kept.claim(cells[position], sole=False)
+                if claim.then(partial(wait, position)):
+                    return
+            self._answers.put(partial(use, cells), failed)
+
+        wait(0)
 
     def _write(self, driver: str, message: wire.Write, cells: Sequence[Cell]) -> None:
         arrays, error = _values(cells)
@@ -157,9 +175,7 @@ class Keeping:
         except (OSError, FlowmlError) as failure:
             error = one_line(failure)[:MAX_REASON]
         try:
-            self._endpoint.send(driver, wire.Written(number=message.number, parts=tuple(parts), error=error))
-        except FlowmlError:
-            return  # the driver is lost
+            self._tell(driver, wire.Written(number=message.number, parts=tuple(parts), error=error))
         finally:
             self.kept.leave(cells)
 
@@ -174,20 +190,22 @@ class Keeping:
 
     def _file_read(self, driver: str, message: wire.ReadFile, *, kept: bool) -> None:
         self.kept.end(_read_by(driver, message), "its file is not seen from its worker")
-        try:
-            self._endpoint.send(driver, wire.FileRead(number=message.number, kept=kept))
-        except FlowmlError:
-            return  # the driver is lost
+        self._tell(driver, wire.FileRead(number=message.number, kept=kept))
 
     def _answer(self, driver: str, number: int, cells: Sequence[Cell]) -> None:
         arrays, error = _values(cells)
         specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
         try:
-            self._endpoint.send(driver, wire.Recalled(number=number, error=error, specs=specs), arrays)
-        except FlowmlError:
-            return  # the driver is lost
+            self._tell(driver, wire.Recalled(number=number, error=error, specs=specs), arrays)
         finally:
             self.kept.leave(cells)
+
+    def _tell(
+        self, driver: str, answer: wire.Recalled | wire.Written | wire.FileRead, arrays: Sequence[Array] = ()
+    ) -> None:
+        self._asked.discard((driver, answer.number))  # first: the driver may ask again as soon as it has the answer
+        with suppress(FlowmlError):  # the driver is lost
+            self._endpoint.send(driver, answer, arrays)
 
 
 def _read_by(driver: str, message: wire.ReadFile) -> Scope:
