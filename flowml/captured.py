@@ -11,7 +11,6 @@ functions themselves, as jit does.
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any, cast
@@ -20,7 +19,7 @@ import numpy as np
 import xxhash
 
 from flowml.arrays import ArraySpec
-from flowml.errors import FlowmlWarning
+from flowml.callers import warn
 
 LARGE_BYTES = 2**20
 """An array from this size on is not part of the plan."""
@@ -103,16 +102,14 @@ def from_plan(kind: type, value: Any) -> Captured | OwnCall:
     return Captured(value)
 
 
-def warn_of_size(name: str, captured: Iterable[ArraySpec], stacklevel: int = 2) -> None:
+def warn_of_size(name: str, captured: Iterable[ArraySpec]) -> None:
     """Warn if the large arrays that a function closes over are as large as those of which JAX's users should know."""
     specs = sorted(captured, key=lambda s: s.nbytes, reverse=True)
     total = sum(s.nbytes for s in specs)
     if total >= WARN_BYTES:
         first = specs[0]
-        warnings.warn(
+        warn(
             f"{name} closes over {total:,} bytes of arrays (the largest: {first.dtype}{list(first.shape)}): each goes "
             "to the devices that read it, and stays there while the program lives; pass it as an argument if you do "
-            "not want that",
-            FlowmlWarning,
-            stacklevel=stacklevel,
+            "not want that"
         )

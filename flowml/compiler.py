@@ -91,7 +91,7 @@ def compile(  # noqa: A001 - the public name
         platforms=platforms,
         effects=option.on(devices),
     )
-    option.tell(getattr(fn, "__name__", type(fn).__name__), compiled.left_out, stacklevel=2)
+    option.tell(getattr(fn, "__name__", type(fn).__name__), compiled.left_out)
     return compiled.plan
 
 

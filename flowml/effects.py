@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 from flowml.arguments import choice
+from flowml.callers import warn
 from flowml.devices import Device
-from flowml.errors import FlowmlWarning
 from flowml.ir.host import Effects
 
 EffectsChoice = Literal["run", "drop"]
@@ -26,10 +25,9 @@ class EffectsOption:
         """The effects of a program on these devices, of which only those of some workers may run Python."""
         return Effects(any(device.python for device in devices), self._drop)
 
-    def tell(self, name: str, left_out: Sequence[str], stacklevel: int) -> None:
+    def tell(self, name: str, left_out: Sequence[str]) -> None:
         """Warn, once, of what was left out of the function `name`."""
         if left_out and not self._told:
             self._told = True
             rest = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-            text = f'{name} runs without {left_out[0]}{rest}, because of effects="drop"'
-            warnings.warn(text, FlowmlWarning, stacklevel=stacklevel + 1)
+            warn(f'{name} runs without {left_out[0]}{rest}, because of effects="drop"')

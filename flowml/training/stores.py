@@ -10,7 +10,6 @@ replica is then the home of a copy and gets one contribution, which is the sum o
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -18,8 +17,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from flowml.callers import warn
 from flowml.disjoint import DisjointSets
-from flowml.errors import FlowmlWarning, PolicyError, named
+from flowml.errors import PolicyError, named
 from flowml.home import Applies, Buffer, Coupled, Coupling, Local
 from flowml.ir.graph import Graph
 from flowml.ir.label import layer_of, parameter_path
@@ -83,7 +83,7 @@ class StorePlanner:
         """Say what is sound but may not be what was meant, in the plan and as warnings."""
         for text in found:
             self.notes.append(f"{text}.")
-            warnings.warn(f"{text}{fix}", FlowmlWarning, stacklevel=4)
+            warn(f"{text}{fix}")
 
     def _scaled_but_remembered(self, policies: Mapping[str, Policy]) -> list[str]:
         """Layers whose stale gradients are scaled, but which an optimizer remembers."""

@@ -17,7 +17,6 @@ import os
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,15 +24,15 @@ from pathlib import Path
 from typing import Self
 
 from flowml.arguments import flag, flag_or_none, seconds
+from flowml.callers import warn
 from flowml.devices import Device
-from flowml.errors import ClusterError, FlowmlWarning, WorkerLostError, named
+from flowml.errors import ClusterError, WorkerLostError, named
 from flowml.numbers import whole_number
 from flowml.placement import AutoPlacement, Pipeline, Placement
 from flowml.placement.links import ASSUMED, SAME_PROCESS, Links
 from flowml_runtime import wire
 from flowml_runtime.current import blocks
 from flowml_runtime.driver.member import DriverEvents
-from flowml_runtime.environment.callers import calling_level
 from flowml_runtime.environment.forks import check_owner, check_startable, is_foreign, this_process
 from flowml_runtime.environment.machine import cores, memory_bytes
 from flowml_runtime.launch.launched import LaunchedCluster, TLSFiles, shares_memory, worker_names
@@ -190,7 +189,7 @@ class Cluster:
                 raise WorkerLostError(advice.not_back(missing, timeout_s, self.session.remedy), worker=min(missing))
             if self._end_worker is None and not told and left < timeout_s - AGAIN_S:
                 told, text = True, advice.waits(missing, timeout_s, self.session.remedy, launched=self.launchers > 0)
-                warnings.warn(text, FlowmlWarning, stacklevel=calling_level())
+                warn(text)
             for worker in missing:
                 self._replace(worker)
             self._wait_for_devices(lambda there: there.issuperset(workers), min(AGAIN_S, left))

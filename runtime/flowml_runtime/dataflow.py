@@ -350,7 +350,7 @@ class Dataflow(Generic[P, R]):
                 )
         except PlacementError as error:
             raise cluster.session.explained(error, self._name) from None
-        self._effects.tell(self._name, compiled.left_out, stacklevel=7)
+        self._effects.tell(self._name, compiled.left_out)
         trial = trial_of(compiled.plan, placement) if keep is None and not held else None
         return _Program(compiled.plan, compiled.out_tree, call.returned, trial=trial)
 

@@ -8,13 +8,13 @@ which says that the next call goes on.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jax.tree_util import tree_leaves
 
-from flowml.errors import FlowmlError, FlowmlWarning, WorkerLostError
+from flowml.callers import warn
+from flowml.errors import FlowmlError, WorkerLostError
 from flowml_runtime.driver.remote import Remote
 from flowml_runtime.membership.advice import without_remedy
 from flowml_runtime.saved import Saved, records_of, taken_from
@@ -56,7 +56,7 @@ def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], 
     values = taken_from(record, {i: (given[i], place) for i, place in places.items()})
     first = next(leaf for i in lost for leaf in tree_leaves(given[i]) if _is_lost(leaf))
     why = first.why_lost()
-    warnings.warn(f"{why}; {name} goes on from the state saved in {record.path}", FlowmlWarning, stacklevel=3)
+    warn(f"{why}; {name} goes on from the state saved in {record.path}")
     given = [values.get(i, value) for i, value in enumerate(given)]
     return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
 

@@ -275,7 +275,7 @@ class Trainer:
         losses = Losses(cluster, program, asked.on_loss, asked.min_replicas, elastic=asked.elastic)
         looked = self._look_at_loss(program, params, data, order, batch_size)
         handle = losses.load(looked.look)
-        looked.warn(stacklevel=4)
+        looked.warn()
         saving = saving.again(handle.plan.training, asked.total) if losses.gone and handle.plan.training else saving
         variant = partial(self._variant, everywhere, program, structs_of(params, state))
         options = self._options(cluster, program, asked)
@@ -387,7 +387,7 @@ class Trainer:
         params = jax.tree_util.tree_map(own_array, params)
         optimizer, outer = program.spec.optimizer, program.compiled.outer
         state = first_state(optimizer, outer, params, opt_state)
-        warn_of_watchers(state, self._on_nonfinite, stacklevel=4)
+        warn_of_watchers(state, self._on_nonfinite)
         if asked.checkpoint is not None:
             about = msgspec.structs.replace(about, update=program.update_name(state, params))
         saving = saving_of(asked, program.training, (params, state, program.spec.untrained), model, about)
@@ -488,7 +488,7 @@ class Trainer:
                     )
             except PlacementError as error:
                 raise cluster.session.explained(error, "the training step") from None
-            self._effects.tell(name_of(spec.loss), compiled.left_out, stacklevel=4)
+            self._effects.tell(name_of(spec.loss), compiled.left_out)
             program = Program(compiled, cluster.session, spec)
         self._programs[key] = program  # as the newest
         if len(self._programs) > MAX_PROGRAMS:

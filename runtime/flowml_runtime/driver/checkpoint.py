@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any, TypeVar, cast
 import jax.numpy as jnp
 import numpy as np
 
-from flowml.errors import CheckpointError, FlowmlWarning
+from flowml.callers import warn
+from flowml.errors import CheckpointError
 from flowml.numbers import whole_number
 from flowml.training.valued import BATCH, VALUE
 from flowml_runtime.driver.training.snapshots import NONE, TREES, Key, Leaf, Snapshot
@@ -76,7 +76,7 @@ def newest(
             errors.append(error)
             continue
         for error in errors:
-            warnings.warn(f"{error}. {what} {path.name}", FlowmlWarning, stacklevel=4)
+            warn(f"{error}. {what} {path.name}")
         return found
     if errors:
         raise CheckpointError(

@@ -10,6 +10,7 @@ from itertools import compress
 from operator import not_
 from typing import Any
 
+from flowml.callers import calling_line
 from flowml.devices import worker_of
 from flowml.instructions import Fetch, Keep
 from flowml.plan import ArraySpec, Plan
@@ -19,7 +20,6 @@ from flowml_runtime.driver.captures import Captures
 from flowml_runtime.driver.holdings import bytes_on_devices
 from flowml_runtime.driver.remote import Kind, Remote
 from flowml_runtime.driver.steps import Steps
-from flowml_runtime.environment.callers import calling_line
 from flowml_runtime.execution.inline import LocalStep
 from flowml_runtime.execution.programs import Array, feed_slots
 

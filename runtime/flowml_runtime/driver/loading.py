@@ -8,22 +8,21 @@ devices before; see `captures`.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
 import numpy as np
 
+from flowml.callers import warn
 from flowml.devices import Device, worker_of
-from flowml.errors import DeadlineError, FlowmlError, FlowmlWarning, WorkerLostError
+from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
 from flowml.instructions import Run
 from flowml.lowering.pickling import copied_state
 from flowml.plan import ArraySpec, Plan
 from flowml_runtime import wire
 from flowml_runtime.driver.captures import Captured, Captures
 from flowml_runtime.driver.progress import shown
-from flowml_runtime.environment.callers import calling_level
 from flowml_runtime.execution.programs import executable_key, store_tasks
 from flowml_runtime.transport.endpoint import Sender
 
@@ -130,7 +129,7 @@ def warn_of_copies(plan: Plan, told: set[str]) -> None:
             )
             if text not in told:
                 told.add(text)
-                warnings.warn(text, FlowmlWarning, stacklevel=calling_level())
+                warn(text)
             return
 
 

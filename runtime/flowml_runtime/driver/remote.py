@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import numpy as np
 
+from flowml.callers import calling_line
 from flowml.devices import worker_of
 from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerError, WorkerLostError
 from flowml.ir._jax import ArrayImpl, array_type, default_sharding, register_array_like, struct_of
 from flowml.ir.keys import key_dtype
 from flowml.plan import ArraySpec
-from flowml_runtime.environment.callers import calling_line
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,7 +22,6 @@ import shutil
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,8 @@ import numpy as np
 import xxhash
 
 from flowml.arrays import ArraySpec, dtype_of
-from flowml.errors import CheckpointError, FlowmlWarning
+from flowml.callers import warn
+from flowml.errors import CheckpointError
 
 FORMAT = 1
 DATA, MANIFEST, LOCK, TOKEN, IDENTITY = "buffers.bin", "manifest.json", ".fit", ".token", ".identity"
@@ -227,11 +227,9 @@ def _lock(path: Path) -> BinaryIO | None:
             file.close()
             return None
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"{path.parent} is on a file system without locks ({error.strerror}), so nothing keeps a second "
-                "fit from writing there too",
-                FlowmlWarning,
-                stacklevel=5,
+                "fit from writing there too"
             )
             return file
         if _is_at(file, path):

@@ -11,11 +11,11 @@ import os
 import queue
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from itertools import product
 
-from flowml.errors import ClusterError, FlowmlError, FlowmlWarning
+from flowml.callers import warn
+from flowml.errors import ClusterError, FlowmlError
 from flowml.placement.links import ASSUMED, GRPC, SAME_PROCESS, SHARED_MEMORY, Link, Links
 from flowml.plan import DRIVER
 from flowml_runtime import wire
@@ -95,7 +95,7 @@ class LinkTable:
             links = self._links()
         if failed:
             text = "; ".join(f"{a} -> {b}: {reason}" for (a, b), reason in failed.items())
-            warnings.warn(f"some links were not measured and keep their values: {text}", FlowmlWarning, stacklevel=3)
+            warn(f"some links were not measured and keep their values: {text}")
         return links
 
     def contradicted(self, source: str, destination: str) -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import gc
 import math
 import queue
-import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from typing import Any, TypeVar
 
+from flowml.callers import warn
 from flowml.devices import Device, worker_of
-from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, SimulationError, WorkerLostError
+from flowml.errors import FlowmlError, PlacementError, SimulationError, WorkerLostError
 from flowml.instructions import Fetch
 from flowml.placement.links import SAME_PROCESS
 from flowml.plan import Plan
@@ -344,7 +344,7 @@ class SimulatedSession:
         if count > 1:
             why = why_not(layout, self._models.network, self._models.faults, arithmetic=self.arithmetic)
         if why is not None and asked is not None:
-            warnings.warn(f"jobs={asked}: the simulation runs in one process, because {why}", FlowmlWarning, 2)
+            warn(f"jobs={asked}: the simulation runs in one process, because {why}")
         return [0] if why is not None or count == 1 else firsts(layout, self._numbers, count)
 
     def _nothing(self, plan: Plan) -> Callable[[wire.StartTraining], Values]:

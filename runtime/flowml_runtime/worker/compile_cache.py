@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-from flowml.errors import FlowmlWarning
+from flowml.callers import warn
 from flowml_runtime.environment.spread import Spread
 from flowml_runtime.execution.turns import Turns
 from flowml_runtime.worker.config import WorkerConfig
@@ -50,11 +49,9 @@ class CacheFolder:
         now = _folder_here()
         if now != self._first and not self._told:
             self._told = True
-            warnings.warn(
+            warn(
                 f"{_FOLDER} is {now!r}, and the workers were started with {self._first!r}, which they keep; set it "
-                "before the cluster starts",
-                FlowmlWarning,
-                stacklevel=2,
+                "before the cluster starts"
             )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import queue
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from flowml.callers import warn
 from flowml.data import Source, epoch_order
 from flowml.devices import worker_of
-from flowml.errors import FlowmlError, FlowmlWarning, WorkerError, WorkerLostError
+from flowml.errors import FlowmlError, WorkerError, WorkerLostError
 from flowml.plan import ArraySpec, Training
 from flowml.training.compiler import TrainingCompiled
 from flowml.training.pieces import pieces
@@ -136,7 +136,7 @@ class Fit:
                 progress.show(record)
                 for callback in callbacks:
                     callback(record)
-            _warn(self._history.loss_warning(over=over), stacklevel=5)
+            _warn(self._history.loss_warning(over=over))
 
         try:
             show(held)
@@ -278,7 +278,7 @@ class Fit:
                 case protocol.Feed(replica, item):
                     self._feed(replica, item)
                 case protocol.NoteNonFinite(store, clock, replicas, weight):
-                    _warn(self._history.refused(store, clock, replicas, weight=weight), stacklevel=5)
+                    _warn(self._history.refused(store, clock, replicas, weight=weight))
                 case protocol.NoteCommit(clock, excluded, coefficients):
                     self._history.committed(clock, excluded, coefficients)
                 case protocol.NoteWaits():
@@ -495,6 +495,6 @@ class Fit:
         return self._orders[epoch]
 
 
-def _warn(warning: str | None, stacklevel: int) -> None:
+def _warn(warning: str | None) -> None:
     if warning is not None:
-        warnings.warn(warning, FlowmlWarning, stacklevel=stacklevel)
+        warn(warning)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowml.errors import FlowmlWarning, named
+from flowml.callers import warn
+from flowml.errors import named
 from flowml.ir._jax import array_of, array_type, path_name
 from flowml.training.adapted import has_inside
 from flowml.training.local import Restarting
@@ -88,15 +88,13 @@ def _keys(node: Any) -> Any:
     return node if isinstance(node, dict) else ()
 
 
-def warn_of_watchers(state: Any, on_nonfinite: str, stacklevel: int) -> None:
+def warn_of_watchers(state: Any, on_nonfinite: str) -> None:
     """Warn of transformations that never get what they act on, because such gradients are refused."""
     if on_nonfinite == "refuse" and (watchers := nonfinite_watchers(state)):
-        warnings.warn(
+        warn(
             f"the optimizer acts on gradients that are not finite ({named(watchers)}), and it gets none of them with "
             "on_nonfinite='refuse', the default, which leaves them out before; give Trainer(on_nonfinite='apply') so "
-            "that the optimizer decides, as in a plain loop",
-            FlowmlWarning,
-            stacklevel=stacklevel + 1,
+            "that the optimizer decides, as in a plain loop"
         )
 
 

@@ -21,14 +21,14 @@ one fate, and nothing is lost or applied twice. Records of steps that are done a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 
-from flowml.errors import FlowmlError, FlowmlWarning, PolicyError, WorkerLostError
+from flowml.callers import warn
+from flowml.errors import FlowmlError, PolicyError, WorkerLostError
 from flowml.plan import Plan
 from flowml.policy.compose import check_count
 from flowml.render.units import listed
@@ -150,7 +150,7 @@ class Losses:
     def survive(self, loss: Loss) -> None:
         """The fit goes on after a loss."""
         self.survived.append(loss)
-        warnings.warn(_told(loss, self.on_loss), FlowmlWarning, stacklevel=6)
+        warn(_told(loss, self.on_loss))
 
     def ready(self) -> bool:
         """Whether the next run can begin with other workers, before any is lost. Called for each message of a fit."""

@@ -8,7 +8,6 @@ often as its steps say and not once more.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowml.callers import warn
 from flowml.data import Source
-from flowml.errors import FlowmlWarning
 from flowml.ir.host import has_calls
 from flowml.plan import Plan
 from flowml.rows import seems_swapped
@@ -52,9 +51,9 @@ class Looked:
     def look(self) -> None:
         self._found = [text for find in self._finds if (text := find())]
 
-    def warn(self, stacklevel: int) -> None:
+    def warn(self) -> None:
         for text in self._found:
-            warnings.warn(text, FlowmlWarning, stacklevel=stacklevel + 1)
+            warn(text)
 
 
 def looking(*about: Any) -> Looked:

@@ -12,21 +12,20 @@ for any number of them, so those that are there compile nothing.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
 
+from flowml.callers import warn
 from flowml.devices import Device, worker_of
-from flowml.errors import FlowmlWarning, WorkerLostError
+from flowml.errors import WorkerLostError
 from flowml.placement import Pipeline, Placement
 from flowml.placement.links import Links
 from flowml.plan import Training
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.training.program import Program
 from flowml_runtime.driver.training.training_session import TrainingSession
-from flowml_runtime.environment.callers import calling_level
 
 
 class Regrouped(Exception):  # no error: a run ends with it
@@ -76,7 +75,7 @@ class Regrouping:
             self._look()
         if self._wrong:
             wrong, self._wrong = self._wrong, ""
-            warnings.warn(wrong, FlowmlWarning, stacklevel=calling_level())
+            warn(wrong)
         loaded = self._loaded
         if loaded is not None and loaded.steps.stopped:  # a worker that had joined was lost again
             self.forget()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowml.errors import CheckpointError, FlowmlWarning
+from flowml.callers import warn
+from flowml.errors import CheckpointError
 from flowml.plan import Training
 from flowml_runtime.driver.checkpoint import Checkpoint, newest
 from flowml_runtime.driver.training.copied import copying
@@ -105,12 +105,10 @@ def saving_of(asked: Asked, training: Training, trees: Trees, model: Model, now:
     where, snapshot = found
     check(snapshot, where, training, now, trees, model)
     if differ(snapshot.content.figures.update, now.update):
-        warnings.warn(
+        warn(
             f"the update of the optimizer is another one than that which wrote the checkpoint {where}, such as with "
             "another learning rate or schedule; the fit goes on with the new one and the state of the old one. If that "
-            "is not meant, give the optimizer of the fit that wrote it",
-            FlowmlWarning,
-            stacklevel=5,
+            "is not meant, give the optimizer of the fit that wrote it"
         )
     steps = snapshot.content.steps
     if steps > total:
@@ -138,11 +136,9 @@ def _newest(checkpoint: Checkpoint, kept: KeptFit | None, trees: Trees) -> tuple
     try:
         snapshot.write(checkpoint.directory, checkpoint.keep)
     except OSError as error:
-        warnings.warn(
+        warn(
             f"the checkpoint {where} could not be written to {checkpoint.directory}: {error}; the fit goes on from it, "
-            "and older checkpoints are as they were; see whether the disk is full or read-only",
-            FlowmlWarning,
-            stacklevel=6,
+            "and older checkpoints are as they were; see whether the disk is full or read-only"
         )
     return where, snapshot
 
@@ -154,10 +150,8 @@ def _in_form(
     found, there = reshaped(snapshot, training, total, now, model), snapshot.content.figures
     if found.left_out:
         forms = [f"{f.replicas} replicas of {f.stages} stages and {f.microbatches} microbatches" for f in (there, now)]
-        warnings.warn(
+        warn(
             f"the checkpoint {path} was written by {forms[0]}, and the fit goes on with {forms[1]}, without "
-            f"{'; without '.join(found.left_out)}. Parameters and optimizer state are the same",
-            FlowmlWarning,
-            stacklevel=6,
+            f"{'; without '.join(found.left_out)}. Parameters and optimizer state are the same"
         )
     return found.snapshot

@@ -5,11 +5,10 @@ The fit goes on while a thread writes them (`writing`). If the disk refuses, the
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from flowml.errors import FlowmlWarning
+from flowml.callers import warn
 from flowml.plan import Training
 from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.training.copied import Copied, Copies
@@ -270,10 +269,10 @@ class Saving:
         """Wait until the last snapshot is written. Warns if it could not be."""
         if self._writer is not None:
             self._writer.flush()
-        self.tell(stacklevel=6)
+        self.tell()
 
-    def tell(self, stacklevel: int = 5) -> None:
+    def tell(self) -> None:
         """Warn if a snapshot could not be written."""
         wrong = None if self._writer is None else self._writer.take_wrong()
         if wrong is not None:
-            warnings.warn(wrong, FlowmlWarning, stacklevel=stacklevel)
+            warn(wrong)

@@ -16,12 +16,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowml.errors import FlowmlWarning
+from flowml.callers import warn
 from flowml_runtime.driver.progress import shown
 from flowml_runtime.sim.heap import Clock
 from flowml_runtime.sim.native.rewriting import BUILD_S, PACKAGE, rewritten
@@ -50,7 +49,7 @@ def compiled() -> Kit:
     try:
         folder = _built()
     except (OSError, subprocess.SubprocessError, _MissingError) as error:
-        warnings.warn(f"the simulator runs as Python, because it cannot be compiled: {_why(error)}", FlowmlWarning, 2)
+        warn(f"the simulator runs as Python, because it cannot be compiled: {_why(error)}")
         return USUAL
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
