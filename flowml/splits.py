@@ -22,9 +22,10 @@ _ASSIGNED, _WITHIN, _DRAWN = 1, 2, 3
 class Shards(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Each replica has a shard of the examples, and draws its share of each batch from it.
 
-    Shards are equal but for one example. What does not fill a batch of all replicas is at the end of the epoch. The
-    shards are those of replicas as long as each takes its own work item of each step: after a loss of workers, and
-    where work is dropped and goes back to the queue, other replicas take it.
+    Shards are equal but for one example. What does not fill a batch of all replicas is at the end of the epoch. Where
+    replicas share no clocks (Downpour, `asynchronous`), each visits its shard at its own pace, and begins its next
+    epoch while others are in the one before. The shards are those of replicas as long as each takes its own work item
+    of each step: after a loss of workers, and where work is dropped and goes back to the queue, other replicas take it.
 
     Args:
         reassign_every: the epochs after which all examples are dealt to the replicas anew; 0: never.

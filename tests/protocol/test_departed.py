@@ -56,12 +56,21 @@ def told(made: World) -> list[Any]:
     pauses=st.lists(st.floats(0, 40), max_size=4),
     twice=st.sampled_from([0.0, 0.3]),
     slow=st.sampled_from([1, 6]),
+    sharded=st.booleans(),
 )
 def test_a_replica_is_lost_at_any_time(
-    rules: str, seed: int, lost_s: float, victim: int, source: Any, pauses: list[float], twice: float, slow: int
+    rules: str,
+    seed: int,
+    lost_s: float,
+    victim: int,
+    source: Any,
+    pauses: list[float],
+    twice: float,
+    slow: int,
+    sharded: bool,
 ) -> None:
     options = {"source": source, "pauses": sorted(pauses), "twice": twice, "speeds": (1, slow, 1, 1)}
-    made = world(rules, seed, lost_s, victim, **options)
+    made = world(rules, seed, lost_s, victim, sharded=sharded, **options)
     made.go()
     check_rest(made)
     assert not check(made.history)

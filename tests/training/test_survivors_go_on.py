@@ -67,15 +67,21 @@ def kill_and_refuse(cluster: fm.Cluster, at: dict[int, str], patch: pytest.Monke
 
 @pytest.mark.parametrize("policy", ["asynchronous", "Downpour"])
 @pytest.mark.parametrize("lost", [{12: "worker:2"}, {8: "worker:3", 30: "worker:2"}], ids=["one", "two"])
+@pytest.mark.parametrize("shuffle", [True, fm.Shards(reassign_every=2)], ids=str)
 def test_the_survivors_go_on(
-    processes: fm.Cluster, policy: str, lost: dict[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    processes: fm.Cluster,
+    policy: str,
+    lost: dict[int, str],
+    shuffle: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
     victims = [(lost[step],) for step in sorted(lost)]
     callback, block = kill_and_refuse(processes, dict(lost), monkeypatch, seen)
     try:
         with pytest.warns(fm.FlowmlWarning, match=r"left out with its replica; the fit goes on from step"):
-            found = fit(processes, policy, tmp_path, callbacks=[callback], on_loss="shrink")
+            found = fit(processes, policy, tmp_path, callbacks=[callback], on_loss="shrink", shuffle=shuffle)
         restored = fm.restore(tmp_path)
     finally:
         block.__exit__(None, None, None)
@@ -87,18 +93,20 @@ def test_the_survivors_go_on(
         assert loss.seconds == 0
     assert (found.ledger.used, found.ledger.outstanding) == (ITEMS, 0), "others do what the lost replica had not sent"
     assert found.ledger.partly <= 2 * len(lost), "at most one push of each was under way"
+    assert found.ledger.seen == ((STEPS * 32 // len(X), len(X)),), "whoever did it, in whichever epoch it was"
     assert restored.step == STEPS
     assert_same(restored.params, found.params)
     assert found.history[-1]["loss"] < found.history[0]["loss"] / 2
 
 
-def test_the_home_is_lost_after_another_replica(processes: fm.Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shuffle", [True, fm.Shards()], ids=str)
+def test_the_home_is_lost_after_another_replica(processes: fm.Cluster, tmp_path: Path, shuffle: Any) -> None:
     """The next run begins at a snapshot without both, and the items of the first are in it."""
     seen: list[int] = []
     try:
         callbacks = [killing(processes, {8: "worker:2", 24: "worker:0"}, seen)]
         with pytest.warns(fm.FlowmlWarning, match="was lost"):
-            found = fit(processes, "Downpour", tmp_path, callbacks=callbacks, on_loss="shrink")
+            found = fit(processes, "Downpour", tmp_path, callbacks=callbacks, on_loss="shrink", shuffle=shuffle)
     finally:
         processes.bring_back(processes.lost)
     assert seen == [record["step"] for record in found.history] == list(range(STEPS))
@@ -107,15 +115,16 @@ def test_the_home_is_lost_after_another_replica(processes: fm.Cluster, tmp_path:
     assert (found.ledger.used, found.ledger.outstanding) == (ITEMS, 0)
 
 
-def test_a_worker_joins_after_a_run_has_gone_on_without_it(threads: fm.Cluster) -> None:
+@pytest.mark.parametrize("shuffle", [True, fm.Shards()], ids=str)
+def test_a_worker_joins_after_a_run_has_gone_on_without_it(threads: fm.Cluster, shuffle: Any) -> None:
     at = {10: lambda: threads.end_worker("worker:2"), 60: lambda: threads.start_worker("worker:2")}
 
     def change(record: dict[str, Any]) -> None:
         at.pop(record["step"], bool)()
 
-    delays, policy = {"worker:1": 0.005}, "Downpour"
+    options: dict[str, Any] = {"replicas": "elastic", "delays": {"worker:1": 0.005}, "steps": 300, "shuffle": shuffle}
     with pytest.warns(fm.FlowmlWarning, match="worker:2 was lost"):
-        found = fit(threads, policy, callbacks=[change], replicas="elastic", delays=delays, steps=300)
+        found = fit(threads, "Downpour", callbacks=[change], **options)
     assert [loss.seconds for loss in found.losses] == [0]
     assert [change.joined for change in found.changes] == [("worker:2",)]
     assert found.ledger.outstanding == 0
@@ -150,18 +159,21 @@ SIMULATED = 60
 STEP_S = 0.1
 
 
-def simulated(policy: Any, *crashes: Crash) -> fm.TrainingResult:
+def simulated(policy: Any, *crashes: Crash, shuffle: Any = True) -> fm.TrainingResult:
     models = fm.sim.LogNormal(STEP_S, 0.2), fm.sim.Network(1e-3, 1e8)
     cluster = fm.SimulatedCluster(4, *models, arithmetic=False, faults=crashes)
     trainer = fm.Trainer(mean_square, optax.sgd(0.1), cluster=cluster, replicas=4, policies=policy)
-    return trainer.fit(PARAMS, SOURCE, batch_size=32, steps=SIMULATED, progress=False, on_loss="shrink")
+    options: dict[str, Any] = {"batch_size": 32, "steps": SIMULATED, "progress": False, "on_loss": "shrink"}
+    return trainer.fit(PARAMS, SOURCE, shuffle=shuffle, **options)
 
 
 @pytest.mark.filterwarnings("ignore:worker.+ was lost")
 @pytest.mark.parametrize("policy", [fm.policies.asynchronous(), fm.policies.downpour(3, 2), fm.policies.downpour(5, 5)])
-def test_at_whatever_time_a_replica_is_lost(policy: Any, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("shuffle", [True, fm.Shards()], ids=str)
+def test_at_whatever_time_a_replica_is_lost(policy: Any, shuffle: Any, rng: np.random.Generator) -> None:
     for _ in range(12):
-        found = simulated(policy, *(Crash(w, float(rng.uniform(0.0, 5.5)), noticed_s=0.3) for w in (2, 3)))
+        crashes = (Crash(w, float(rng.uniform(0.0, 5.0)), noticed_s=0.3) for w in (2, 3))
+        found = simulated(policy, *crashes, shuffle=shuffle)
         assert [record["step"] for record in found.history] == list(range(SIMULATED))
         assert [loss.seconds for loss in found.losses] == [0.0, 0.0]
         assert found.ledger.used == 4 * SIMULATED

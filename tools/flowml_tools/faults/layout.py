@@ -157,12 +157,13 @@ def make(
     twice: float = 0.0,
     homes_on: int | None = None,
     workers: int | None = None,
+    sharded: bool = False,
     **options: Any,
 ) -> World:
     """A run with one store a policy; every third store is shared by the first and last stage, as tied weights are.
 
-    Each stage of each replica has a worker of its own, unless `workers` says how many there are to share. `options` are
-    further fields of the World.
+    Each stage of each replica has a worker of its own, unless `workers` says how many there are to share. With
+    `sharded` each replica has items of its own. `options` are further fields of the World.
     """
     check_composition({str(i): p for i, p in enumerate(rules)}, replicas)
     cut_by(rules, replicas, MICROBATCHES)
@@ -171,7 +172,7 @@ def make(
     devices = [[f"{names[r, s]}/cpu:{r * stages + s}" for s in range(stages)] for r in range(replicas)]
     members = rules[0].members(replicas)
     items = (items or replicas * 4) // replicas * members if members > replicas else items or replicas * 4
-    if coded_by(rules, replicas):  # shares of a whole batch
+    if sharded or coded_by(rules, replicas):  # shares of a whole batch
         items -= items % replicas
     exact = not any(map(_computes, rules))
     code = coded_by(rules, replicas)
@@ -208,6 +209,7 @@ def make(
         epoch_share=rules[0].epoch_share or 1.0,
         requeues=isinstance(rules[0].quorum.late, Requeue),
         copies=speculation.copies if speculation else None,
+        sharded=sharded and not terms.aligned,
     )
     return World(layout, work, speeds, seed, twice, training=None if exact else training, **options)
 

@@ -6,13 +6,16 @@ from dataclasses import replace
 
 from flowml.plan import Training
 from flowml.policy import Requeue
+from flowml.splits import Shards, Shuffle
 from flowml.training.pieces import short_items, short_parts
 from flowml_runtime.driver.training.tables import group_names
 from flowml_runtime.protocol.training.ledger import Work
 from flowml_runtime.protocol.training.terms import Terms
 
 
-def work_of(training: Training, terms: Terms, examples: int, batch_size: int, rest: int) -> Work:
+def work_of(
+    training: Training, terms: Terms, examples: int, batch_size: int, rest: int, shuffle: Shuffle = True
+) -> Work:
     """The work of a fit of this plan over a source of so many examples. `rest` is the size of the short batch at the
     end of each epoch, if it is used."""
     replicas = len(training.replicas)
@@ -31,6 +34,7 @@ def work_of(training: Training, terms: Terms, examples: int, batch_size: int, re
         short=short,
         requeues=isinstance(training.stores[0].policy.late, Requeue),
         copies=training.speculation.copies if training.speculation else None,
+        sharded=isinstance(shuffle, Shards) and not terms.aligned,
     )
 
 

@@ -80,7 +80,7 @@ class Fit:
         self._ids: dict[str, Any] = {"plan_id": handle.plan_id, "run": options.run}
         self._inbox: queue.SimpleQueue[Entry] = queue.SimpleQueue()
         terms, places = Terms.of(training, options.total), Places.of(training)
-        work = work_of(training, terms, source.examples, options.batch_size, options.rest)
+        work = work_of(training, terms, source.examples, options.batch_size, options.rest, options.shuffle)
         self._aligned = terms.aligned
         start, kept = self._start_message(), saving.resumed.content.ledger if saving.resumed else None
         keeps, plan = saving.keeps, (terms, work, places)
@@ -487,11 +487,11 @@ class Fit:
         )
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch. Two orders are kept, because independent replicas may be in different epochs."""
+        """The order of an epoch. Four orders are kept, because independent replicas may be in different epochs."""
         if epoch not in self._orders:
             options = self._options
             order = epoch_order(self._source.examples, options.seed, epoch, shuffle=options.shuffle)
-            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
+            self._orders = {**dict(list(self._orders.items())[-3:]), epoch: order}
         return self._orders[epoch]
 
 

@@ -133,18 +133,19 @@ def check_items(training: Training, asked: Asked) -> None:
 
 
 def _check_shards(training: Training) -> None:
-    """Raise UnsupportedError if a replica does not get its own work item of each step."""
+    """Raise UnsupportedError if replicas do not get work items of their own, or some of them get too few."""
     if training.code is not None or training.speculation is not None:
         what = "with a code replicas compute each other's examples"
         raise UnsupportedError(
             f"shuffle=Shards(): {what if training.code else 'replicas take portions in turn'}, so none has examples of "
             "its own; give shuffle=True, or a policy without it"
         )
-    if not any(store.policy.aligns for store in training.stores):
+    if any(store.policy.epoch_share is not None for store in training.stores):
         raise UnsupportedError(
-            "shuffle=Shards(): under these policies replicas have no common clock, and a free one takes the next work "
-            "item, so none has examples of its own; give shuffle=True or fm.WithReplacement(), or a policy with a "
-            "common clock, such as fm.policies.local_sgd(8)"
+            "shuffle=Shards(): an epoch ends when a share of its work items is done, and what is left would be the "
+            "same slow replicas' shards in every epoch, whose examples would count less for good; give shuffle=True, "
+            "with which free replicas take the next item, or a policy whose epochs end with all items, such as "
+            "fm.policies.asynchronous()"
         )
 
 

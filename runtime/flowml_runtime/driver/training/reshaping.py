@@ -236,7 +236,7 @@ class _Anew(_Form):
     def result(self, terms: Terms) -> Reshaped:
         figures, content = self.old.content.figures, self.old.content
         source = figures.examples, figures.batch_size, figures.rest
-        work = work_of(self.training, terms, *source)
+        work = work_of(self.training, terms, *source, figures.shuffle)
         rows = max(content.stopped.clocks) if terms.aligned else 0
         before = with_replicas(work, figures.replicas, figures.microbatches, *source)
         waits = {(w.replica, w.clock) for w in content.stopped.waiting}

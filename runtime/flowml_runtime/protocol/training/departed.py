@@ -109,7 +109,7 @@ class Departed:
             return False
         if not self._reached or not message.clocks:
             return False
-        waits = bool(self._waiting) or not self._ledger.has_more_than(len(message.clocks))
+        waits = bool(self._waiting) or not self._ledger.has_more_than(len(message.clocks), message.replica)
         self._waiting += [message] if waits else []
         return waits
 

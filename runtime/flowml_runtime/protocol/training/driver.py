@@ -232,8 +232,9 @@ class TrainingDriver:
         self._departed = Departed(terms, self.ledger, watches=outlives and rhythm is not None)
         if ledger is not None:
             self._departed.restore(ledger, places.lost)
-        self._drained = False
-        """Whether a replica knows that there are no more items."""
+        self._sharded = work.sharded
+        self._sated: set[int] = set()
+        """The replicas that know that there are no more items for them."""
         stages = start.stopped.stages if start.stopped else ()
         self._untold = Untold(terms, {s.replica: s.unsettled for s in stages if s.stage == 0})
         self._snapshots = Snapshots(terms, places, rhythm, max(clocks))
@@ -315,8 +316,13 @@ class TrainingDriver:
 
     def goes_on_without(self, worker: str) -> tuple[int, ...]:
         """The replicas without which the run would go on if this worker were lost now; none if it would end."""
-        goes_on = self._departed.goes_on and self._snapshots.active and not self._drained
-        return alone_on(worker, self._terms, self._places) if goes_on else ()
+        if not (self._departed.goes_on and self._snapshots.active):
+            return ()
+        lost = alone_on(worker, self._terms, self._places)
+        if self._sharded and lost:  # another one has to take what is left of their shards
+            live = set(range(self._terms.replicas)).difference(self._places.lost, lost)
+            return lost if live - self._sated else ()
+        return () if self._sated else lost
 
     def _lose(self, event: WorkerLost) -> list[Action]:
         """Go on without a worker, or end the fit."""
@@ -432,7 +438,7 @@ class TrainingDriver:
         for grant in self.ledger.step(Asked(ask.replica, ask.clocks, ask.returned, ask.copy)):
             fed = (i for _, i in grant.items if self._start.source == "fed" or i.size != self._item_size)
             actions += [Feed(grant.replica, item, self.number) for item in fed]
-            self._drained |= grant.exhausted
+            self._sated.update((grant.replica,) if grant.exhausted else ())
             answer = wire.Grant(**self._ids(), replica=grant.replica, items=grant.items, exhausted=grant.exhausted)
             actions.append(Send(self._places.stages[grant.replica][:1], answer))
         return actions

@@ -13,7 +13,8 @@ A work item is `item_size` examples from one epoch's order. The machine counts i
 * Otherwise the next item goes to the next replica that asks, until all epochs are drained. Fast replicas take more. But
   replicas ask ahead, so for each one that has not asked yet an item is left. An epoch may end when a share of its items
   is used; replicas finish the items that they have. If a run goes on without a lost replica, the homes say what they
-  have of it: items that no store has are taken back, and granted again (see `departed`).
+  have of it: items that no store has are taken back, and granted again (see `departed`). Where each replica has a shard
+  of its own, `shards` decides which item is next.
 
 Every granted item comes back exactly once: settled as used, dropped or folded in later, or given back (`returned`
 if it was never begun, `requeued` if it was). The items of a lost replica whose fates it has not told stay outstanding
@@ -38,6 +39,7 @@ import msgspec
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.over import ItemsOver, State
+from flowml_runtime.protocol.training.shards import ShardQueue
 from flowml_runtime.protocol.training.speculation import PortionQueue
 from flowml_runtime.protocol.training.summary import Summary, Tally
 from flowml_runtime.protocol.training.terms import ReplicaLost
@@ -159,11 +161,11 @@ class _Account:
 
 
 class Ledger:
-    """Grants the items of a WorkQueue, or the portions of a PortionQueue, and records their fates."""
+    """Grants the items of a WorkQueue or ShardQueue, or the portions of a PortionQueue, and records their fates."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._queue = WorkQueue(work)
+        self._queue = ShardQueue(work) if work.sharded else WorkQueue(work)
         self._portions = None if work.copies is None else PortionQueue(work)
         self._granted = 0
         self._outstanding: dict[_Grant, tuple[int, int, wire.Item]] = {}
@@ -255,7 +257,7 @@ class Ledger:
         for clock in clocks:
             if self._work.coded:
                 self._use_skipped(replica, clock)
-            item = self._next(replica, clock, copy) if first or self._is_free() else None
+            item = self._next(replica, clock, copy) if first or self._is_free(replica) else None
             first = False
             if item is not None:
                 if item.copy:
@@ -264,12 +266,13 @@ class Ledger:
                 items.append((clock, item))
         self._granted += len(items)
         short = len(items) < len(clocks)
-        drained = copy is None and short if self._portions else short or self._queue.drained
+        drained = copy is None and short if self._portions else short or self._queue.is_drained(replica)
         return [Grant(replica, tuple(items), exhausted=drained)]
 
-    def has_more_than(self, number: int) -> bool:
-        """Whether more than so many items are left for those that have asked before, in a run that is not aligned."""
-        return self._queue.has_more_than(number + self._unasked)
+    def has_more_than(self, number: int, replica: int) -> bool:
+        """Whether more than so many items are left for a replica that has asked before, in a run that is not
+        aligned."""
+        return self._queue.has_more_than(number + self._unasked * (not self._work.sharded), replica)
 
     def clock_of(self, item: wire.Item) -> int:
         """The clock for which an item that is outstanding was granted; -1 if it is not."""
@@ -286,10 +289,10 @@ class Ledger:
         del self._over[item.sequence]
         self._outstanding[_at(item.sequence, item.copy)] = replica, clock, item
 
-    def _is_free(self) -> bool:
+    def _is_free(self, replica: int) -> bool:
         """Whether the next item need not be left for a replica that has not asked yet."""
-        mine = self._work.aligned or self._portions is not None or not self._unasked
-        return mine or self._queue.has_more_than(self._unasked)
+        mine = self._work.aligned or self._work.sharded or self._portions is not None or not self._unasked
+        return mine or self._queue.has_more_than(self._unasked, replica)
 
     def _next(self, replica: int, clock: int, copy: int | None) -> wire.Item | None:
         if self._portions is None:

@@ -108,7 +108,7 @@ class Snapshots:
         """Stop soon: before the clock after the `newest` one that was granted, or at once if no replica waits for
         another. If all push within so many clocks more, stop after that."""
         self._wanted = True
-        if self._rhythm is None or self.under_way or self._paused or self.silent:
+        if self._rhythm is None or self.under_way or self.silent or (self._paused and not self._await_end):
             return []
         clock = newest + 1 if self._terms.aligned or self._terms.paced_by_slowest else 0
         if self._terms.aligned and pushed_within:
@@ -116,7 +116,13 @@ class Snapshots:
             clock = pushed if pushed - clock <= pushed_within else clock
         if clock >= self.hold:
             return []
+        self._paused = {}  # those that have no more items stop for this one too, and tell it again
         return [self._hold_all(ids, clock)]
+
+    @property
+    def _await_end(self) -> bool:
+        """Whether the replicas that stand have no more items, and others have: where each has a shard of its own."""
+        return not self._terms.aligned and self.hold == AT_END and not self._released
 
     @property
     def active(self) -> bool:

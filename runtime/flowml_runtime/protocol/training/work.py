@@ -50,6 +50,8 @@ class Work:
     """The sizes of the items of the last clock of an epoch, if they are smaller than the others."""
     copies: int | None = None
     """The most copies of an item, if idle replicas take the next item of a clock, or a copy; see `speculation`."""
+    sharded: bool = False
+    """Whether each replica has a shard of its own in a run that is not aligned; see `shards`."""
 
     def __post_init__(self) -> None:
         if self.items_per_epoch < self.replicas:
@@ -160,15 +162,14 @@ class WorkQueue:
             self._epoch += 1
         return None
 
-    @property
-    def drained(self) -> bool:
-        """Whether no item is left. An aligned run ends by its clocks instead."""
+    def is_drained(self, replica: int) -> bool:
+        """Whether no item is left, for any replica. An aligned run ends by its clocks instead."""
         if self._work.aligned:
             return False
         return not self._requeued and all(self._left(e) == 0 for e in range(self._epoch, self._work.epochs))
 
-    def has_more_than(self, number: int) -> bool:
-        """Whether more than so many items are left to draw, in a run that is not aligned."""
+    def has_more_than(self, number: int, replica: int) -> bool:
+        """Whether more than so many items are left to draw, for any replica, in a run that is not aligned."""
         left = len(self._requeued)
         for epoch in range(self._epoch, self._work.epochs):
             if left > number:
