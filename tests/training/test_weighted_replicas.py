@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,8 +18,9 @@ import optax
 import pytest
 
 import flowml as fm
+from flowml_runtime.worker.training.applying import given_of
 from flowml_runtime.worker.training.own_values import Weights
-from tests.training.reference import BATCH, assert_close, data, mlp, predict
+from tests.training.reference import BATCH, assert_close, data, mlp, mlp_loss, predict
 from tests.training.test_checkpoints import Case, assert_goes_on
 from tests.training.test_decoupled import EVERY, ROUNDS, TIMES, rounds_loop, together
 from tests.training.test_local import replica_loop, shares
@@ -301,3 +303,73 @@ def test_weights_of_steps_are_kept_as_one_array() -> None:
     assert copy.take() == 3.0 and weights.take() == 7 / 3
     assert weights.take() == 1.0, "nothing was counted"
     assert Weights(0).export().shape == (2,)
+
+
+STEADY = ((0.1,) * 12, (0.1,) * 12, (0.27, 0.26, 0.28, 0.27) * 3)
+"""Replica 2 is late in every step, and never nearly in time, so small differences of traffic change no decision."""
+LATE = {
+    "gradients": P.quorum(2, late=fm.Fold(0.5)),
+    "gradients, no decay": P.compensate(0.6),
+    "changes": P.decoupled_diloco(4, 2, grace=0.01, late=fm.Fold(0.5)),
+}
+
+
+@pytest.mark.parametrize("policy", LATE)
+@pytest.mark.parametrize("optimizer", ["alone", "coupled"])
+def test_equal_weights_change_nothing_of_what_is_folded_in(policy: str, optimizer: str) -> None:
+    """A decay multiplies what is late, and not its weight in the mean; homes that are coupled know of both."""
+    inner = optax.sgd(0.1)
+    inner = inner if optimizer == "alone" else optax.chain(optax.clip_by_global_norm(100.0), inner)
+    found: list[fm.TrainingResult] = []
+    for given in (None, lambda batch: 7 * jnp.ones(())):
+        cluster = fm.SimulatedCluster(3, fm.sim.Recorded(STEADY), fm.sim.Network(1e-4, 1e9))
+        trainer = fm.Trainer(mlp_loss, inner, cluster=cluster, replicas=3, policies=LATE[policy], weight=given)
+        found.append(trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=12, progress=False))
+    assert found[0].ledger.folded == found[1].ledger.folded > 0
+    assert_close(found[1].params, found[0].params)
+
+
+def test_what_decays_keeps_its_weight_in_the_mean() -> None:
+    spec: Any = SimpleNamespace(policy=fm.policies.local_sgd(4), applies=SimpleNamespace(weighted=True))
+    given = given_of(spec, [([], 0.6), ([], 0.4 * 0.25)], (), full=0.5, decays=(1.0, 0.25))
+    assert [(g.coefficient, g.scale) for g in given] == [(0.6, 0.5), (0.4, 0.125)]
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan])
+def test_a_weight_that_is_none_is_refused_beside_factors(threads_cluster: fm.Cluster, bad: float) -> None:
+    def dense(params: Any, batch: Any) -> Any:
+        return jnp.mean((batch["x"] @ params["w"]) ** 2)
+
+    source = {"x": np.ones((8, 32), np.float32), "n": np.repeat(np.float32([1, bad]), 4)}
+    trainer = fm.Trainer(
+        dense, optax.sgd(0.1), cluster=threads_cluster, replicas=2, policies=P.factors(), weight=lambda b: b["n"][0]
+    )
+    with pytest.warns(fm.FlowmlWarning, match="the weight of replica 1 at step 0 is below 0 or not finite"):
+        result = trainer.fit({"w": jnp.ones((32, 32))}, source, batch_size=8, steps=1, shuffle=False)
+    assert any(part.factors for store in result.plan.training.stores for part in store.parts)
+    expected = 1 - 0.1 * jax.grad(lambda w: dense({"w": w}, {"x": source["x"][:4]}))(jnp.ones((32, 32)))
+    assert_close(result.params["w"], jnp.asarray(expected))
+
+
+def test_changes_that_a_home_takes_two_at_a_time_without_clocks() -> None:
+    """Each pair has one change of each replica, because they are equally fast."""
+    policy = fm.Policy(payload=fm.Delta(), every=4, staleness=fm.UNBOUNDED, quorum=fm.Quorum(2, late="fold"))
+    with closing(simulated(2)) as cluster:
+        result = by_tokens(cluster, policy, [1, 3], steps=80)
+    np.testing.assert_allclose(result.params["w"], 0.5, atol=1e-3)
+
+
+def test_a_replica_that_stops_between_microbatches_counts_by_those_that_it_has() -> None:
+    """DropCompute with parameters of their own: replica 1 computes 1 of 4 microbatches of a step, replica 0 all."""
+    rule = fm.Policy(payload=fm.Delta(), every=2, quorum=fm.Deadline(limit_s=0.5, of="microbatches"))
+    cluster = fm.SimulatedCluster(2, fm.sim.Recorded([[0.1] * 8, [2.0] * 8]), fm.sim.Network(1e-4, 1e9))
+    y = np.repeat(np.float32([-1, 1]), 16)[:, None]
+    trainer = fm.Trainer(
+        lambda p, b: jnp.mean((p["w"] - b["y"]) ** 2), optax.sgd(0.25), cluster=cluster, replicas=2, microbatches=4,
+        policies=rule,
+    )  # fmt: skip
+    result = trainer.fit(
+        {"w": jnp.zeros(1)}, {"y": y}, batch_size=8, steps=8, shuffle=fm.Shards(contiguous=True), progress=False
+    )
+    assert result.ledger.left_out == 8 * 3
+    np.testing.assert_allclose(result.params["w"], -1 + 2 / 5, atol=0.02)

@@ -318,22 +318,28 @@ class Arithmetic:
         given: Sequence[tuple[Sequence[Value], float]],
         staleness: Sequence[int],
         full: float = 1.0,
+        decays: Sequence[float] = (),
     ) -> None:
         held = self._held[worker, store]
-        taken = self._given(held.spec, given, staleness, full)
+        taken = self._given(held.spec, given, staleness, full, decays)
         results = applied(held.program, held.spec, [*held.params, *held.state], taken)
         split = len(held.spec.specs)
         held.params, held.state = list(results[:split]), list(results[split:])
 
-    def _given(self, spec: StoreSpec, sent: Contributed, staleness: Sequence[int], full: float) -> list[Given]:
+    def _given(
+        self, spec: StoreSpec, sent: Contributed, staleness: Sequence[int], full: float, decays: Sequence[float]
+    ) -> list[Given]:
         contributions = [([a for part in parts for a in part], coefficient) for parts, coefficient in sent]
-        return given_of(spec, contributions, staleness, full)
+        return given_of(spec, contributions, staleness, full, decays)
 
     def couple(
         self, worker: str, action: Couple, sent: Mapping[int, Contributed], heard: Sequence[tuple[Sequence[int], Value]]
     ) -> Arrays:
         held = {store: self._held[worker, store] for store in action.stores}
-        given = {a.store: self._given(held[a.store].spec, sent[a.store], a.staleness, a.full) for a in action.applies}
+        given = {
+            a.store: self._given(held[a.store].spec, sent[a.store], a.staleness, a.full, a.decays)
+            for a in action.applies
+        }
         values = {store: [*h.params, *h.state] for store, h in held.items()}
         program = held[action.stores[0]].program
         shared, made = self._couplings.run(worker, action, program, values, given, heard)

@@ -247,7 +247,7 @@ class Node:
         given = [([pop(h) for h in handles], factor) for handles, factor in action.contributions]
         world, store = self.world, action.store
         seconds = self._seconds(store, len(given) * sum(world.sizes.parts[store]))
-        about = action.version, given, action.staleness, action.full
+        about = action.version, given, action.staleness, action.full, action.decays
         self._in_turn(seconds, world.values.apply, self.name, store, *about)
 
     def _couple(self, action: protocol.Couple) -> None:

@@ -177,6 +177,7 @@ class Values(Protocol):
         given: Sequence[tuple[Sequence[Value], float]],
         staleness: Sequence[int],
         full: float = 1.0,
+        decays: Sequence[float] = (),
     ) -> None:
         """Make the next version of a store from the parts of each contribution, its coefficient, and its staleness;
         all as in `home.Apply`."""
@@ -314,6 +315,7 @@ class Nothing:
         given: Sequence[tuple[Sequence[Value], float]],
         staleness: Sequence[int],
         full: float = 1.0,
+        decays: Sequence[float] = (),
     ) -> None:
         return None
 

@@ -185,6 +185,7 @@ class Matrices(Arithmetic):
         given: Sequence[tuple[Sequence[Value], float]],
         staleness: Sequence[int] = (),
         full: float = 1.0,
+        decays: Sequence[float] = (),
     ) -> None:
         spec = self._training.stores[store]
         scales = map(spec.policy.apply.scale, staleness) if staleness else [1.0] * len(given)

@@ -97,6 +97,7 @@ class Digits(Nothing):
         given: Sequence[tuple[Sequence[Value], float]],
         staleness: Sequence[int] = (),
         full: float = 1.0,
+        decays: Sequence[float] = (),
     ) -> None:
         made: list[tuple[int, int, int, float]] = []
         for parts, factor in given:

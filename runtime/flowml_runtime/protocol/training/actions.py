@@ -157,6 +157,7 @@ class Apply(msgspec.Struct, frozen=True):
     cause: int
     staleness: tuple[int, ...] = ()
     full: float = 1.0
+    decays: tuple[float, ...] = ()
 
 
 class Couple(msgspec.Struct, frozen=True):

@@ -20,7 +20,9 @@ def couple(
     """The actions of a worker whose homes share values with those of the `partners`."""
     coupling, clock, stores = action.coupling, action.clock, action.stores
     if isinstance(action, home.Couple):
-        applies = tuple(Apply(a.store, a.version, a.contributions, cause, a.staleness) for a in action.applies)
+        applies = tuple(
+            Apply(a.store, a.version, a.contributions, cause, a.staleness, a.full, a.decays) for a in action.applies
+        )
         to = () if action.last else partners
         return [Couple(coupling, clock, action.round, stores, applies, action.given, to, cause)]
     told = wire.Shared(

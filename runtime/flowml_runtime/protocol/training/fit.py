@@ -473,8 +473,8 @@ class Fit:
                 case home.SendApplied(store, who, clock, version):
                     message = wire.Applied(**self._ids, store=store, replica=who, clock=clock, version=version)
                     actions.append(Send(tuple(dict.fromkeys(places.stages[who])), message))
-                case home.Apply(store, version, contributions, staleness, full):
-                    actions.append(Apply(store, version, contributions, cause, staleness, full))
+                case home.Apply(store, version, contributions, staleness, full, decays):
+                    actions.append(Apply(store, version, contributions, cause, staleness, full, decays))
                 case home.Couple() | home.Forgo():
                     actions += couple(action, places.partners[action.coupling][self._me], **self._ids)
                 case home.Publish(store, version, floor, value):

@@ -383,6 +383,7 @@ class Home:
         if not full:
             return rest, None
         factors, part = [factor for _, factor in full], 1.0
+        decays = () if exact or min(factors) == 1 else tuple(factors)
         if not exact:
             weights = [weight for _, _, weight in weighed if weight]
             absent = missing * max(weights) if living is None else store.absent((g for g, _ in full), living)
@@ -392,7 +393,7 @@ class Home:
             factors = [c * factor for c, factor in zip(each, factors, strict=True)]
         contributions = tuple((g.handles(), c) for (g, _), c in zip(full, factors, strict=True))
         scaled = staleness if scales(store.terms.policy.apply) else ()
-        return rest, Apply(index, store.version + 1, contributions, scaled, part)
+        return rest, Apply(index, store.version + 1, contributions, scaled, part, decays)
 
     def _take_turns(self, found: exchange.Exchange, turns: Iterable[exchange.Turn]) -> list[Action]:
         actions: list[Action] = []

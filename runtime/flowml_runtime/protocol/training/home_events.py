@@ -44,8 +44,9 @@ class Apply(msgspec.Struct, frozen=True):
 
     `staleness` has, for each contribution, the number of versions between the one that it is based on and the newest;
     it is empty if the policy does not ask for it. `full` is the weight of the contributions by that of all that a mean
-    is over, for gradients that carry weights of their own, to which coefficients are only relative. The host may free
-    the handles afterwards.
+    is over, for gradients that carry weights of their own, to which coefficients are only relative. `decays` has for
+    each contribution what part of its coefficient is the decay of a late one, which its own weight does not have; it is
+    empty if none is late. The host may free the handles afterwards.
     """
 
     store: int
@@ -53,6 +54,7 @@ class Apply(msgspec.Struct, frozen=True):
     contributions: tuple[tuple[tuple[Handle, ...], float], ...]
     staleness: tuple[int, ...] = ()
     full: float = 1.0
+    decays: tuple[float, ...] = ()
 
 
 class Publish(msgspec.Struct, frozen=True):

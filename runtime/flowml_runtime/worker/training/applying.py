@@ -58,15 +58,22 @@ def alone(spec: StoreSpec, arrays: Sequence[Array], weight: int, microbatches: i
 
 
 def given_of(
-    spec: StoreSpec, contributions: Sequence[tuple[list[Array], float]], staleness: Sequence[int], full: float = 1.0
+    spec: StoreSpec,
+    contributions: Sequence[tuple[list[Array], float]],
+    staleness: Sequence[int],
+    full: float = 1.0,
+    decays: Sequence[float] = (),
 ) -> list[Given]:
-    """The contributions of an apply from their arrays and coefficients. `staleness` and `full` are as in `home.Apply`.
+    """The contributions of an apply from their arrays and coefficients. The others are as in `home.Apply`.
 
-    What is not here of a mean of weighted gradients is taken to have the mean weight of what is.
+    What is not here of a mean of weighted gradients is taken to have the mean weight of what is. The decay of a late
+    one multiplies its gradient, and not the weight that it has in the mean.
     """
-    scales = map(spec.policy.apply.scale, staleness) if staleness else [1.0] * len(contributions)
-    part = full if spec.applies.weighted else 1.0
-    return [Given(arrays, c, scale * part) for (arrays, c), scale in zip(contributions, scales, strict=True)]
+    scales = list(map(spec.policy.apply.scale, staleness)) if staleness else [1.0] * len(contributions)
+    if not spec.applies.weighted:
+        return [Given(arrays, c, scale) for (arrays, c), scale in zip(contributions, scales, strict=True)]
+    triples = zip(contributions, scales, decays or [1.0] * len(contributions), strict=True)
+    return [Given(arrays, c / decay, scale * full * decay) for (arrays, c), scale, decay in triples]
 
 
 def applied(

@@ -221,7 +221,7 @@ class Homes:
 
     def _given(self, action: Apply, sent: _Contributed) -> list[Given]:
         arrays = [([a for part in parts for a in part()], coefficient) for parts, coefficient in sent]
-        return given_of(self._specs[action.store], arrays, action.staleness, action.full)
+        return given_of(self._specs[action.store], arrays, action.staleness, action.full, action.decays)
 
     def _apply(self, action: Apply, sent: _Contributed) -> None:
         """Apply what was sent, in the order of replicas."""
