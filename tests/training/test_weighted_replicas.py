@@ -329,6 +329,34 @@ def test_equal_weights_change_nothing_of_what_is_folded_in(policy: str, optimize
     assert_close(found[1].params, found[0].params)
 
 
+PS = fm.ParameterServer()
+SITES: dict[str, fm.Policy] = {
+    f"{remote}, {late}": fm.Policy(topology=fm.Hierarchy(PS, remote, ((0, 1, 2), (3,)), quorum=fm.Quorum(1, late=late)))
+    for remote in (PS, fm.Ring())
+    for late in (fm.Fold(), fm.Fold(0.5))
+}
+SITES |= {
+    f"own parameters, {late}": P.local_sgd(
+        4, topology=fm.Hierarchy(PS, PS, ((0, 1, 2), (3,)), quorum=fm.Quorum(1, late=late))
+    )
+    for late in (fm.Fold(), fm.Fold(0.5))
+}
+
+
+@pytest.mark.parametrize("policy", SITES)
+def test_equal_weights_change_nothing_of_what_a_site_folds_in(policy: str) -> None:
+    """A replica that a site's sum of a clock lacks weighs in it what the others weigh."""
+    found: list[fm.TrainingResult] = []
+    for given in (None, lambda batch: 7 * jnp.ones(())):
+        cluster = fm.SimulatedCluster(4, fm.sim.Recorded((*STEADY, STEADY[0])), fm.sim.Network(1e-4, 1e9))
+        trainer = fm.Trainer(
+            mlp_loss, optax.sgd(0.1), cluster=cluster, replicas=4, policies=SITES[policy], weight=given
+        )
+        found.append(trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=12, progress=False))
+    assert found[0].ledger.folded == found[1].ledger.folded > 0
+    assert_close(found[1].params, found[0].params)
+
+
 def test_what_decays_keeps_its_weight_in_the_mean() -> None:
     spec: Any = SimpleNamespace(policy=fm.policies.local_sgd(4), applies=SimpleNamespace(weighted=True))
     given = given_of(spec, [([], 0.6), ([], 0.4 * 0.25)], (), full=0.5, decays=(1.0, 0.25))

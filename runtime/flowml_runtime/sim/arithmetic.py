@@ -38,7 +38,7 @@ from flowml_runtime.worker.training.exchange.averaging import Averaging
 from flowml_runtime.worker.training.exchange.copies import Copies
 from flowml_runtime.worker.training.exchange.mirrors import Mirror, share_of
 from flowml_runtime.worker.training.exchange.reductions import sum_of
-from flowml_runtime.worker.training.exchange.relays import for_leader, weighted_sum
+from flowml_runtime.worker.training.exchange.relays import for_leader, site_sum
 from flowml_runtime.worker.training.filtered import Decoder, Encoder, packed
 from flowml_runtime.worker.training.finite import all_finite, counted, is_weight_at_fault
 from flowml_runtime.worker.training.model_state import ModelState
@@ -298,11 +298,11 @@ class Arithmetic:
             return values[0]
         return [sum_of([np.asarray(v[i]) for v in values]) for i in range(len(values[0]))]
 
-    def weighted(self, given: Sequence[tuple[Value, float]]) -> Arrays:
-        return weighted_sum(given)
+    def weighted(self, store: int, part: int, given: Sequence[tuple[Value, float]], share: float | None) -> Arrays:
+        return site_sum(self._training.stores[store], part, given, share)
 
-    def of_site(self, message: wire.Gossip, given: Sequence[tuple[Value, float]]) -> Arrays:
-        return for_leader(self._training, message, given)
+    def of_site(self, message: wire.Gossip, given: Sequence[tuple[Value, float]], share: float | None) -> Arrays:
+        return for_leader(self._training, message, given, share)
 
     def load(self, worker: str, store: int, value: Value) -> None:
         spec = self._training.stores[store]

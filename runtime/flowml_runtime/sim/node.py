@@ -286,10 +286,14 @@ class Node:
         stages = world.terms.stores[first.store].stages
         for to, message in zip(action.to, action.parts, strict=True):
             if isinstance(message, wire.Gossip):
-                self._send_to_leader(to, message, [(values[message.part or 0], factor) for values, factor in given])
+                mine = [(values[message.part or 0], factor) for values, factor in given]
+                self._send_to_leader(to, message, mine, action.share)
                 continue
             terms = [(values[message.part], factor) for values, factor in given]
-            value, nbytes = world.values.weighted(terms) if given else None, 0
+            value, nbytes = (
+                world.values.weighted(message.store, message.part, terms, action.share) if given else None,
+                0,
+            )
             if value is not None:
                 value, nbytes = world.filtered((message.replica, stages[message.part]), message, value, parameters)
             self.counts.push(message.store, message.part, nbytes, crosses=to != self.name, told=True)
@@ -307,10 +311,12 @@ class Node:
         for stage in dict.fromkeys(s for store in action.stores for s in terms.stores[store].stages):
             settle((action.leader, stage), action.clock, action.stores, action.counts)
 
-    def _send_to_leader(self, to: str, message: wire.Gossip, given: Sequence[tuple[Value, float]]) -> None:
+    def _send_to_leader(
+        self, to: str, message: wire.Gossip, given: Sequence[tuple[Value, float]], share: float | None
+    ) -> None:
         """Send the leader of a site that decides alone the sum of gradients."""
         world, part = self.world, message.part or 0
-        value = world.values.of_site(message, given)
+        value = world.values.of_site(message, given, share)
         nbytes = world.layout.parts[message.store][part].nbytes if given else 0
         if to != self.name:
             self.counts.crossing(message.store, nbytes)

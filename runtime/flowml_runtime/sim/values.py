@@ -157,11 +157,11 @@ class Values(Protocol):
         """The sum of the values of all replicas."""
         ...
 
-    def weighted(self, given: Sequence[tuple[Value, float]]) -> Value:
+    def weighted(self, store: int, part: int, given: Sequence[tuple[Value, float]], share: float | None) -> Value:
         """The sum of values, each times its factor."""
         ...
 
-    def of_site(self, message: wire.Gossip, given: Sequence[tuple[Value, float]]) -> Value:
+    def of_site(self, message: wire.Gossip, given: Sequence[tuple[Value, float]], share: float | None) -> Value:
         """The same for the leader of a site that decides alone; see `relays.for_leader`."""
         ...
 
@@ -298,10 +298,10 @@ class Nothing:
     def total(self, values: Sequence[Value]) -> Value:
         return NO_ARRAYS
 
-    def weighted(self, given: Sequence[tuple[Value, float]]) -> Value:
+    def weighted(self, store: int, part: int, given: Sequence[tuple[Value, float]], share: float | None) -> Value:
         return NO_ARRAYS
 
-    def of_site(self, message: wire.Gossip, given: Sequence[tuple[Value, float]]) -> Value:
+    def of_site(self, message: wire.Gossip, given: Sequence[tuple[Value, float]], share: float | None) -> Value:
         return NO_ARRAYS
 
     def load(self, worker: str, store: int, value: Value) -> None:

@@ -188,12 +188,14 @@ class Forward(msgspec.Struct, frozen=True):
     """Send the home the sum of a site, or its leader if sites decide alone: `parts` are the messages, one for each part
     of the contributions, and `to` says to whom each goes.
 
-    Each of `contributions` has a handle for each part, and a factor. The host adds the arrays of the messages.
+    Each of `contributions` has a handle for each part, and a factor. The host adds the arrays of the messages. `share`
+    is as in `site.Forward`.
     """
 
     to: tuple[str, ...]
     parts: tuple[wire.Contribution | wire.Gossip, ...]
     contributions: tuple[tuple[tuple[Handle, ...], float], ...]
+    share: float | None = None
 
 
 class CountSum(msgspec.Struct, frozen=True):

@@ -67,7 +67,7 @@ class Forwarding:
         to = tuple(self.places.stages[leader][stage] for stage in store.stages)
         told: dict[str, Any] = {**ids, "store": made.store, "clock": made.clock, "weight": made.weight}
         sums = (wire.Gossip(**told, replica=leader, source=leader, part=part) for part in range(len(to)))
-        return Forward(to, tuple(sums), made.contributions)
+        return Forward(to, tuple(sums), made.contributions, made.share)
 
     def _sum(
         self, sender: int, made: site.Forward, below: tuple[tuple[int, float], ...], to: tuple[str, ...], ids: Ids
@@ -77,4 +77,4 @@ class Forwarding:
         about: dict[str, Any] = {**ids, "store": made.store, "replica": sender, "incarnation": 0, "of_site": True}
         about |= {"clock": made.clock, "base_version": made.base_version, "weight": made.weight, "terms": below}
         messages = (wire.Contribution(**about, part=part, empty=not made.weight) for part in range(count))
-        return Forward(to * count, tuple(messages), made.contributions)
+        return Forward(to * count, tuple(messages), made.contributions, made.share)

@@ -46,7 +46,9 @@ from flowml_runtime.protocol.training.terms import Committed, Group, ReplicaLost
 class Forward:
     """Send the sum of these contributions to the home of the store, each part for itself and times its factor.
 
-    Without contributions the sum is empty. The host may free the handles afterwards.
+    Without contributions the sum is empty. The host may free the handles afterwards. `share` is the weight of the sum
+    by that of the contributions, for gradients that carry weights of their own, which have no factors. None stands for
+    a sum with coefficients, which multiply the weights too.
     """
 
     store: int
@@ -54,6 +56,7 @@ class Forward:
     weight: int
     base_version: int
     contributions: tuple[tuple[tuple[Handle, ...], float], ...]
+    share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +243,8 @@ class Site:
         weight = sum(g.weight for g, at in full if at == clock) + absent * max(g.weight for g, _ in full)
         base = min(gathering.base_version for gathering, _ in full)
         terms = tuple((gathering.handles(), decay ** (clock - at)) for gathering, at in full)
-        return [*rest, Forward(store, clock, max(weight, 1), base, terms)]
+        weight = max(weight, 1)
+        return [*rest, Forward(store, clock, weight, base, terms, weight / sum(g.weight for g, _ in full))]
 
     def _commit(self, event: Committed, now: float) -> list[Action]:
         """The group has decided which sites a clock contains. Say which replicas of this one it contains."""

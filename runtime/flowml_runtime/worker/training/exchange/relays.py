@@ -18,10 +18,10 @@ import msgspec
 import numpy as np
 
 from flowml.arrays import ArraySpec, dtype_of
-from flowml.plan import Training
+from flowml.plan import StoreSpec, Training
 from flowml_runtime import wire
 from flowml_runtime.execution.lane import Lane
-from flowml_runtime.execution.programs import Array
+from flowml_runtime.execution.programs import Array, aligned_copy
 from flowml_runtime.protocol.training.actions import CountSum, Forward, PassOn
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.worker.training.exchange.reductions import sum_of
@@ -88,10 +88,11 @@ class Relays:
         for to, message in zip(action.to, action.parts, strict=True):
             arrays: Sequence[Array] = ()
             if isinstance(message, wire.Gossip):
-                self._to_leader(to, message, given)
+                self._to_leader(to, message, given, action.share)
                 continue
             if given:
-                arrays = weighted_sum([(parts[message.part], factor) for parts, factor in given])
+                mine = [(parts[message.part], factor) for parts, factor in given]
+                arrays = site_sum(run.training.stores[message.store], message.part, mine, action.share)
                 specs = run.training.stores[message.store].parts[message.part].payload
                 message = msgspec.structs.replace(message, specs=specs)
                 encoder = self._encoders.get(message.replica)
@@ -107,10 +108,10 @@ class Relays:
     def _settle(self, action: CountSum) -> None:
         self._encoders[action.leader].settle(action.clock, action.stores, counts=action.counts)
 
-    def _to_leader(self, to: str, message: wire.Gossip, given: Given) -> None:
+    def _to_leader(self, to: str, message: wire.Gossip, given: Given, share: float | None) -> None:
         """Send the leader of a site the sum of gradients."""
         run, part = self._run, message.part or 0
-        arrays = for_leader(run.training, message, [(parts[part], factor) for parts, factor in given])
+        arrays = for_leader(run.training, message, [(parts[part], factor) for parts, factor in given], share)
         specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in map(np.asarray, arrays))
         if to != run.me:
             run.count_crossing(message.store, sum(s.nbytes for s in specs))
@@ -148,22 +149,43 @@ class Relays:
 
 
 def for_leader(
-    training: Training, message: wire.Gossip, given: Sequence[tuple[Sequence[Array], float]]
+    training: Training,
+    message: wire.Gossip,
+    given: Sequence[tuple[Sequence[Array], float]],
+    share: float | None = None,
 ) -> Sequence[Array]:
     """The sum of the gradients of a site, for a leader that updates parameters, or that adds it up with other leaders.
 
     The first divides by the number of all gradients of a step, so the sum is one as if all replicas had their share in
     it; weighted gradients carry what they are divided by. For the others the sum ends with the number of gradients.
     """
-    store = training.stores[message.store]
-    part, site = store.parts[message.part or 0], store.site_of(message.replica)
+    store, number = training.stores[message.store], message.part or 0
+    part, site = store.parts[number], store.site_of(message.replica)
     if store.collective:
-        total = weighted_sum(given) if given else [np.zeros(s.shape, dtype_of(s.dtype)) for s in part.payload]
+        payload = [np.zeros(s.shape, dtype_of(s.dtype)) for s in part.payload]
+        total = site_sum(store, number, given, share) if given else payload
         return [*total, np.full(1, message.weight, total[0].dtype)]
     if not given or site is None:
         return ()
-    share = 1.0 if store.applies.weighted else len(site.replicas) * training.microbatches / message.weight
-    return weighted_sum([(arrays, factor * share) for arrays, factor in given])
+    whole = 1.0 if len(given[0][0]) > len(part.leaves) else len(site.replicas) * training.microbatches / message.weight
+    return site_sum(store, number, [(arrays, factor * whole) for arrays, factor in given], share)
+
+
+def site_sum(
+    store: StoreSpec, part: int, given: Sequence[tuple[Sequence[Array], float]], share: float | None
+) -> list[Array]:
+    """The sum of the contributions of a site, each times its factor. The weights that end them have no factors: their
+    sum is multiplied by `share`, so that those that come later weigh what the others weigh on average."""
+    total, spec = weighted_sum(given), store.parts[part]
+    if share is None or (share == 1 and all(factor == 1 for _, factor in given)):
+        return total
+    if spec.pack is not None and store.applies.weighted:
+        row = aligned_copy(np.asarray(total[0]))
+        row[-1] = share * sum(np.asarray(row_of)[-1] for (row_of,), _ in given)
+        return [row]
+    count = len(spec.leaves)
+    weights = [(arrays[count:], share) for arrays, _ in given]
+    return [*total[:count], *(weighted_sum(weights) if len(total) > count else ())]
 
 
 def weighted_sum(given: Sequence[tuple[Sequence[Array], float]]) -> list[Array]:
