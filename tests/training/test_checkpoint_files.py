@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -107,6 +108,11 @@ def test_damage_is_one_error(tmp_path: Path, name: str) -> None:
         checkpoints.read(newest)
 
 
+def data_of(snapshot: Path) -> Path:
+    """A file with arrays."""
+    return max(snapshot.glob("*.bin"), key=lambda path: path.stat().st_size)
+
+
 def fitted(cluster: fm.Cluster, path: Path, steps: int, *, keep: int = 3, **more: Any) -> fm.TrainingResult:
     trainer = fm.Trainer(mlp_loss, optax.sgd(0.1, momentum=0.9), cluster=cluster)
     checkpoint = fm.Checkpoint(path, every_steps=2, keep=keep)
@@ -119,7 +125,7 @@ def test_a_fit_goes_on_from_the_newest_complete_snapshot(threads_cluster: fm.Clu
     fitted(threads_cluster, tmp_path / "stopped", 4)  # the end of a fit is always saved
     fitted(threads_cluster, tmp_path / "stopped", 6, resume="auto")
     newest = checkpoints.snapshots(tmp_path / "stopped")[0]
-    flip(newest / checkpoints.DATA, 9)
+    flip(data_of(newest), -1)
     with pytest.warns(fm.FlowmlWarning, match=r"step-000000000006 was changed or is damaged.* goes on from step-0+4"):
         resumed = fitted(threads_cluster, tmp_path / "stopped", 8, resume="auto")
     assert [r["step"] for r in resumed.history] == [4, 5, 6, 7]
@@ -137,7 +143,7 @@ def test_a_damaged_snapshot_takes_no_place_of_those_that_are_kept(threads_cluste
     fitted(threads_cluster, tmp_path, 4)
     fitted(threads_cluster, tmp_path, 8, resume="auto")
     (tmp_path / "step-000000000999").mkdir()
-    flip(tmp_path / "step-000000000008" / checkpoints.DATA, 9)
+    flip(data_of(tmp_path / "step-000000000008"), -1)
     kept = [p.name for p in checkpoints.snapshots(tmp_path) if checkpoints.step_of(p) < 8]
     with pytest.warns(fm.FlowmlWarning) as told:
         resumed = fitted(threads_cluster, tmp_path, 7, resume="auto", keep=1)
@@ -167,12 +173,18 @@ def test_a_tree_is_not_saved_over_a_fit(threads_cluster: fm.Cluster, tmp_path: P
 def test_a_fit_does_not_begin_anew_where_all_snapshots_are_damaged(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
     fitted(threads_cluster, tmp_path, 4)
     for snapshot in checkpoints.snapshots(tmp_path):
-        flip(snapshot / checkpoints.DATA, 9)
+        flip(data_of(snapshot), -1)
     with pytest.raises(fm.CheckpointError, match=r"none of the 2 checkpoints in .* can be read; remove them to begin"):
         fitted(threads_cluster, tmp_path, 8, resume="auto")
 
 
-def test_a_disk_that_refuses_does_not_end_the_fit(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+def test_a_disk_that_refuses_does_not_end_the_fit(
+    threads_cluster: fm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> Path:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(checkpoints, "offered", refuse)
     for step in range(5):  # files where the directories of snapshots would be written
         (tmp_path / f".writing-{step:012d}-{os.getpid()}").write_text("not a directory")
     with pytest.warns(fm.FlowmlWarning, match=r"the checkpoint after step \d could not be written .* the fit goes on"):
@@ -238,7 +250,7 @@ def test_a_write_that_fails_is_warned_of_while_the_fit_goes_on(threads_cluster: 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "could not be written" in seen[0] and "File too large" in seen[0] and "the fit goes on" in seen[0]
-    assert not list(tmp_path.glob(".writing*")), "what was written of it is removed"
+    assert not [*tmp_path.glob(".writing*"), *tmp_path.glob(".offered*")], "what was written of it is removed"
 
 
 def test_a_second_fit_in_the_same_directory_is_refused(threads_cluster: fm.Cluster, tmp_path: Path) -> None:

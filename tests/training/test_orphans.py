@@ -287,7 +287,7 @@ def test_a_driver_that_wakes_up_after_the_workers_have_written_changes_nothing(
             _, told = old.communicate(timeout=60)
         assert b"this process was suspended or cut off" in told.splitlines()[-1], told
     assert manifests(tmp_path) == before
-    assert not list(tmp_path.glob(".writing-*"))
+    assert not [*tmp_path.glob(".writing-*"), *tmp_path.glob(".offered-*")]
     with fm.Cluster.connect(launched.address, launched.token) as cluster:
         found = train(cluster, "asynchronous", tmp_path, resume="auto")
     assert found.resumed_at == step

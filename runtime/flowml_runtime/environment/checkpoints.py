@@ -1,6 +1,7 @@
 """Writes and reads the directories of checkpoints. Knows files, names and arrays, and nothing of training.
 
-    PATH/step-000000000400/buffers.bin      the bytes of all arrays, each at a multiple of 64
+    PATH/step-000000000400/buffers.bin      the bytes of arrays, each at a multiple of 64
+    PATH/step-000000000400/part17.bin       those that a worker has written itself
     PATH/step-000000000400/manifest.json    {"checksum": of the body, "body": {"format", "content", "arrays": [...]}}
     PATH/.fit                               locked by the fit that writes there
     PATH/.identity                          the name of the fit for workers that outlive their driver
@@ -24,6 +25,7 @@ import threading
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -44,8 +46,9 @@ MOST_BYTES = 2**30
 _Offset = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _NAME = re.compile(r"step-(\d{12})")
 _FILE = re.compile(r"[a-z]+\d*\.bin")
-_UNFINISHED = re.compile(r"\.(?:writing|damaged)-\d{12}-(\d+)")
+_UNFINISHED = re.compile(r"\.(?:writing|offered|damaged)-\d{12}-(\d+)")
 LAST = ".last-"
+_offers = count()
 WORKERS = "workers"
 """Who has a lock, in place of a driver: workers that complete a last checkpoint. They have it for a moment."""
 PATIENCE_S = 10.0
@@ -104,9 +107,24 @@ def writing(directory: Path, step: int) -> Generator[Path]:
         raise
 
 
-def complete(folder: Path, content: bytes, entries: Sequence[Entry], keep: int) -> Path:
-    """Make the snapshot in a folder of `writing` complete, whose arrays are in files there."""
-    directory, number = folder.parent, int(folder.name.split("-")[1])
+def offered(directory: Path) -> Path:
+    """A folder into which workers write files of a snapshot. The caller removes it, or makes it `complete`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    folder = directory / f".offered-{next(_offers):012d}-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def part_of(worker: str) -> str:
+    """The name of the file that a worker writes."""
+    return f"part{xxhash.xxh3_64_intdigest(worker.encode())}.bin"
+
+
+def complete(folder: Path, content: bytes, entries: Sequence[Entry], keep: int, step: int | None = None) -> Path:
+    """Make the snapshot in a folder of `writing`, or in one that was `offered`, complete, whose arrays are in files
+    there. Of the first, the name has the step."""
+    directory, number = folder.parent, int(folder.name.split("-")[1]) if step is None else step
     target = named(folder, number, content, entries)
     _remove(directory, keep)
     return target

@@ -65,7 +65,7 @@ def write(directory: Path, key: str, worker: str, arrays: Mapping[str, Any], kno
     """Write the parts of one worker. Raises OSError if the disk refuses."""
     folder = _folder(directory, key)
     folder.mkdir(exist_ok=True)
-    name = f"part{_number(worker)}"
+    name = checkpoints.part_of(worker).removesuffix(".bin")
     (folder / f"{name}.bin").unlink(missing_ok=True)
     entries = tuple(checkpoints.write_arrays(folder / f"{name}.bin", arrays))
     part = _Part(entries, known.step, msgspec.Raw(known.content)) if known else _Part(entries)
@@ -129,7 +129,3 @@ def _parts(folder: Path) -> Iterable[_Part]:
 
 def _folder(directory: Path, key: str) -> Path:
     return directory / f"{LAST}{xxhash.xxh3_128_hexdigest(key.encode())}"
-
-
-def _number(worker: str) -> int:
-    return xxhash.xxh3_64_intdigest(worker.encode())

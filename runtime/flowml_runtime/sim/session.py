@@ -241,6 +241,9 @@ class SimulatedSession:
     def explained(self, error: PlacementError, name: str) -> FlowmlError:
         return error
 
+    def unregister(self, plan_id: str) -> None:
+        self._handlers.pop(plan_id, None)
+
     def register(self, plan_id: str, handler: PlanHandler) -> None:
         """Pass every later message of this plan to `handler`. A fit does so before it begins, and another after it."""
         self._handlers[plan_id] = handler

@@ -22,6 +22,7 @@ from flowml_runtime.wire.base import PROTOCOL as PROTOCOL
 from flowml_runtime.wire.base import Count as Count
 from flowml_runtime.wire.base import Message as Message
 from flowml_runtime.wire.base import Name as Name
+from flowml_runtime.wire.base import Part as Part
 from flowml_runtime.wire.base import PlanMessage as PlanMessage
 from flowml_runtime.wire.base import Specs as Specs
 from flowml_runtime.wire.base import Text as Text
@@ -39,6 +40,7 @@ from flowml_runtime.wire.snapshot import Export as Export
 from flowml_runtime.wire.snapshot import Exported as Exported
 from flowml_runtime.wire.snapshot import Hold as Hold
 from flowml_runtime.wire.snapshot import Paused as Paused
+from flowml_runtime.wire.snapshot import Wrote as Wrote
 from flowml_runtime.wire.training import Applied as Applied
 from flowml_runtime.wire.training import Arrived as Arrived
 from flowml_runtime.wire.training import Ask as Ask
@@ -296,14 +298,6 @@ class Write(Message, frozen=True):
     token: Name
 
 
-class Part(msgspec.Struct, frozen=True):
-    """An array in a file: where its bytes begin, and their checksum."""
-
-    spec: ArraySpec
-    offset: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-    checksum: Name
-
-
 class Written(Message, frozen=True):
     """Where the values of Write `number` are in the file. Without `parts` the worker does not see the folder."""
 
@@ -416,7 +410,7 @@ Wire = (
     | StartTraining | Source | Batch | StoreValue | OwnState | ModelState | Gossip | Ask | Grant | Begin | Contribution
     | Arrived | Commit | Computed | Halt | Published | Applied | Collective | Shared | Settled | Report | NonFinite
     | Staleness | LeaveOut | LeftOut | Forwarded | Traffic | Retired | StopTraining | Hold | Paused | Export | Exported
-    | Buffers | Copy | Copied | Claim | Claimed | Completed | Recover | Recovered | Released
+    | Buffers | Copy | Copied | Wrote | Claim | Claimed | Completed | Recover | Recovered | Released
 )
 # fmt: on
 

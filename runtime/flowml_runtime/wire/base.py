@@ -9,7 +9,7 @@ import msgspec
 from flowml.arrays import ArraySpec
 from flowml.numbers import MOST
 
-PROTOCOL = 10
+PROTOCOL = 11
 """Version of these messages. Peers of another version are refused at their Hello."""
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -25,6 +25,14 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=2**20)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 Specs = Annotated[tuple[ArraySpec, ...], msgspec.Meta(max_length=MAX_ARRAYS)]
+
+
+class Part(msgspec.Struct, frozen=True):
+    """An array in a file: where its bytes begin, and their checksum."""
+
+    spec: ArraySpec
+    offset: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    checksum: Name
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, gc=False):

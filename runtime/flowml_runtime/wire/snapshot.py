@@ -7,6 +7,7 @@ Exported  worker -> driver: where the machines here stand, and how many `Buffers
 Buffers   worker -> driver, and driver -> worker at the beginning of a run that goes on
 Copy      worker -> worker: keep this copy, and pass it on along the chain
 Copied    the last worker of a chain -> driver: all of it have the copy
+Wrote     worker -> driver: what it keeps is in a file, or follows, because it does not see the folder
 
 Each Hold of a run has a larger number than those before it, and what is done because of one has its number too. So a
 message that comes again, or late, is known as one that has been dealt with.
@@ -18,7 +19,7 @@ from typing import Annotated
 
 import msgspec
 
-from flowml_runtime.wire.base import MAX_ARRAYS, Count, Name
+from flowml_runtime.wire.base import MAX_ARRAYS, Count, Name, Part, PlanMessage, Text
 from flowml_runtime.wire.training import SiteState, StageState, StoreState, TrainingMessage, Waiting
 
 Owner = Annotated[str, msgspec.Meta(max_length=1024)]
@@ -49,7 +50,9 @@ class Export(TrainingMessage, frozen=True):
     """All replicas have stopped, with these next clocks. Once everything that they have sent is applied or waits here,
     tell what lives between steps. `pushed` are rows (replica, store, clock) as in `Paused`. `last`: the replicas have
     no more work, so what waits for others is applied. `whole`: tell the driver. `copied`: tell other workers, which
-    have the snapshot of number `complete` already, if there is one."""
+    have the snapshot of number `complete` already, if there is one. With a `folder` each worker writes what it keeps
+    into a file there, and tells the driver only the names, and the state of the model. The driver has put `token`
+    there."""
 
     clocks: tuple[Count, ...]
     pushed: tuple[tuple[Count, Count, Count], ...] = ()
@@ -58,6 +61,8 @@ class Export(TrainingMessage, frozen=True):
     whole: bool = True
     copied: bool = False
     complete: Count | None = None
+    folder: Text = ""
+    token: Annotated[str, msgspec.Meta(max_length=256)] = ""
 
 
 class Exported(TrainingMessage, frozen=True):
@@ -100,3 +105,14 @@ class Copied(TrainingMessage, frozen=True):
     worker: Name
     names: Annotated[tuple[Owner, ...], msgspec.Meta(max_length=MAX_ARRAYS)] = ()
     number: Count = 0
+
+
+class Wrote(PlanMessage, frozen=True):
+    """What a worker keeps of a snapshot, by name: where it is in the worker's file in the folder, or `error` says why
+    it could not be written. Without `parts` the arrays follow, because the worker does not see the folder, and other
+    such messages do until the `last`. `plan_id` is the token of the folder."""
+
+    names: Annotated[tuple[Owner, ...], msgspec.Meta(max_length=MAX_ARRAYS)] = ()
+    parts: Annotated[tuple[Part, ...], msgspec.Meta(max_length=MAX_ARRAYS)] = ()
+    last: bool = True
+    error: Text = ""

@@ -51,6 +51,7 @@ from flowml_runtime.links.traffic import Traffic
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.transport.endpoint import Sender
 from flowml_runtime.worker.arriving import Arriving
+from flowml_runtime.worker.checkpoint_parts import CheckpointParts
 from flowml_runtime.worker.keeping import Keeping
 from flowml_runtime.worker.kept_fits import KeptFits
 
@@ -138,6 +139,7 @@ class Worker:
         self._prober = Prober(endpoint)
         self._keeping = Keeping(name, endpoint, self.devices)
         self.kept_fits = KeptFits(name, endpoint, orphan_s, lambda plan_id: plan_id in self._plans)
+        self.checkpoints = CheckpointParts(name, endpoint)
         self.traffic = Traffic(self._contradicted)
         self._cache = cache or ExecutableCache()
         self._lock = threading.Lock()
@@ -192,9 +194,9 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        """Whether no driver would miss this worker now: no fit runs here, no call, no value is kept here, and no last
+        """Whether no driver would miss this worker now: no fit runs here, no call, no value is kept here, and no
         checkpoint is being written."""
-        if self._keeping.kept.sizes() or self.kept_fits.writes:
+        if self._keeping.kept.sizes() or self.kept_fits.writes or self.checkpoints.writes:
             return False
         return not any(hosted.busy for hosted in list(self._plans.values()))
 
@@ -257,8 +259,10 @@ class Worker:
         self._deadlines.close(JOIN_S)
         self._keeping.close()
         self.kept_fits.close()
+        self.checkpoints.close()
         self._keeping.join(JOIN_S)
         self.kept_fits.join(JOIN_S)
+        self.checkpoints.join(JOIN_S)
         for thread in ending:
             thread.join(JOIN_S)
 

@@ -140,15 +140,15 @@ class Fit:
 
         try:
             show(held)
+            self.saving.open(self._session, self._handle.workers)
             self._step(protocol.Begin(), params, state)
             saves = self.saving.wanted  # not asked after each of the very many messages of a simulation
             while not self._machine.over:
                 self._take(self._next())
                 if saves:
                     self.saving.tell()
-                    step, now = self._history.reached, self._time.now()
-                    if not self._machine.misses and self.saving.due(step, now, aligned=self._aligned):
-                        self._step(protocol.Pause(self.saving.push_within(step, now)))
+                    for event in self.saving.events(self._machine, self._history.reached, self._time.now()):
+                        self._step(event)
                 records = self._history.ready()
                 if records or self._observer.holds or self.saving.measures:
                     show(self._observer.ready(records, self._time.now() - began))

@@ -5,7 +5,7 @@ The fit goes on while a thread writes them (`writing`). If the disk refuses, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from flowml.callers import warn
@@ -15,16 +15,19 @@ from flowml_runtime.driver.training.copied import Copied, Copies
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.kept import KeptFit
 from flowml_runtime.driver.training.model import Model
+from flowml_runtime.driver.training.parts import Parts
 from flowml_runtime.driver.training.patience import Patience
 from flowml_runtime.driver.training.regrouping import Regrouped
 from flowml_runtime.driver.training.reshaping import reshaped
 from flowml_runtime.driver.training.result import restored
 from flowml_runtime.driver.training.snapshots import Figures, Snapshot, Trees, taken
+from flowml_runtime.driver.training.training_session import TrainingSession
 from flowml_runtime.driver.training.validation import Validation
 from flowml_runtime.driver.training.writing import Writer
 from flowml_runtime.protocol.training.clocks import after_push
+from flowml_runtime.protocol.training.driver import Pause, TrainingDriver
 from flowml_runtime.protocol.training.ledger import LedgerState
-from flowml_runtime.protocol.training.snapshot import Rhythm, Save
+from flowml_runtime.protocol.training.snapshot import Offer, Rhythm, Save
 
 LEAST_PAUSE_S = 0.25
 """The least time between two snapshots that are taken for memory."""
@@ -112,7 +115,7 @@ class Saving:
         if buffers is None:
             return self.newest
         about = copied.training, self._figures, copied.step, copied.stopped, copied.ledger
-        self.newest = taken(*about, buffers, self.trees, self.model)
+        self.newest = taken(*about, buffers, self.trees, self.model, {})
         return self.newest
 
     def _grown(self, newest: Snapshot, training: Training, total: int) -> Snapshot:
@@ -127,6 +130,13 @@ class Saving:
         self._kept.begin(workers)
         return self._kept.fit
 
+    def open(self, session: TrainingSession, workers: Collection[str]) -> None:
+        """A run begins on these workers, which may write what they keep, unless the fit goes on from what is in memory
+        here."""
+        real = self._figures is not None and self._figures.workers == "real"
+        if self._writer is not None and real and not self.keeps:
+            self._writer.open(session, workers)
+
     def rhythm(self, training: Training) -> Rhythm | None:
         """The rhythm of snapshots, where replicas share clocks."""
         if not self.wanted:
@@ -139,6 +149,14 @@ class Saving:
     def wanted(self) -> bool:
         """Whether there are snapshots at all."""
         return self._checkpoint is not None or self.validation is not None or self.keeps or self.copies is not None
+
+    def events(self, machine: TrainingDriver, step: int, now: float) -> Iterator[Offer | Pause]:
+        """What the driver's machine is to hear of, after `step` steps of the whole fit."""
+        offer = None if self._writer is None else self._writer.offer(machine.offered)
+        if offer is not None:
+            yield offer
+        if not machine.misses and self.due(step, now, aligned=machine.aligned):
+            yield Pause(self.push_within(step, now))
 
     def due(self, step: int, now: float, *, aligned: bool) -> bool:
         """Whether a snapshot is due that the rhythm of clocks does not bring."""
@@ -183,7 +201,7 @@ class Saving:
     def _is_old(self, step: int, now: float) -> bool:
         """Whether the last checkpoint is older than it should be."""
         known, saved_at = self._checkpoint, now if self._saved_at is None else self._saved_at
-        if known is None or step <= self._saved_step:
+        if known is None or step <= self._saved_step or (self._writer is not None and self._writer.busy):
             return False
         if known.every_s is not None:
             return now - saved_at >= known.every_s
@@ -209,36 +227,41 @@ class Saving:
         buffers: dict[str, Mapping[str, Any]] = {
             owner: dict(zip(names, take(handle), strict=True))
             for owner, names, handle in action.buffers
-            if action.whole
+            if action.whole and (handle is not None or not names)
         }
-        figures = self._figures
+        written = {owner: names for owner, names, handle in action.buffers if names and handle is None}
+        figures, parts = self._figures, self._writer and self._writer.written(action.folder)
         if figures is not None and step != self.first:
             if action.copied and self.copies is not None:
                 owners = {owner: names for owner, names, _ in action.buffers}
                 self.copies.newest = Copied(key, training, step, action.stopped, ledger, owners)
             if action.whole:
                 about = training, figures, step, action.stopped, ledger
-                self._take(taken(*about, buffers, self.trees, self.model), now, key, over=action.last)
+                snapshot = taken(*about, buffers, self.trees, self.model, written if parts else {})
+                self._take(snapshot, now, key, parts, over=action.last)
+                parts = None
+        if parts is not None:
+            parts.remove()
         self._stood_at = None
         if action.whole and not action.last and self._ends_here(training, step, now):
             raise Regrouped
 
-    def _take(self, snapshot: Snapshot, now: float, key: str, *, over: bool) -> None:
-        """Keep, write and validate a snapshot, as far as these are due."""
+    def _take(self, snapshot: Snapshot, now: float, key: str, parts: Parts | None, *, over: bool) -> None:
+        """Keep, write and validate a snapshot, as far as these are due. Workers write `parts` of it."""
         step = snapshot.content.steps
         self._withdrawn = False
         self._patience.taken(now)
         self._keep(snapshot, now)
         if self._kept is not None:
             self._kept.completed(key, snapshot)
-        if self.validation is not None and (over or self._is_unmeasured(step)):
+        if self.validation is not None and parts is None and (over or self._is_unmeasured(step)):
             self._validated_step = step
             values = zip((*self.trees[:2], self.model.state()), snapshot.trees, strict=True)
             params, _, state = (restored(like, snapshot.leaves(leaves)) for like, leaves in values)
             self.validation.give(step, params, state)
-        if self._writer is not None and (over or self._is_old(step, now)):
+        if self._writer is not None and (over or parts is not None or self._is_old(step, now)):
             self._saved_step, self._saved_at = step, now
-            self._writer.put(snapshot)
+            self._writer.put(snapshot, parts)
             if snapshot.content.figures.workers != "real":
                 self._writer.flush()  # how fast the disk is changes nothing in virtual time
 
@@ -268,11 +291,10 @@ class Saving:
     def finish(self) -> None:
         """Wait until the last snapshot is written. Warns if it could not be."""
         if self._writer is not None:
-            self._writer.flush()
+            self._writer.close()
         self.tell()
 
     def tell(self) -> None:
         """Warn if a snapshot could not be written."""
-        wrong = None if self._writer is None else self._writer.take_wrong()
-        if wrong is not None:
+        for wrong in () if self._writer is None else self._writer.take_wrong():
             warn(wrong)

@@ -9,7 +9,7 @@ and so is the state of the model as its rules join that of all replicas.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,12 @@ class Snapshot:
     def write(self, directory: Path, keep: int) -> Path:
         content = msgspec.json.encode(self.content)
         return checkpoints.write(directory, self.content.steps, content, self.arrays, keep)
+
+    def encoded(self) -> tuple[bytes, Collection[str], Mapping[str, Any]]:
+        """The content, the names of the arrays of owners, and the arrays that are here."""
+        owners = self.content.owners.items()
+        names = [f"{owner}/{name}" for owner, named in owners for name in named]
+        return msgspec.json.encode(self.content), names, self.arrays
 
     @staticmethod
     def read(path: Path) -> Snapshot:
@@ -224,10 +230,13 @@ def taken(
     buffers: Mapping[str, Mapping[str, Any]],
     trees: Trees,
     model: Model,
+    written: Mapping[str, tuple[str, ...]],
 ) -> Snapshot:
-    """The snapshot of what workers have told. `trees` are those that the fit began with, for their structure, and for
-    leaves that are in no buffer. `model` is the state that it began with."""
+    """The snapshot of what workers have told. Of the owners in `written` it has only the names of buffers. `trees` are
+    those that the fit began with, for their structure, and for leaves that are in no buffer. `model` is the state that
+    it began with."""
     arrays = {f"{owner}/{name}": a for owner, found in buffers.items() for name, a in found.items()}
+    elsewhere = {f"{owner}/{name}" for owner, names in written.items() for name in names}
     places = _places(training, stopped)
     leaves: list[tuple[Leaf, ...]] = []
     joined = model.after(_states(training, buffers, model)).state()
@@ -235,10 +244,11 @@ def taken(
         made: list[Leaf] = []
         for i, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
             buffer = places.get((what, i), f"{what}/{i}")
-            arrays.setdefault(buffer, np.asarray(as_buffer(value)))
+            if buffer not in elsewhere:
+                arrays.setdefault(buffer, np.asarray(as_buffer(value)))
             made.append(Leaf(tuple(map(key_of, path)), str(value.dtype), buffer))
         leaves.append(tuple(made))
-    owners = {owner: tuple(found) for owner, found in buffers.items()}
+    owners = {**{owner: tuple(found) for owner, found in buffers.items()}, **written}
     layers = tuple(map(Layer.of, training.stores))
     stages = tuple(leaf.stage for leaf in training.state)
     empty: dict[str, tuple[tuple[Key, ...], ...]] = dict(zip(TREES, map(hollow, (*trees[:2], joined)), strict=True))

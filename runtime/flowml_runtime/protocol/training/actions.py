@@ -252,7 +252,7 @@ class Leave(msgspec.Struct, frozen=True):
 class Export(msgspec.Struct, frozen=True):
     """Tell the driver what lives here between steps: where the machines stand, and all buffers. Replicas have these
     next clocks; what they have sent before is applied by the actions so far, or `waiting`: the handle stays with the
-    machine. `whole`, `copied` and `complete` are as in `wire.Export`."""
+    machine. `whole`, `copied`, `complete`, `folder` and `token` are as in `wire.Export`."""
 
     stages: tuple[wire.StageState, ...]
     stores: tuple[wire.StoreState, ...]
@@ -264,6 +264,8 @@ class Export(msgspec.Struct, frozen=True):
     whole: bool = True
     copied: bool = False
     complete: int | None = None
+    folder: str = ""
+    token: str = ""
 
 
 class Hand(msgspec.Struct, frozen=True):

@@ -59,7 +59,7 @@ from flowml_runtime.protocol.training.notes import (
     NoteWaits,
 )
 from flowml_runtime.protocol.training.places import Places
-from flowml_runtime.protocol.training.snapshot import Rhythm, Save, Snapshots
+from flowml_runtime.protocol.training.snapshot import Offer, Rhythm, Save, Snapshots
 from flowml_runtime.protocol.training.store import Handle
 from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 from flowml_runtime.protocol.training.untold import Untold
@@ -97,7 +97,7 @@ class Stop(msgspec.Struct, frozen=True):
     """The fit has ended, with or without an error."""
 
 
-Event = Begin | Received | StepFailed | WorkerLost | ReplicaLost | Pause | Withdraw | Stop
+Event = Begin | Received | StepFailed | WorkerLost | ReplicaLost | Pause | Offer | Withdraw | Stop
 
 
 class SendStore(msgspec.Struct, frozen=True):
@@ -274,6 +274,16 @@ class TrainingDriver:
         return self._snapshots.hold
 
     @property
+    def aligned(self) -> bool:
+        """Whether replicas share clocks."""
+        return self._terms.aligned
+
+    @property
+    def offered(self) -> Offer:
+        """Where workers may write the next snapshot."""
+        return self._snapshots.offer
+
+    @property
     def heard(self) -> int:
         """How much has come of a snapshot that late replicas hold up, which others could go on without; 0: of none."""
         return self._snapshots.heard
@@ -304,6 +314,9 @@ class TrainingDriver:
                 return self._lose(event)
             case Pause(within):
                 return [*self._snapshots.pause(self._ids(), self.ledger.newest, within)]
+            case Offer():
+                self._snapshots.offer = event
+                return []
             case Withdraw():
                 return [*self._snapshots.withdraw(self._ids())]
             case ReplicaLost(replica):

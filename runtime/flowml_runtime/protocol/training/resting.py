@@ -61,4 +61,6 @@ def export(
         asked.whole,
         asked.copied,
         asked.complete,
+        asked.folder,
+        asked.token,
     )

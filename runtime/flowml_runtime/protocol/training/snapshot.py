@@ -21,6 +21,9 @@
 * Workers may copy what they tell to others. Where replicas wait for each other at each clock anyway, this is done as
   often as the rhythm says, and the driver then gets the buffers only if it has asked for them or they are due.
   Otherwise they are copied whenever the driver gets them. The snapshot is complete when all copies are there.
+* If the driver wants buffers only to write them, it offers a folder, into which workers write theirs. The driver then
+  gets the names, and the run goes on before the files are there. If it is busy with earlier folders, there is no
+  snapshot, except for the last one, of which it gets the buffers.
 """
 
 from __future__ import annotations
@@ -55,10 +58,19 @@ class Rhythm(msgspec.Struct, frozen=True):
     copied: int = 0
 
 
+class Offer(msgspec.Struct, frozen=True):
+    """From now on workers may write into this folder what they keep, once. `busy`: there is no folder yet. Neither: the
+    driver gets the buffers."""
+
+    folder: str = ""
+    token: str = ""
+    busy: bool = False
+
+
 class Save(msgspec.Struct, frozen=True):
     """A snapshot is complete: where the machines stand, and the buffers as (owner, names, handle). `last`: the replicas
     have no more work. `number` is that of the Hold. Without `whole` there are no handles. `copied`: other workers have
-    copies."""
+    copies. With a `folder` those without a handle are in files there."""
 
     stopped: wire.Stopped
     buffers: tuple[tuple[str, tuple[str, ...], Handle | None], ...]
@@ -67,6 +79,7 @@ class Save(msgspec.Struct, frozen=True):
     number: int = 0
     whole: bool = True
     copied: bool = False
+    folder: str = ""
 
 
 class Snapshots:
@@ -91,6 +104,9 @@ class Snapshots:
         """(worker, owner) -> the names of the owner's buffers, of which the copies are there."""
         self._wanted, self._whole = False, True
         """Whether the driver has asked for buffers, and whether it gets those that workers have been asked for."""
+        self.offer = Offer()
+        self._folder = ""
+        """Where workers write what they have been asked for."""
         self._complete: int | None = None
         """The number of the newest complete snapshot."""
         self._numbers = 0
@@ -225,7 +241,9 @@ class Snapshots:
         due = self._rhythm is not None and any(
             n and self.hold % n == 0 for n in (self._rhythm.every, self._rhythm.also)
         )
-        self._whole, self._wanted = not often or due or self._wanted or self._is_last, False
+        self._whole = not often or due or self._wanted or self._is_last
+        offer = self._take_offer()
+        self._wanted, self._folder = False, offer.folder
         return wire.Export(
             **ids,
             clocks=self._clocks,
@@ -235,7 +253,21 @@ class Snapshots:
             whole=self._whole,
             copied=self._copies,
             complete=self._complete,
+            folder=offer.folder,
+            token=offer.token,
         )
+
+    def _take_offer(self) -> Offer:
+        """Where workers are to write what they are asked for."""
+        also = 0 if self._rhythm is None else self._rhythm.also
+        read = also and (not self._terms.aligned or self._wanted or self._is_last or self.hold % also == 0)
+        if not self._whole or read:
+            return Offer()
+        if self.offer.busy:
+            self._whole = self._is_last
+            return Offer()
+        offer, self.offer = self.offer, Offer(busy=bool(self.offer.folder))
+        return offer
 
     def _release(self, ids: dict[str, Any], paused: wire.Paused) -> list[Send | Save | Release]:
         """Let a replica that has stopped because it has no more items retire, unless it is the last."""
@@ -268,7 +300,8 @@ class Snapshots:
         buffers = ((owner, names, handle) for (_, owner), (names, handle) in kept)
         self._complete = self._number
         stopped = wire.Stopped(self._clocks, tuple(stages), tuple(stores), tuple(sites), tuple(waiting))
-        return Save(stopped, tuple(buffers), cause, self._is_last, self._number, self._whole, self._copies)
+        about = self._is_last, self._number, self._whole, self._copies, self._folder
+        return Save(stopped, tuple(buffers), cause, *about)
 
     def _go_on(self, ids: dict[str, Any]) -> Sequence[Send]:
         clock = NO_HOLD if self._is_last else self._next(max(self._clocks))

@@ -157,6 +157,8 @@ def happened(event: actions.Event | driver.Event) -> str:
             return "begins the fit"
         case driver.Pause():
             return "wants a snapshot"
+        case driver.Offer():
+            return "workers may write a snapshot" if event.folder else "workers may not write a snapshot"
         case driver.Withdraw():
             return "gives up a snapshot for now"
         case driver.Stop():

@@ -20,6 +20,8 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flowml.arrays import ArraySpec
 from flowml.errors import FlowmlError
 from flowml.plan import Plan
@@ -44,7 +46,7 @@ from flowml_runtime.worker.training.exchange.relays import Relays
 from flowml_runtime.worker.training.filtered import Encoded
 from flowml_runtime.worker.training.homes import HomeAction, Homes
 from flowml_runtime.worker.training.published import Reader
-from flowml_runtime.worker.training.resident import Arrays, Resident, loaded, of_waiting, row
+from flowml_runtime.worker.training.resident import Arrays, Resident, loaded, of_waiting, row, told_whole
 from flowml_runtime.worker.training.run import Run
 from flowml_runtime.worker.training.stage_runner import StageRunner
 
@@ -274,7 +276,7 @@ class _Fit:
                 )
         self._exports = Lane(f"{run.me} snapshots run {run.number}")
         """Tells the driver what no other lane uses."""
-        self._kept_fits = host.worker.kept_fits
+        self._kept_fits, self._checkpoints = host.worker.kept_fits, host.worker.checkpoints
         self._copying = Copying(run, run.start.copies or wire.Copies(0, "", ()), self._kept_fits)
         self._fail = partial(host.fail, run.number, "a snapshot")
         self._stages = {
@@ -390,6 +392,8 @@ class _Fit:
         parts, expected = tuple(part for part, _ in action.waiting), len(found) + len(waiting)
         about: dict[str, Any] = {"stages": action.stages, "stores": action.stores, "sites": action.sites}
         run.send(run.driver, wire.Exported(**ids, **about, waiting=parts, buffers=expected))
+        where = run.driver, action.folder, action.token
+        written = self._checkpoints.begin(*where, expected) if action.folder else None
 
         def tell(resident: Resident) -> None:
             try:
@@ -398,16 +402,22 @@ class _Fit:
                 if self._machine.held > action.number:  # the snapshot was withdrawn, and a step has begun meanwhile
                     return
                 raise
+            names, sent, lent = tuple(arrays), arrays, True
+            if written is not None:
+                sent = arrays if told_whole(resident.owner) else {}
+                if resident.state is None:  # a step may overwrite them
+                    arrays, lent = {name: np.array(array) for name, array in arrays.items()}, False
+                written.add(resident.owner, {} if sent else arrays)
             if run.start.fit and self._machine.held <= action.number:
                 of = run.plan_id, run.number, action.number
-                self._kept_fits.export(run.driver, run.start.fit, of, resident.owner, arrays)
+                self._kept_fits.export(run.driver, run.start.fit, of, resident.owner, arrays, lent=lent)
             if action.copied:
                 self._copying.send(action, resident, arrays)
             if not action.whole:
                 return
-            specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays.values())
-            message = wire.Buffers(**ids, owner=resident.owner, names=tuple(arrays), specs=specs)
-            run.send(run.driver, message, list(arrays.values()))
+            specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in sent.values())
+            message = wire.Buffers(**ids, owner=resident.owner, names=names, specs=specs)
+            run.send(run.driver, message, list(sent.values()))
 
         for resident in (*found, *waiting):
             (resident.lane or self._exports).put(partial(tell, resident), self._fail)

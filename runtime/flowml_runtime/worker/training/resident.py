@@ -105,6 +105,11 @@ def of_stage(replica: int, stage: int, store: str, what: str) -> str:
     return f"replica/{replica}/stage/{stage}/{store}/{what}"
 
 
+def told_whole(owner: str) -> bool:
+    """Whether the driver needs the buffers of an owner to say what a snapshot holds."""
+    return owner.endswith("/model/state")
+
+
 def of_site(leader: int, store: str, what: str) -> str:
     """The owner of what the leader of a site keeps for a store."""
     return f"site/{leader}/{store}/{what}"

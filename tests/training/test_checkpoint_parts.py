@@ -1,0 +1,202 @@
+"""Checkpoints that workers write: who writes what, and that an old or a new one is whole whatever fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flowml as fm
+from flowml_runtime import wire
+from flowml_runtime.environment import checkpoints
+from flowml_runtime.transport.ending import Ending
+from tests.training.reference import assert_same
+from tests.training.test_checkpoint_files import TEAR
+from tests.training.test_kills import doom
+from tests.training.test_lost_and_replaced import STEPS, fit
+
+ROOT = Path(__file__).parents[2]
+
+
+def files(snapshot: Path) -> list[str]:
+    return sorted(path.name for path in snapshot.iterdir())
+
+
+@pytest.fixture
+def told(processes: fm.Cluster, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(type, bytes) of the messages about snapshots that the driver gets."""
+    endpoint: Any = processes.endpoint
+    take, found = endpoint._on_message, list[tuple[str, int]]()
+
+    def receive(peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None:
+        if isinstance(message, wire.Buffers | wire.Wrote):
+            found.append((type(message).__name__, sum(a.nbytes for a in arrays)))
+        take(peer, message, arrays)
+
+    monkeypatch.setattr(endpoint, "_on_message", receive)
+    return found
+
+
+def test_workers_write_what_they_keep_and_the_driver_gets_names(
+    processes: fm.Cluster, told: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    found = fit(processes, "synchronous", tmp_path)
+    assert {name for name, _ in told} == {"Buffers", "Wrote"}
+    assert sum(nbytes for _, nbytes in told) == 0
+    newest = checkpoints.snapshots(tmp_path)[0]
+    parts = [checkpoints.part_of(f"worker:{n}") for n in range(4)]
+    assert set(files(newest)) <= {*parts, checkpoints.MANIFEST}
+    assert len(files(newest)) == 5, "each worker keeps something"
+    restored = fm.restore(tmp_path)
+    assert restored.step == STEPS
+    assert_same(restored.params, found.params)
+    assert not list(tmp_path.glob(".offered-*"))
+
+
+def test_a_fit_that_goes_on_after_losses_has_its_state_in_the_driver(
+    processes: fm.Cluster, told: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    fit(processes, "synchronous", tmp_path, on_loss="replace")
+    assert {name for name, _ in told} == {"Buffers"}
+    assert sum(nbytes for _, nbytes in told) > 0
+    assert files(checkpoints.snapshots(tmp_path)[0]) == [checkpoints.DATA, checkpoints.MANIFEST]
+
+
+@pytest.mark.parametrize("far", [("worker:1",), ("worker:0", "worker:1", "worker:2", "worker:3")])
+def test_the_driver_writes_what_workers_with_another_disk_keep(
+    threads_cluster: fm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: tuple[str, ...]
+) -> None:
+    """It says so once, and the next fit goes on with the same bits."""
+    write, others = checkpoints.write_invited, {checkpoints.part_of(worker) for worker in far}
+
+    def elsewhere(folder: Path, file: str, token: str, arrays: Mapping[str, Any]) -> Any:
+        return None if file in others else write(folder, file, token, arrays)
+
+    whole = fit(threads_cluster, "synchronous")
+    monkeypatch.setattr(checkpoints, "write_invited", elsewhere)
+    with pytest.warns(fm.FlowmlWarning) as said:
+        fit(threads_cluster, "synchronous", tmp_path, steps=STEPS // 2)
+    monkeypatch.undo()
+    assert len(said) == 1
+    assert "not see" in str(said[0].message) and "the driver, which writes it" in str(said[0].message)
+    newest = checkpoints.snapshots(tmp_path)[0]
+    assert checkpoints.DATA in files(newest)
+    assert others.isdisjoint(files(newest))
+    found = fit(threads_cluster, "synchronous", tmp_path, resume="auto")
+    assert found.resumed_at == STEPS // 2
+    assert_same((found.params, found.opt_state), (whole.params, whole.opt_state))
+
+
+@pytest.mark.parametrize("at", ["before send Wrote 5", "after send Wrote 5", "soon send Wrote 4"])
+def test_a_worker_that_dies_while_it_writes_leaves_the_checkpoint_before(
+    processes: fm.Cluster, tmp_path: Path, at: str
+) -> None:
+    when, verb, message, number = at.split()
+    doom(processes, "worker:1", Ending(when, verb, message, int(number)))  # type: ignore[arg-type]
+    try:
+        with warnings.catch_warnings(), pytest.raises(fm.WorkerLostError):
+            warnings.filterwarnings("ignore", "the checkpoint after step .* was lost before it had written its part")
+            fit(processes, "synchronous", tmp_path)
+    finally:
+        processes.bring_back(processes.lost)
+    assert not list(tmp_path.glob(".offered-*"))
+    for snapshot in checkpoints.snapshots(tmp_path):
+        checkpoints.read(snapshot)
+    whole = fit(processes, "synchronous")
+    found = fit(processes, "synchronous", tmp_path, resume="auto")
+    assert found.resumed_at >= 5
+    assert_same((found.params, found.opt_state), (whole.params, whole.opt_state))
+
+
+CUT = (
+    f"{TEAR}\n"
+    + """
+from flowml.errors import CheckpointError
+from flowml_runtime.driver.training.parts import Parts
+from flowml_runtime.worker.checkpoint_parts import CheckpointParts
+
+class Session:
+    def register(self, name, handler): pass
+    def unregister(self, name): pass
+    def check_workers(self, so): raise CheckpointError("closed")
+
+class Endpoint:
+    def __init__(self, name): self.name = name
+    def send(self, peer, message, arrays=()): parts.on_message(self.name, message, arrays)
+
+WORKERS = ("worker:0", "worker:1")
+
+def write(step, cut):
+    "A snapshot of a home at each of two workers, and of one array of the driver. `cut`: who may fail."
+    global parts, made
+    parts = Parts(Session(), folder, WORKERS)
+    for worker in WORKERS:
+        if cut == worker:
+            made = 0
+        writer = CheckpointParts(worker, Endpoint(worker))
+        part = writer.begin("driver", str(parts.folder), parts.token, 2)
+        for what in ("values", "known"):
+            part.add(f"home/{worker}/{what}", {"w": np.full(100, step), "b": np.full(3, step)})
+        writer._lane.flush()
+        if cut == worker:
+            made = 10**9
+    names = [f"home/{w}/{what}/{n}" for w in WORKERS for what in ("values", "known") for n in "wb"]
+    if cut == "driver":
+        made = 0
+    try:
+        parts.complete(step, b"{}", names, {"rest": np.full(7, step)}, 2)
+    except (OSError, CheckpointError):
+        parts.remove()
+        os._exit(7)
+    finally:
+        made = 10**9
+
+made = chosen = 0
+for step in (1, 2):
+    write(step, "")
+tried = 0
+last = 2
+for cut in (*WORKERS, "driver"):
+    chosen = 1
+    while True:
+        made, step = 10**9, last + 1
+        pid = os.fork()
+        if pid == 0:
+            write(step, cut)
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert ended in (0, 7, 9), ended
+        found = checkpoints.snapshots(folder)
+        steps = [checkpoints.step_of(path) for path in found]
+        assert steps[0] in (last, step), (cut, chosen, steps)
+        assert ended != 0 or steps[0] == step, (cut, chosen, steps)
+        assert len(steps) >= 2, (cut, chosen, steps)
+        for path in found[:2]:
+            _, there = checkpoints.read(path)
+            assert len(there) == 9
+            assert {int(x) for array in there.values() for x in array.ravel()} == {checkpoints.step_of(path)}, chosen
+        last = steps[0]
+        if ended == 0 and chosen > 3:
+            break
+        chosen, tried = chosen + 1, tried + 1
+assert len(list(folder.glob(".offered-*"))) <= 1, "what killed processes have left is removed"
+print(tried)
+"""
+)
+
+
+@pytest.mark.parametrize("how", ["kill", "refuse"])
+def test_whichever_change_on_the_disk_of_a_worker_or_the_driver_fails_a_checkpoint_is_whole(
+    tmp_path: Path, how: str
+) -> None:
+    """Each write (torn in the middle), fsync, rename and removal of each worker and the driver in turn is the last, or
+    fails."""
+    command = [sys.executable, "-c", CUT, str(tmp_path), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 20, "so many changes were tried"
