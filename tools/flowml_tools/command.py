@@ -221,3 +221,13 @@ def connect(at: str, arguments: argparse.Namespace) -> Cluster:
         transport=arguments.transport,
         checksum=arguments.checksum,
     )
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Make the folder that an option names, if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise CommandError(f"{option} {str(folder)!r} is not a folder") from None
+    except OSError as error:
+        raise CommandError(f"{option} {str(folder)!r} cannot be made: {error.strerror}; give another folder") from None

@@ -38,7 +38,7 @@ from flowml_tools.bench.policy_entries import parsed
 from flowml_tools.bench.rows import BenchError, Part, Row
 from flowml_tools.bench.table import render
 from flowml_tools.bench.timing import hush
-from flowml_tools.command import CommandError, positive, seconds
+from flowml_tools.command import CommandError, make_folder, positive, seconds
 from flowml_tools.plots import draw
 
 SUMMARY = "side-by-side measurements, peers included where installed"
@@ -97,8 +97,8 @@ def main(arguments: argparse.Namespace) -> int:
     if output and not output.parent.is_dir():
         raise CommandError(f"the folder of {str(output)!r} does not exist")
     folder: Path | None = arguments.plots
-    if folder and not folder.is_dir():
-        raise CommandError(f"--plots {str(folder)!r} is not a folder")
+    if folder:
+        make_folder("--plots", folder)
     settings = {name: _settings(name, names, arguments) for name in OPTIONS}
     results: dict[str, Sequence[Row]] = {}
     left_out: dict[str, Mapping[str, str]] = {}

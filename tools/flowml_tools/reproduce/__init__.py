@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flowml_tools.command import CommandError, natural
+from flowml_tools.command import CommandError, make_folder, natural
 from flowml_tools.reproduce import (
     adam,
     admm,
@@ -113,7 +113,7 @@ def main(arguments: argparse.Namespace) -> int:
             raise CommandError(f"there is no claim {name!r}; there are {', '.join(CLAIMS)}")
     folder: Path | None = arguments.out
     if folder is not None:
-        _make(folder)
+        make_folder("--out", folder)  # before claims run for minutes
     runs: dict[str, Run] = {}
     try:
         for name in names:
@@ -124,13 +124,3 @@ def main(arguments: argparse.Namespace) -> int:
         if folder is not None and runs:
             print(f"written: {write(folder, runs, full=arguments.full)}")
     return 0
-
-
-def _make(folder: Path) -> None:
-    """Make the folder of the page, before claims run for minutes."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise CommandError(f"--out {str(folder)!r} is not a folder") from None
-    except OSError as error:
-        raise CommandError(f"--out {str(folder)!r} cannot be made: {error.strerror}; give another folder") from None
