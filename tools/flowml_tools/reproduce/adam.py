@@ -6,10 +6,11 @@ several updates.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from flowml_tools.plots import Line, Plot
-from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most, near
+from flowml_tools.reproduce.claims import Claim, Outcome, at_most, near
 from flowml_tools.reproduce.clocks import simulate
 from flowml_tools.reproduce.learning import final_loss, loss, problem, pushed, train
 
@@ -40,13 +41,18 @@ def run(full: bool, seed: int) -> Outcome:
     return Outcome(
         f"{REPLICAS} simulated replicas, {steps} steps of 1 + Exp(0.1) s each, epochs of 100 steps. Factors: a layer "
         "of 256 x 128, 2 replicas with 16 examples each, real arithmetic. The rule of convolutions: a network of 32 x "
-        f"64 x 8, 4 replicas with {PUSHES} steps of 16 examples each, which push every {K} steps and never wait.",
+        f"64 x 8, 4 replicas with {PUSHES} steps of 16 examples each, which push every {K} steps and never wait. "
+        "Order statistics of such times save 18.5 % if late replicas stop at once, and 15.5 % if they finish the step "
+        "that they compute, as they do here, and so begin the next one late.",
         (
-            near("time saved by ending a step at 75 % of the replicas", 0.20, saved[0.75], 0.3, "{:.1%}"),
-            at_least("time saved by ending an epoch at 75 % of its work", 0.20, by_epoch, "{:.1%}"),
+            near("time saved by ending a step at 75 % of the replicas", 0.20, saved[0.75], 0.15, "{:.1%}"),
+            near(
+                "the same against order statistics, late steps finished", _expected(0.75), saved[0.75], 0.05, "{:.1%}"
+            ),
+            near("time saved by ending an epoch at 75 % of its work", 0.20, by_epoch, 0.15, "{:.1%}"),
             near("bytes of factors against those of the product", 16 * (256 + 128) / (256 * 128), sent / plain, 0.02),
             at_most("largest difference of parameters after 8 steps with factors", 1e-5, error, "{:.1e}"),
-            near(f"bytes of pushing in each step against every {K}", K, every[1][1] / every[K][1], 0.15, "{:.1f}"),
+            near(f"bytes of pushing in each step against every {K}", K, every[1][1] / every[K][1], 0.05, "{:.1f}"),
             at_most(f"loss with a push every {K} steps against serial SGD", 1.05, every[K][0] / serial),
         ),
         Plot(
@@ -56,6 +62,19 @@ def run(full: bool, seed: int) -> Outcome:
             (Line("a step", points), Line("an epoch", [(0.75, 100 * by_epoch)])),
         ),
     )
+
+
+def _expected(share: float) -> float:
+    """The time saved by a loop over random compute times, in which late replicas finish the step that they compute."""
+    import numpy as np
+
+    rng, steps = np.random.default_rng(0), 4000
+    need, free, now = math.ceil(share * REPLICAS), np.zeros(REPLICAS), 0.0
+    for _ in range(steps):
+        done = np.maximum(free, now) + 1 + rng.exponential(0.1, REPLICAS)
+        now = float(np.sort(done)[need - 1])
+        free = done
+    return 1 - now / steps / (1 + 0.1 * sum(1 / i for i in range(1, REPLICAS + 1)))
 
 
 def _convolution(k: int, seed: int) -> tuple[float, int]:

@@ -26,7 +26,7 @@ def run(full: bool, seed: int) -> Outcome:
         (
             at_least("speed of a step with 96 + 4 against 100", 1.2, times[0] / times[4]),
             at_least("gradients a second with 96 + 4 against 100", 1.1, rate[4] / rate[0]),
-            holds("the best number of backups for gradients a second is small", "2 to 30", str(best), 2 <= best <= 30),
+            holds("the best number of backups for gradients a second is small", "2 to 20", str(best), 2 <= best <= 20),
         ),
         Plot(
             "Backup workers under a heavy tail, 100 machines",

@@ -26,6 +26,8 @@ class Finding:
     """What the paper states, and the bound within which ours agrees."""
     ours: str
     agrees: bool
+    timed: bool = False
+    """Whether it depends on the machine, because it measures time on it."""
 
 
 @dataclass(frozen=True)

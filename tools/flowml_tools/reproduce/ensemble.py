@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flowml_tools.bench.stragglers import logits_of
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_most, holds
 from flowml_tools.reproduce.learning import final_loss, loss, problem, train
 
@@ -28,10 +29,11 @@ def run(full: bool, seed: int) -> Outcome:
         for start, part in zip(starts, own, strict=True)
     ]
     losses = [float(loss(model, test)) for model in models]
-    outputs = np.mean([logits_of(model, test["x"]) for model in models], axis=0)
-    labels = test["label"]
-    together = float(optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean())
-    averaged = jax.tree_util.tree_map(lambda *leaves: np.mean(leaves, axis=0), *models)
+    outputs = [logits_of(model, test["x"]) for model in models]
+    together = [_loss_of_outputs(outputs[: k + 1], test["label"]) for k in range(replicas)]
+    averages = [jax.tree_util.tree_map(lambda *x: np.mean(x, axis=0), *models[: k + 1]) for k in range(replicas)]
+    mean = float(np.mean(losses))
+    averaged = [float(loss(average, test)) for average in averages]
     distil = fm.Distill(logits_of, examples["x"], steps=students, optimizer=optax.adam(3e-3))
     policy = fm.Policy(payload=fm.Weights(), every=steps, apply=distil)
     result = train(policy, replicas, steps=steps, seed=seed, problem=task, optimizer=optimizer, batch=16 * replicas)
@@ -41,20 +43,30 @@ def run(full: bool, seed: int) -> Outcome:
         f"for {steps} steps of 16 examples with Adam; losses on 1,024 held-out examples. Student: {students} steps on "
         "the mean outputs of replicas.",
         (
-            at_most("loss of the mean output against the mean of the losses", 1.0, together / float(np.mean(losses))),
-            at_most(
-                "loss of the mean output against that of the mean parameters",
-                1.0,
-                together / float(loss(averaged, test)),
-            ),
-            at_most(
-                "loss of the student against the mean of the losses",
-                1.0,
-                final_loss(held, result) / float(np.mean(losses)),
-            ),
+            at_most("loss of the mean output against the mean of the losses", 1.0, together[-1] / mean),
+            at_most("loss of the mean output against that of the mean parameters", 1.0, together[-1] / averaged[-1]),
+            at_most("loss of the student against the mean of the losses", 1.0, final_loss(held, result) / mean),
             holds("size of the student", "that of a model", "the same" if same else "another", same),
         ),
+        Plot(
+            "Losses of k models together",
+            "models k",
+            "loss on held-out examples",
+            (
+                Line("mean output", list(enumerate(together, 1))),
+                Line("mean parameters", list(enumerate(averaged, 1))),
+                Line("mean loss", [(k, float(np.mean(losses[:k]))) for k in range(1, replicas + 1)], dashed=True),
+                Line("student", [(replicas, final_loss(held, result))]),
+            ),
+        ),
     )
+
+
+def _loss_of_outputs(outputs: Any, labels: Any) -> float:
+    import numpy as np
+    import optax
+
+    return float(optax.softmax_cross_entropy_with_integer_labels(np.mean(outputs, axis=0), labels).mean())
 
 
 def _slice(examples: Any, part: int, parts: int) -> Any:

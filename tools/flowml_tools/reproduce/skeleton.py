@@ -20,13 +20,15 @@ def run(full: bool, seed: int) -> Outcome:
         )
     )
     return Outcome(
-        f"{SHARE:.0%} of the elements, drawn anew at each push. {payoff.SETTING}",
+        f"{SHARE:.0%} of the elements, drawn anew at each push. {payoff.SETTING} Drawing positions takes long, so "
+        "the link is one of 100 Mbit/s, and not one of 1 Gbit/s as for other filters.",
         (
             near("bytes saved of 1024 x 1024, without positions", 1 / SHARE, kept.large, 0.01, "{:.1f} x"),
             at_most("loss against plain gradients after as many steps", 1.1, kept.loss),
-            at_least("loss without memory against that with it", 1.0, lost.loss / kept.loss),
-            at_least("pays on links slower than, MB/s", 2, kept.pays_below / 1e6, "{:.0f}"),
+            at_least("loss without memory against that with it", 1.1, lost.loss / kept.loss),
+            payoff.pays("pays on links slower than, MB/s for a core", kept, link=payoff.ETHERNET / 10),
         ),
+        payoff.plot(f"Loss with {SHARE:.0%} of the elements, drawn at random", with_memory=kept, without_memory=lost),
     )
 
 

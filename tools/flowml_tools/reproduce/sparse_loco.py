@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_most, near
 from flowml_tools.reproduce.learning import final_loss, loss, problem, train
-from flowml_tools.reproduce.payoff import SIDE, fewer
+from flowml_tools.reproduce.payoff import SIDE, course, fewer
 
 REPLICAS, EVERY, KEEP, BITS = 4, 30, 1 / 64, 2
 
@@ -43,6 +44,13 @@ def run(full: bool, seed: int) -> Outcome:
                 "{:.0f} x",
             ),
             at_most("loss against whole changes after as many steps", 1.1, ratio),
+        ),
+        Plot(
+            f"Loss with changes every {EVERY} steps",
+            "kB pushed by all replicas",
+            "loss of the training",
+            (Line("whole changes", course(whole)), Line("SparseLoCo", course(sparse))),
+            log_x=True,
         ),
     )
 
