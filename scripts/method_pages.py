@@ -1,15 +1,20 @@
 """Writes docs/methods/: a page for each claim of a paper, and their list. `--check` only compares.
 
 What a run has found comes from docs/reproduce.md, which `flowml reproduce` writes, and the composition from the code.
-Run this after either changes. Only when a method helps, and when it does not, is written here.
+Run this after either changes. Examples come from `method_examples`, and are run; `--check` takes what they printed from
+the pages. Only when a method helps, and when it does not, is written here.
 """
 
 from __future__ import annotations
 
+import inspect
+import operator
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from method_examples import example, printed
 
 import flowml as fm
 
@@ -179,8 +184,12 @@ METHODS = {
     "gaia": Method(
         "Gaia",
         ("fm.policies.gaia(0.1, sites=2, staleness=2)",),
-        "Sites with fast links inside and slow links between, and most changes small beside their parameter.",
-        "Links between sites are so slow that even significant changes do not fit: 60 times slower they were felt.",
+        "Machines are in a few places, such as data centres in several countries: links inside a place are fast, those "
+        "between places slow. Most changes of a step are small beside the parameter that they change, and these wait "
+        "on their site until they add up to something that matters.",
+        "All links are alike: an all-reduce is then as fast, and exact. Or most changes are large beside their "
+        "parameters, as at the beginning of a fit or at a high rate, and links carry a small share of a step's "
+        "changes: then sites wait for each other again, as they do with two sites and 60 times slower links below.",
     ),
     "admm": Method(
         "Asynchronous ADMM",
@@ -233,14 +242,22 @@ METHODS = {
 }
 
 
-WITH_ARGUMENTS = {
-    "ensemble": "fm.policies.ensemble_compression(predict, inputs, every, steps, optimizer)",
-    "voting": "fm.methods.boost(x, y, cluster, vote=2)",
+ALSO = {
+    "adam": ("adam_auto", "every"),
+    "downpour": ("asynchronous",),
+    "sandblaster": ("methods.lbfgs", "methods.Minimum", "methods.Vectors", "methods.Portions"),
+    "chaos": ("methods.TimeModel",),
+    "backup": ("quorum", "synchronous"),
+    "decoupled": ("deadline",),
+    "ring": ("all_reduce",),
+    "d_psgd": ("choco",),
+    "ensemble": ("ensemble_compression",),
+    "voting": ("vote", "methods.boost", "methods.Boosted", "methods.Tree"),
 }
-"""The calls of methods that need a model or data."""
+"""Page -> names that belong to it, besides those of its calls: of `fm.policies`, or of `fm.methods`."""
 
 
-def pages() -> dict[str, str]:
+def pages(*, check: bool) -> dict[str, str]:
     """The text of each file of the folder."""
     found = sections((DOCS / "reproduce.md").read_text())
     if list(found) != list(METHODS):
@@ -250,7 +267,7 @@ def pages() -> dict[str, str]:
         "# Methods of papers, one page each\n\nWritten by `scripts/method_pages.py`.\n\n| method | paper |\n|---|---|\n"
     )
     return {"README.md": index + "\n".join(rows) + "\n"} | {
-        f"{name}.md": page(name, method, found[name]) for name, method in METHODS.items()
+        f"{name}.md": page(name, method, found[name], check=check) for name, method in METHODS.items()
     }
 
 
@@ -260,15 +277,37 @@ def sections(text: str) -> dict[str, str]:
     return dict(zip(parts[::2], (part.strip() for part in parts[1::2]), strict=True))
 
 
-def page(name: str, method: Method, section: str) -> str:
+def page(name: str, method: Method, section: str, *, check: bool) -> str:
     paper, _, run = section.partition("\n\n")
-    made = [f"- `{call}` is `{eval(call, {'fm': fm})!r}`" for call in method.calls]
-    given = "\n".join(made) or f"- `{WITH_ARGUMENTS[name]}`"
+    made = "\n".join(f"- `{call}` is `{eval(call, {'fm': fm})!r}`" for call in method.calls)
+    code = example(name)
+    output = _there(name) if check else printed(code)
+    composition = f"## Composition\n\n{made}\n\n" if made else ""
     return (
-        f"# {method.title}\n\n{paper}\n\n## Composition\n\n{given}\n\n**It helps** if: {method.helps}\n\n"
-        f"**It does not** if: {method.hinders}\n\n## What `flowml reproduce {name}` printed\n\n"
+        f"# {method.title}\n\n{paper}\n\n{composition}**It helps** if: {method.helps}\n\n"
+        f"**It does not** if: {method.hinders}\n\n## What you call\n\n{_functions(name, method)}\n\n"
+        f"```python\n{code}```\n```text\n{output}```\n\n## What `flowml reproduce {name}` printed\n\n"
         f"{run.replace('](reproduce/', '](../reproduce/')}\n"
     )
+
+
+def _functions(name: str, method: Method) -> str:
+    """A line for each name that a user calls, with the first paragraph of its docstring."""
+    called = [found for call in method.calls for found in re.findall(r"fm\.policies\.(\w+)", call)]
+    names = [n if "." in n else f"policies.{n}" for n in dict.fromkeys([*called, *ALSO.get(name, ())])]
+    return "\n".join(f"- `fm.{n}`: {_summary(n)}" for n in names)
+
+
+def _summary(name: str) -> str:
+    text = inspect.getdoc(operator.attrgetter(name)(fm)) or ""
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+def _there(name: str) -> str:
+    """What the page says that its example printed."""
+    file = FOLDER / f"{name}.md"
+    found = re.search(r"^```text\n(.*?)^```$", file.read_text() if file.exists() else "", re.DOTALL | re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _paper(section: str) -> str:
@@ -276,8 +315,9 @@ def _paper(section: str) -> str:
 
 
 def main() -> int:
-    texts = pages()
-    if "--check" in sys.argv[1:]:
+    check = "--check" in sys.argv[1:]
+    texts = pages(check=check)
+    if check:
         there = {path.name: path.read_text() for path in FOLDER.glob("*.md")}
         return 0 if there == texts else 1
     FOLDER.mkdir(exist_ok=True)

@@ -25,6 +25,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+METHODS = sorted(page for page in (ROOT / "docs" / "methods").glob("*.md") if page.stem != "README")
+"""The pages of `scripts/method_pages.py`."""
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "runtime", "tools", "examples")),
@@ -195,6 +197,16 @@ def test_the_pages_of_methods_say_what_reproduce_and_the_code_say() -> None:
     command = [sys.executable, "scripts/method_pages.py", "--check"]
     check = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=False)
     assert check.returncode == 0, "docs/methods is out of date: run `make reference`"
+
+
+@pytest.mark.parametrize("page", METHODS, ids=lambda p: p.stem)
+def test_the_example_of_a_method_prints_what_its_page_says(page: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"{page.stem}.py"
+    file.write_text(script(page))
+    output, said = printed(run([sys.executable, str(file)], tmp_path)), expected(page)
+    assert said, f"{page.name} has no example"
+    for line, text in said.items():
+        assert normal(output[line]) == normal(text), f"{page.name}:{line} prints\n{output[line]}"
 
 
 def test_links_lead_somewhere() -> None:

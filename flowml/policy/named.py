@@ -1,6 +1,7 @@
-"""Defines named policies. Each function sets one or two fields of `flowml.Policy`.
+"""Named policies: each function makes the `flowml.Policy` of a method, from one field of it to most of them.
 
-The other fields can be given too: `asynchronous(staleness=3, every=4)`.
+Most take other fields too, as `asynchronous(staleness=3, every=4)`. A policy prints what it is made of. `adam_auto`
+makes a rule, which chooses a policy for each parameter.
 """
 
 from __future__ import annotations

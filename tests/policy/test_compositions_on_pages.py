@@ -26,6 +26,13 @@ def test_a_composition_on_a_page_makes_the_policy_of_the_name(page: Path) -> Non
         assert "inf" not in composition.split("(")
 
 
+def test_every_public_name_is_on_some_page() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    for module in ("policies", "methods"):
+        names = getattr(fm, module).__all__
+        assert [name for name in names if f"- `fm.{module}.{name}`: " not in text] == []
+
+
 def test_pages_have_compositions() -> None:
     assert sum(len(pairs(WRITTEN, page)) for page in PAGES) > 30
 
