@@ -76,8 +76,19 @@ def test_portions_and_vectors_say_what_to_give(cluster: fm.Cluster) -> None:
         (lambda: Portions(loss, SOURCE, [], cluster, 1, copies=True), "give Vectors.params, cluster"),  # pyright: ignore
         (lambda: Vectors({}, cluster), "params has no arrays"),
         (lambda: Vectors(PARAMS, None), "give an fm.Cluster"),  # pyright: ignore
-        (lambda: vectors.put({"w": np.ones(3, np.float32)}), "other shapes than the parameters; give one like them"),
-        (lambda: vectors.put([np.ones(2, np.float32)]), "another structure"),
+        (
+            lambda: vectors.put({"w": np.ones(3, np.float32)}),
+            r"leaf 'w' is float32\[3\], and float32\[2\] in params; give",
+        ),
+        (
+            lambda: vectors.put({"w": np.ones(2, np.float16)}),
+            r"leaf 'w' is float16\[2\], and float32\[2\] in params; give",
+        ),
+        (
+            lambda: vectors.put({"v": np.ones(2, np.float32)}),
+            r"leaf 'w', .* is missing; leaf 'v', .* is too much; give",
+        ),
+        (lambda: vectors.put([np.ones(2, np.float32)]), "leaf 'w', .* is missing; leaf '0', .* is too much; give"),
     ]
     for call, text in wrong:
         with pytest.raises((TypeError, ValueError), match=text):
@@ -145,3 +156,55 @@ def test_a_closed_cluster_is_named() -> None:
     for call in (lambda: lbfgs(loss, PARAMS, SOURCE, closed, steps=1), lambda: boost(X, Y, closed)):
         with pytest.raises(fm.ClusterError, match="no workers: it is closed, or all of them are lost; start another"):
             call()
+
+
+Pieces = dict[str, np.ndarray]
+SPACE: Pieces = {"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float32)}
+
+
+def test_operations_say_how_vectors_differ_leaf_by_leaf(cluster: fm.Cluster) -> None:
+    """An operation of JAX, or zip, said before that its arguments do not fit."""
+    vectors = Vectors(SPACE, cluster)
+    wide = {"a": np.ones((2, 4), np.float32), "b": np.ones(4, np.float32)}
+    x, foreign, gone = vectors.put(SPACE), Vectors(wide, cluster).put(wide), vectors.put(SPACE)
+    gone[1].delete()
+    wrong: list[tuple[Any, str]] = [
+        (foreign, r": y is no vector of this space: leaf 'a' is float32\[2, 4\], and float32\[2, 3\] in params; give"),
+        ([x[0].astype(jnp.float16), x[1]], r"leaf 'a' is float16\[2, 3\], and float32\[2, 3\] in params; give"),
+        (x[:1], r"leaf 'b', float32\[4\], is missing; give"),
+        ([*x, x[0]], r"leaf 'piece 2', float32\[2, 3\], is too much; give"),
+        ([x[0], "b"], "leaf 'b' is of type str, and no array, and float32"),
+        (SPACE, "y is of type dict; give a vector, which put"),
+        (None, "y is of type NoneType; give a vector"),
+        (gone, r"leaf 'b' of y: .* was deleted by delete.*; put\(\) its pytree again"),
+    ]
+    for y, text in wrong:
+        for operation in (vectors.dot, lambda x, y: vectors.axpy(1.0, x, y)):
+            with pytest.raises((TypeError, ValueError, fm.ClusterError), match=text):
+                operation(x, y)
+    evaluate = Portions(lambda p, _: jnp.sum(p["b"]), SOURCE, vectors, cluster, 1, copies=True)
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (lambda: evaluate(foreign), "Portions: params is no vector of this space: leaf 'a'"),
+        (lambda: vectors.get(foreign), "get: vector is no vector of this space: leaf 'a'"),
+        (lambda: vectors.tree(x[:1]), "tree: 1 pieces; give one for each of the 2 leaves"),
+        (lambda: vectors.scale(1j, x), "scale: a=1j is of type complex; give a real number"),  # pyright: ignore
+        (lambda: vectors.combine(1.0, x, None, x), "combine: b=None is of type NoneType; give a real"),  # pyright: ignore
+    ]
+    for call, text in calls:
+        with pytest.raises((TypeError, ValueError), match=text):
+            call()
+    arrays = [np.ones((2, 3), np.float32), np.ones(4, np.float32)]
+    assert vectors.dot(x, arrays) == 10.0
+
+
+def test_vectors_of_other_and_closed_clusters_are_named(cluster: fm.Cluster) -> None:
+    vectors = Vectors(SPACE, cluster)
+    x = vectors.put(SPACE)
+    with fm.Cluster.threads(workers=1) as other:
+        foreign = Vectors(SPACE, other).put(SPACE)
+        with pytest.raises(ValueError, match="vectors are on another cluster; give the cluster of Vectors"):
+            Portions(loss, SOURCE, vectors, other, 1, copies=True)
+        with pytest.raises(fm.ClusterError, match=r"dot: leaf 'a' of y: .* is on another cluster; pass its value"):
+            vectors.dot(x, foreign)
+    with pytest.raises(fm.ClusterError, match=r"dot: leaf 'a' of y: .* is gone: its cluster is closed"):
+        vectors.dot(x, foreign)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowml.errors import ClusterError
+from flowml.errors import ClusterError, WorkerLostError
 from flowml.ir._jax import path_name
 from flowml.leaves import check_array
 from flowml_runtime.cluster import Cluster
@@ -60,3 +62,24 @@ def count_examples(source: Any) -> int:
         counts = " and ".join(f"{count} of {name!r}" for name, count in rows.items())
         raise ValueError(f"source has different numbers of rows ({counts}); give a row of each for every example")
     return next(iter(rows.values()))
+
+
+def titled(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under the name that errors of its program show."""
+
+    def called(*args: Any) -> Any:
+        return fn(*args)
+
+    called.__name__ = called.__qualname__ = name
+    return called
+
+
+@contextmanager
+def losses_told(told: Callable[[], str]) -> Generator[None]:
+    """The loss of a worker says in what state the method was, and what to do; `told` says both."""
+    try:
+        yield
+    except WorkerLostError as error:
+        reason = str(error).partition("; ")[0]
+        text = f"{reason}; {told()}"
+        raise WorkerLostError(text, worker=error.worker, step=error.step, node=error.node) from error

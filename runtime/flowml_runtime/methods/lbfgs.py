@@ -13,6 +13,7 @@ from typing import Any
 
 from flowml.numbers import whole_number
 from flowml_runtime.cluster import Cluster
+from flowml_runtime.methods.given import losses_told
 from flowml_runtime.methods.portions import Portions
 from flowml_runtime.methods.vectors import Vector, Vectors
 
@@ -56,13 +57,26 @@ def lbfgs(
     """
     for name, number in (("steps", steps), ("memory", memory), ("portions", portions)):
         whole_number(name, number, least=1)
-    vectors = Vectors(params, cluster)
-    evaluate = Portions(loss, source, vectors, cluster, portions, copies)
-    x = vectors.put(params)
+    losses = list[float]()
+    with losses_told(
+        lambda: (
+            f"lbfgs had taken {max(len(losses) - 1, 0)} of {steps} steps, and its vectors were on the workers; call it "
+            "again, on the workers that are left or on another cluster"
+        )
+    ):
+        vectors = Vectors(params, cluster)
+        evaluate = Portions(loss, source, vectors, cluster, portions, copies)
+        found = _descend(vectors, evaluate, vectors.put(params), steps, memory, losses)
+        return Minimum(vectors.get(found), tuple(losses), evaluate.duplicates)
+
+
+def _descend(vectors: Vectors, evaluate: Portions, x: Vector, steps: int, memory: int, losses: list[float]) -> Vector:
+    """The parameters after at most so many steps. `losses` gets the loss before each step and at the end."""
     value, gradient = evaluate(x)
     if not math.isfinite(value):
         raise ValueError(f"the loss of the start is {value}; give parameters and examples for which it is finite")
-    losses, history = [value], list[tuple[Vector, Vector, float]]()
+    losses.append(value)
+    history = list[tuple[Vector, Vector, float]]()
     for _ in range(steps):
         direction = _direction(vectors, gradient, history)
         slope = vectors.dot(direction, gradient)
@@ -81,7 +95,7 @@ def lbfgs(
             history = [*history, (moved, turned, curvature)][-memory:]
         x, value, gradient = ahead, next_value, next_gradient
         losses.append(value)
-    return Minimum(vectors.get(x), tuple(losses), evaluate.duplicates)
+    return x
 
 
 def _direction(vectors: Vectors, gradient: Vector, history: list[tuple[Vector, Vector, float]]) -> Vector:

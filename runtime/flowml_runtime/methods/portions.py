@@ -20,9 +20,11 @@ from flowml.ir.scopes import device
 from flowml.numbers import whole_number
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.dataflow import dataflow
-from flowml_runtime.methods.given import check_cluster, check_function, count_examples
+from flowml_runtime.methods.given import check_cluster, check_function, count_examples, losses_told, titled
 from flowml_runtime.methods.vectors import Vector, Vectors
 from flowml_runtime.put import put
+
+_AGAIN = "the examples that it held are gone; make Vectors and Portions again, on the workers that are left"
 
 
 class Portions:
@@ -43,6 +45,8 @@ class Portions:
         check_function("loss", loss, "loss(params, batch) -> scalar")
         if not isinstance(vectors, Vectors):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"vectors={vectors!r} is of type {type(vectors).__name__}; give Vectors(params, cluster)")
+        if vectors.cluster is not cluster:
+            raise ValueError("Portions: vectors are on another cluster; give the cluster of Vectors(params, cluster)")
         self._loss, self._vectors = loss, vectors
         self.workers = list(dict.fromkeys(d.worker for d in cluster.devices))
         self.count = whole_number("portions", portions, least=1) * len(self.workers)
@@ -54,8 +58,8 @@ class Portions:
             )
         self._size, self._copies = examples // self.count, flag("copies", copies)
         self._sources = {w: put(source, cluster, w) for w in self.workers}
-        self._compute = {w: dataflow(self._on(w), cluster=cluster, keep=1) for w in self.workers}
-        self._add = {w: dataflow(self._added, cluster=cluster, keep=0) for w in self.workers}
+        self._compute = {w: dataflow(titled("Portions", self._on(w)), cluster=cluster, keep=1) for w in self.workers}
+        self._add = {w: dataflow(titled("Portions", self._added), cluster=cluster, keep=0) for w in self.workers}
         self._done: queue.SimpleQueue[tuple[str, int, int, Any]] = queue.SimpleQueue()
         self._busy: set[str] = set()
         self._round = 0
@@ -64,7 +68,12 @@ class Portions:
 
     def __call__(self, params: Vector) -> tuple[float, Vector]:
         """The loss and its gradient, on the homes of the vector."""
+        self._vectors.check("Portions", params=params)
         self._round += 1
+        with losses_told(lambda: _AGAIN):
+            return self._evaluated(params)
+
+    def _evaluated(self, params: Vector) -> tuple[float, Vector]:
         left, begun, counted = deque(range(self.count)), deque[int](), set[int]()
         value, total = 0.0, self._vectors.scale(0.0, params)
 

@@ -30,7 +30,7 @@ from flowml.ir.scopes import device
 from flowml.numbers import whole_number
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.dataflow import dataflow
-from flowml_runtime.methods.given import check_cluster
+from flowml_runtime.methods.given import check_cluster, losses_told, titled
 
 Floats = NDArray[np.float64]
 Split = Literal["rows", "features"]
@@ -46,6 +46,11 @@ class Settings:
     l2: float
     vote: int | None
     loss: Literal["logistic", "squared"]
+    workers: tuple[str, ...]
+
+    def on(self, place: int) -> Any:
+        """Where the worker at this place computes."""
+        return device(self.workers[place])
 
     def slopes(self, margin: jax.Array, y: jax.Array) -> jax.Array:
         """Gradient and curvature of the loss of each example, in columns."""
@@ -125,7 +130,8 @@ def boost(
     check_cluster(cluster)
     choice("loss", loss, ("logistic", "squared"))
     table, labels = _examples(x, y, loss)
-    workers = len({d.worker for d in cluster.devices})
+    names = tuple(dict.fromkeys(d.worker for d in cluster.devices))
+    workers = len(names)
     whole_number("trees", trees, least=1)
     whole_number("depth", depth, least=1, most=16)
     rate, l2 = number("rate", rate, above=True), number("l2", l2, above=True)
@@ -138,7 +144,7 @@ def boost(
     length = table.shape[0 if split == "rows" else 1]
     if length < workers:
         raise ValueError(f"{length} {split} cannot be divided among {workers} workers; give fewer workers")
-    settings = Settings(depth, bins, rate, l2, vote, loss)
+    settings = Settings(depth, bins, rate, l2, vote, loss, names)
     edges = np.quantile(table, np.linspace(0, 1, bins + 1)[1:-1], axis=0)
     parts = np.array_split(np.arange(length), workers)
     binned = _binned(table, edges)
@@ -148,13 +154,16 @@ def boost(
     else:
         held = [(binned[:, p], labels, np.zeros(len(labels), np.float32)) for p in parts]
         grow = partial(_by_features, settings, [int(p[0]) for p in parts])
-    program = dataflow(grow, cluster=cluster, keep=0)
+    program = dataflow(titled("boost", grow), cluster=cluster, keep=0)
     tree_bytes = sum(t.nbytes for t in program.plan(held).transfers if _between_workers(t))
     found: list[Tree] = []
-    state: Any = held
-    for _ in range(trees):
-        state, (features, cuts, values) = program(state)
-        found.append(Tree(_arrays(features), _arrays(cuts), np.asarray(values)))
+    with losses_told(
+        lambda: f"boost had grown {len(found)} of {trees} trees; call it again, on the workers that are left"
+    ):
+        state: Any = held
+        for _ in range(trees):
+            state, (features, cuts, values) = program(state)
+            found.append(Tree(_arrays(features), _arrays(cuts), np.asarray(values)))
     return Boosted(tuple(found), edges, tree_bytes)
 
 
@@ -197,10 +206,6 @@ def _binned(x: Floats, edges: Floats) -> NDArray[np.int32]:
     return np.stack([np.searchsorted(edges[:, f], x[:, f]) for f in range(x.shape[1])], axis=1).astype(np.int32)
 
 
-def _on(worker: int) -> Any:
-    return device(f"worker:{worker}")
-
-
 State = list[tuple[jax.Array, jax.Array, jax.Array]]
 """For each worker its bins, labels and margins."""
 
@@ -209,7 +214,7 @@ def _root(settings: Settings, state: State) -> tuple[list[jax.Array], list[jax.A
     """For each worker the node of each of its examples, which is the root, and the slopes of their losses."""
     nodes, slopes = [], []
     for w, (binned, y, margin) in enumerate(state):
-        with _on(w):
+        with settings.on(w):
             nodes.append(jnp.zeros(len(binned), jnp.int32))
             slopes.append(settings.slopes(margin, y))
     return nodes, slopes
@@ -222,29 +227,29 @@ def _by_rows(settings: Settings, state: State) -> Any:
     for level in range(settings.depth):
         count, sums = 2**level, []
         for w, (binned, _, _) in enumerate(state):
-            with _on(w):
+            with settings.on(w):
                 sums.append(_histogram(settings, binned, nodes[w], slopes[w], count))
         chosen = None if settings.vote is None else _elected(settings, sums)
         sent = []
         for w, histogram in enumerate(sums):
-            with _on(w):
+            with settings.on(w):
                 sent.append(histogram if chosen is None else histogram[jnp.arange(count)[:, None], chosen])
-        with _on(0):
+        with settings.on(0):
             _, place, cut = _best(settings, sum(sent[1:], sent[0]))
             feature = place if chosen is None else jnp.take_along_axis(chosen, place[:, None], 1)[:, 0]
         features.append(feature)
         cuts.append(cut)
         for w, (binned, _, _) in enumerate(state):
-            with _on(w):
+            with settings.on(w):
                 own = jnp.take_along_axis(binned, feature[nodes[w]][:, None], 1)[:, 0]
                 nodes[w] = 2 * nodes[w] + (own > cut[nodes[w]])
     totals = []
     for w in range(len(state)):
-        with _on(w):
+        with settings.on(w):
             totals.append(_sums(slopes[w], nodes[w], 2**settings.depth))
-    with _on(0):
+    with settings.on(0):
         values = _values(settings, sum(totals[1:], totals[0]))
-    return _grown(state, nodes, values), (features, cuts, values)
+    return _grown(settings, state, nodes, values), (features, cuts, values)
 
 
 def _by_features(settings: Settings, first: Sequence[int], state: State) -> Any:
@@ -254,34 +259,34 @@ def _by_features(settings: Settings, first: Sequence[int], state: State) -> Any:
     for level in range(settings.depth):
         offers = []
         for w, (binned, _, _) in enumerate(state):
-            with _on(w):
+            with settings.on(w):
                 offers.append(_best(settings, _histogram(settings, binned, nodes[w], slopes[w], 2**level)))
-        with _on(0):
+        with settings.on(0):
             owner = jnp.argmax(jnp.stack([gain for gain, _, _ in offers]), axis=0)
             each = jnp.arange(2**level)
             features.append(jnp.stack([place + f for (_, place, _), f in zip(offers, first, strict=True)])[owner, each])
             cuts.append(jnp.stack([cut for _, _, cut in offers])[owner, each])
         sides = []
         for w, (binned, _, _) in enumerate(state):
-            with _on(w):
+            with settings.on(w):
                 _, place, cut = offers[w]
                 own = jnp.take_along_axis(binned, place[nodes[w]][:, None], 1)[:, 0]
                 sides.append(jnp.packbits((own > cut[nodes[w]]) & (owner[nodes[w]] == w)))
-        with _on(0):
+        with settings.on(0):
             right = sum(sides[1:], sides[0])  # of each example one worker says something, so no bit is added twice
         for w, (binned, _, _) in enumerate(state):
-            with _on(w):
+            with settings.on(w):
                 nodes[w] = 2 * nodes[w] + jnp.unpackbits(right, count=len(binned)).astype(jnp.int32)
-    with _on(0):
+    with settings.on(0):
         values = _values(settings, _sums(slopes[0], nodes[0], 2**settings.depth))
-    return _grown(state, nodes, values), (features, cuts, values)
+    return _grown(settings, state, nodes, values), (features, cuts, values)
 
 
-def _grown(state: State, nodes: Sequence[jax.Array], values: jax.Array) -> State:
+def _grown(settings: Settings, state: State, nodes: Sequence[jax.Array], values: jax.Array) -> State:
     """The state with margins to which the tree is added."""
     found: State = []
     for w, (binned, y, margin) in enumerate(state):
-        with _on(w):
+        with settings.on(w):
             found.append((binned, y, margin + values[nodes[w]]))
     return found
 
@@ -318,9 +323,9 @@ def _elected(settings: Settings, sums: Sequence[jax.Array]) -> jax.Array:
     assert settings.vote is not None
     ballots = []
     for w, histogram in enumerate(sums):
-        with _on(w):
+        with settings.on(w):
             ballots.append(jax.lax.top_k(_gains(settings, histogram).max(axis=2), settings.vote))
-    with _on(0):
+    with settings.on(0):
         count, width = sums[0].shape[:2]
         votes = jnp.zeros((count, width))
         weight = jnp.zeros((count, width))
