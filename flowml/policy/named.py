@@ -210,7 +210,8 @@ def diloco(
         outer: an optax.GradientTransformation; by default SGD at rate 0.7 with Nesterov momentum 0.9.
         fragments: fragment i of n takes its first value after `(i + 1) / n * every` steps.
         delay: what a replica sends is computed so many steps before.
-        alpha: 0 takes the global values, 1 keeps a replica's own.
+        alpha: 0 takes the global values, 1 keeps a replica's own. With 1 replicas never take the global values, so they
+            train alone, and the home only gathers their changes; give less, such as 0.5, to have them work together.
     """
     steps, late = whole(every) or 1, whole(delay) or 0
     rhythm = algebra.Every(every, fragments=fragments, delay=delay, offset=-late % steps if 0 <= late < steps else 0)
@@ -383,6 +384,9 @@ def gaia(
 
     A site may be `staleness` clocks ahead of the changes of the slowest one. `sites` is as in `flowml.Hierarchy`. Gaia
     adds up the steps of all sites, which is `apply="sum"`; by default each site counts with its share of the replicas.
+
+    With a `threshold` of 0 every change is sent at once and nothing is kept for later: no bytes are saved, and with
+    `staleness=0` all sites stay in step, as with one all-reduce of all replicas.
     """
     inside = algebra.AllReduce() if local is None else local
     topology = algebra.Hierarchy(inside, algebra.Gossip("complete", every), sites)
