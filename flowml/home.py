@@ -120,8 +120,8 @@ class Local(msgspec.Struct, frozen=True):
 class Reduction(msgspec.Struct, frozen=True):
     """How the workers of a stage add up a part among themselves. Each worker is one rank.
 
-    `schedule` is "doubling", "direct", "ring", "hierarchical", "tree" (with `fanout`) or "gather". `workers` are in
-    the order of ranks; `hosts` holds the number of each worker's machine.
+    `schedule` is "doubling", "direct", "ring", "hierarchical", "tree" (with `fanout`), "gather", "spread" or "around".
+    `workers` are in the order of ranks; `hosts` holds the number of each worker's machine.
     """
 
     schedule: Annotated[str, msgspec.Meta(max_length=32)]

@@ -116,6 +116,7 @@ class Proxy:
             raise ConnectionError
         if self._fault == "reset":  # without the usual farewell: what was sent and not taken is dropped
             sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sink.shutdown(socket.SHUT_RD)  # the other relay waits in recv(), and until that returns nothing is closed
             sink.close()
             raise ConnectionError
         self._go_on.wait()

@@ -19,7 +19,9 @@ from flowml.policy.filters import (
     RandomSkip,
     check_differences,
     is_additive,
+    is_exchanged,
     sent_size,
+    slot_bytes,
     sum_sizes,
 )
 from flowml.policy.filters.dense import most_rank
@@ -42,6 +44,8 @@ def check_filters(policy: Policy) -> None:
 def pushed_size(policy: Policy, payload: Sequence[ArraySpec], filtered: Collection[int]) -> tuple[int, bool]:
     """The bytes of a push whose arrays at positions `filtered` are filtered, or the most possible, and whether it is
     exact."""
+    if is_exchanged(policy.summed_filters):
+        return slot_bytes(policy.summed_filters, payload, filtered), True
     if policy.summed_filters:
         return sum(sum_sizes(policy.summed_filters, payload, filtered)), True
     return sent_size(policy.home_filters, payload, filtered)
@@ -51,11 +55,12 @@ def _check_pushed(policy: Policy) -> None:
     """Check that what travels can be filtered."""
     kind = type(policy.payload).__name__
     filtered = f"filters=({', '.join(map(str, policy.filters))},)"
-    if policy.collective and not is_additive(policy.filters):
+    if policy.collective and not (is_additive(policy.filters) or is_exchanged(policy.filters)):
         raise PolicyError(
-            f"topology={policy.topology!r} with {filtered} is not sound: replicas add up arrays by elements, and "
-            f"{_why_not_summed(policy.filters)}; use low_rank(2) or random_k(0.1) alone, or "
-            "topology=flowml.ParameterServer(), whose homes decode what each sends before they add it up"
+            f"topology={policy.topology!r} with {filtered} is not sound: what replicas exchange among themselves has "
+            f"the same size at each step, and {_why_not_exchanged(policy.filters)}; use filters with a size of their "
+            "own, such as top_k(0.1) or quantise(8), or topology=flowml.ParameterServer(), whose homes decode what "
+            "each sends"
         )
     if policy.shared:
         raise PolicyError(
@@ -100,18 +105,13 @@ def check_ranks(policies: Mapping[str, Policy], forms: Mapping[str, Form]) -> No
             )
 
 
-def _why_not_summed(chain: Sequence[AnyFilter]) -> str:
-    """Why what these filters make of the arrays of several replicas cannot be added up."""
-    first = next((f for f in chain if not f.additive), None)
-    if first is None:
-        return f"what {chain[1]} makes of a total is not what it makes of what each adds"
-    if first.lossless:
-        return f"bytes of {first} are no numbers"
-    if isinstance(first, RandomSkip):
-        return f"what {first} sends has another size at each step"
-    if isinstance(first, Quantise):
-        return "each replica rounds by a scale of its own, so a sum would need more bits at every hop"
-    return f"what {first} leaves out differs from replica to replica, so what is sent are not the same elements"
+def _why_not_exchanged(chain: Sequence[AnyFilter]) -> str:
+    """Why replicas cannot exchange what these filters make of their arrays."""
+    first = next((f for f in chain if f.remembers), None)
+    if first is not None:
+        return f"what {first} sends has a meaning only with what it has sent before"
+    first = next((f for f in chain if not is_exchanged((f,)) and not f.additive), chain[-1])
+    return f"that of {first} depends on the values"
 
 
 def _check_tracked(policy: Policy, filtered: str) -> None:

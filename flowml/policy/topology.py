@@ -341,8 +341,11 @@ def choose(nbytes: int, hosts: Sequence[Hashable]) -> str:
     return "direct" if different == 1 else "ring" if different == len(hosts) else "hierarchical"
 
 
-def schedule_name(topology: Topology, nbytes: int, hosts: Sequence[Hashable]) -> str:
-    """The name of the schedule with which replicas add up gradients. A parameter server only gathers them."""
+def schedule_name(topology: Topology, nbytes: int, hosts: Sequence[Hashable], *, exchanges: bool = False) -> str:
+    """The name of the schedule with which replicas add up gradients, or exchange them. A parameter server only gathers
+    them, and a tree passes all slots of an exchange up and down."""
+    if exchanges and not isinstance(topology, Tree):
+        return "around" if isinstance(topology, Ring) else "spread"
     if isinstance(topology, AllReduce):
         return choose(nbytes, hosts)
     if isinstance(topology, ParameterServer):
@@ -352,7 +355,7 @@ def schedule_name(topology: Topology, nbytes: int, hosts: Sequence[Hashable]) ->
 
 def sent_bytes(schedule: str, nbytes: float, ranks: int) -> float:
     """The bytes that a rank sends for a gradient of `nbytes`, as the mean over all ranks."""
-    if schedule == "gather":
+    if schedule in ("gather", "spread", "around"):
         return (ranks - 1) / ranks * nbytes
     if schedule != "doubling":  # N-1 sends add up the gradient, N-1 sends distribute the sum
         return 2 * (ranks - 1) / ranks * nbytes

@@ -13,8 +13,10 @@ from flowml.policy.graphs import check_members
 from flowml.policy.topology import schedule_name
 
 
-def reduction_of(topology: Topology, nbytes: int, devices: Sequence[str], links: Links) -> Reduction:
-    """How the workers of these devices, one for each replica, add up `nbytes`."""
+def reduction_of(
+    topology: Topology, nbytes: int, devices: Sequence[str], links: Links, *, exchanges: bool = False
+) -> Reduction:
+    """How the workers of these devices, one for each replica, add up `nbytes`, or exchange slots of them."""
     workers = tuple(dict.fromkeys(map(_worker, devices)))
     hosts = machines(links, workers)
     if isinstance(topology, Hierarchy) and topology.sites is not None:
@@ -22,7 +24,7 @@ def reduction_of(topology: Topology, nbytes: int, devices: Sequence[str], links:
         number = {_worker(devices[r]): n for n, site in enumerate(sites) for r in site}
         hosts = tuple(number[worker] for worker in workers)
     fanout = topology.fanout if isinstance(topology, Tree) else 0
-    return Reduction(schedule_name(topology, nbytes, hosts), workers, hosts, fanout)
+    return Reduction(schedule_name(topology, nbytes, hosts, exchanges=exchanges), workers, hosts, fanout)
 
 
 def split(topology: Topology, replicas: Sequence[Sequence[str]], links: Links) -> tuple[tuple[int, ...], ...]:

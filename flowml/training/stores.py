@@ -32,7 +32,7 @@ from flowml.policy import Distill, Factors, Policy, check_composition
 from flowml.policy.apply import Vote, base_of, most_at_once, scales
 from flowml.policy.compose import lonely, unweighed
 from flowml.policy.filtering import check_ranks
-from flowml.policy.filters import Form, check_array, sum_sizes
+from flowml.policy.filters import Form, check_array, is_exchanged, sum_sizes
 from flowml.policy.replicas import weighs
 from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, joined, pack
@@ -468,11 +468,12 @@ class StorePlanner:
         reduction = None
         if self._collective(policy):
             filtered = range(len(payload) - (draft.weight is not None))
-            nbytes = max(sum_sizes(policy.summed_filters, payload, filtered))  # the largest of its sums
+            slotted = is_exchanged(policy.summed_filters)
+            sizes = (0,) if slotted else sum_sizes(policy.summed_filters, payload, filtered)
             devices = [replica[draft.stage] for replica in replicas]
             if policy.sited:
                 devices = [devices[site[0]] for site in split(policy.topology, replicas, self.links)]
-            reduction = reduction_of(policy.remote, nbytes, devices, self.links)
+            reduction = reduction_of(policy.remote, max(sizes), devices, self.links, exchanges=slotted)
         tasks = binding.accumulate, reduction, binding.pack, binding.finish
         return Part(draft.stage, draft.leaves, payload, draft.factors, *tasks)
 

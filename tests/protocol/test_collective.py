@@ -27,12 +27,14 @@ from flowml_runtime.protocol.collective import (
     Send,
     SendChunk,
     Started,
+    around,
     choose,
     direct,
     doubling,
     gather,
     hierarchical,
     ring,
+    spread,
     tree,
 )
 from flowml_runtime.protocol.errors import ProtocolError
@@ -44,12 +46,30 @@ Values = np.ndarray[Any, Any]
 def schedules(draw: st.DrawFn) -> Schedule:
     hosts = draw(st.lists(st.integers(0, 3), min_size=1, max_size=9))
     ranks = len(hosts)
-    kind = draw(st.sampled_from(["hierarchical", "ring", "direct", "doubling", "tree", "gather"]))
+    kind = draw(st.sampled_from(["hierarchical", "ring", "direct", "doubling", "tree", "gather", "spread", "around"]))
     if kind == "hierarchical":
         return hierarchical(tuple(hosts))
     if kind == "tree":
         return tree(ranks, draw(st.integers(1, 4)))
-    return {"ring": ring, "direct": direct, "doubling": doubling, "gather": gather}[kind](ranks)
+    simple = {
+        "ring": ring,
+        "direct": direct,
+        "doubling": doubling,
+        "gather": gather,
+        "spread": spread,
+        "around": around,
+    }
+    return simple[kind](ranks)
+
+
+def given_to(schedule: Schedule, rank: int, values: Values) -> Values:
+    """What a rank adds: zeros where others own the elements."""
+    if not schedule.owned:
+        return values
+    first, end = Layout(len(values), 1, schedule.chunks, owned=True).owned_by(rank)
+    mine = np.zeros_like(values)
+    mine[first:end] = values[first:end]
+    return mine
 
 
 @dataclass
@@ -68,7 +88,7 @@ class World:
 
     def __init__(self, schedule: Schedule, values: list[Values], *, pieces: int, window: int, random: Random) -> None:
         self.schedule = schedule
-        self.layout = Layout(len(values[0]), pieces, schedule.chunks)
+        self.layout = Layout(len(values[0]), pieces, schedule.chunks, schedule.owned)
         self.ranks = [Rank(AllReduce(schedule, r, pieces, "bucket 0", window), own) for r, own in enumerate(values)]
         self.links: dict[tuple[int, int], deque[Received]] = {}
         self.random = random
@@ -115,7 +135,11 @@ class World:
 
     def _result(self, rank: Rank) -> Values:
         spans = [(p, c) for p in range(self.layout.pieces) for c in range(self.layout.chunks)]
-        return np.concatenate([self._held(rank, *s) for s in spans])
+        result = np.empty_like(rank.own)
+        for piece, chunk in spans:
+            first, end = self.layout.span(piece, chunk)
+            result[first:end] = self._held(rank, piece, chunk)
+        return result
 
 
 @given(schedules(), st.integers(0, 60), st.integers(1, 7), st.integers(1, 4), st.randoms(use_true_random=False))
@@ -124,6 +148,7 @@ def test_every_rank_has_the_exact_sum_in_any_order_of_delivery(
     schedule: Schedule, size: int, pieces: int, window: int, random: Random
 ) -> None:
     values = [np.array([random.randrange(1000) for _ in range(size)], np.int64) for _ in range(schedule.ranks)]
+    values = [given_to(schedule, rank, each) for rank, each in enumerate(values)]
     results = World(schedule, values, pieces=pieces, window=window, random=random).run()
     for result in results:
         np.testing.assert_array_equal(result, sum(values))
@@ -137,6 +162,7 @@ def test_sums_of_floats_have_the_same_bits_on_all_ranks_and_in_every_order(
     values = [
         (rng.normal(size=size) * 10.0 ** rng.integers(-6, 6, size)).astype(np.float32) for _ in range(schedule.ranks)
     ]
+    values = [given_to(schedule, rank, each) for rank, each in enumerate(values)]
     runs = [World(schedule, values, pieces=pieces, window=2, random=Random(seed)).run() for seed in range(2)]
     bits = {result.tobytes() for results in runs for result in results}
     assert len(bits) == 1
@@ -152,6 +178,26 @@ def test_a_ring_sends_the_least_bytes_there_can_be(make: Any, ranks: int) -> Non
     assert world.sent == [2 * (ranks - 1) * size * 8 // ranks] * ranks
 
 
+@pytest.mark.parametrize("ranks", range(1, 10))
+@pytest.mark.parametrize("make", [spread, around])
+def test_an_exchange_sends_each_chunk_to_each_other_rank_once(make: Any, ranks: int) -> None:
+    size = ranks * 12
+    values = [given_to(make(ranks), r, np.full(size, r + 1, np.int64)) for r in range(ranks)]
+    world = World(make(ranks), values, pieces=3, window=2, random=Random(0))
+    for result in world.run():
+        np.testing.assert_array_equal(result, np.repeat(np.arange(ranks) + 1, 12))
+    assert world.sent == [(ranks - 1) * 12 * 8] * ranks
+
+
+@given(st.integers(1, 200), st.integers(1, 9), st.integers(1, 9))
+def test_chunks_that_ranks_own_lie_together(size: int, pieces: int, chunks: int) -> None:
+    layout = Layout(size, pieces, chunks, owned=True)
+    spans = [layout.span(p, c) for c in range(chunks) for p in range(pieces)]
+    assert [spans[0][0], *(end for _, end in spans)] == [*(first for first, _ in spans), size]
+    for rank in range(chunks):
+        assert layout.owned_by(rank) == (spans[rank * pieces][0], spans[(rank + 1) * pieces - 1][1])
+
+
 @given(st.integers(1, 200), st.integers(1, 9), st.integers(1, 9))
 def test_a_layout_covers_every_element_once(size: int, pieces: int, chunks: int) -> None:
     layout = Layout(size, pieces, chunks)
@@ -160,11 +206,11 @@ def test_a_layout_covers_every_element_once(size: int, pieces: int, chunks: int)
 
 
 def test_a_large_bucket_is_cut_so_that_no_message_is_larger_than_a_piece() -> None:
-    layout = Layout.of(16 * 2**20, 4, chunks=2, piece_bytes=2**20)
+    layout = Layout.of(16 * 2**20, 4, ring(2), piece_bytes=2**20)
     spans = [layout.span(p, c) for p in range(layout.pieces) for c in range(2)]
     assert layout.pieces == 32
     assert max(end - first for first, end in spans) * 4 == 2**20
-    assert Layout.of(0, 4, chunks=2).pieces == 1
+    assert Layout.of(0, 4, ring(2)).pieces == 1
 
 
 @pytest.mark.parametrize(

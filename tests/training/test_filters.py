@@ -182,10 +182,17 @@ def test_digits_are_learnt_from_one_percent(kind: str, request: pytest.FixtureRe
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: fm.Policy(topology=fm.Ring(), filters=(fm.filters.top_k(0.1),)), "replicas add up arrays by elements"),
+        (
+            lambda: fm.Policy(topology=fm.Ring(), filters=(fm.filters.significance(0.1),)),
+            r"same size at each step, and that of significance\(0.1\).with_error_feedback\(\) depends on the values",
+        ),
         (
             lambda: fm.Policy(topology=fm.AllReduce(), filters=(fm.filters.compress(),)),
-            r"bytes of compress\(\) are no numbers",
+            r"that of compress\(\) depends on the values",
+        ),
+        (
+            lambda: fm.Policy(topology=fm.Tree(2), filters=(fm.filters.top_k(0.1), fm.filters.key_cache())),
+            r"what key_cache\(\) sends has a meaning only with what it has sent before",
         ),
         (lambda: fm.Policy(payload=fm.Factors(), filters=(fm.filters.top_k(0.1),)), "payload=flowml.Gradient"),
         (lambda: fm.Policy(filters=(fm.filters.quantise(8), fm.filters.top_k(0.1))), "has no effect"),

@@ -19,6 +19,7 @@ STEPS, BATCH = 6, 24
 SOURCE = data(STEPS * BATCH)
 SERVER = fm.ParameterServer()
 RANK, RANDOM = (f.low_rank(1).with_error_feedback(),), (f.random_k(0.2).with_error_feedback(),)
+TOP = (f.top_k(0.1).with_error_feedback(),)
 CASES = {
     "all-reduce": fm.Policy(fm.AllReduce(), filters=RANK),
     "ring": fm.Policy(fm.Ring(), filters=RANDOM),
@@ -28,6 +29,13 @@ CASES = {
     "sites that decide": fm.Policy(fm.Hierarchy(SERVER, fm.Ring(), 2, fm.Quorum()), filters=RANK),
     "sites of rings": fm.Policy(fm.Hierarchy(fm.Ring(), fm.AllReduce(), 2), filters=RANDOM),
     "machines": fm.Policy(fm.Hierarchy(sites=2), filters=RANK),
+    "top-k": fm.Policy(fm.AllReduce(), filters=TOP),
+    "4 bits in a ring": fm.Policy(fm.Ring(), filters=(f.quantise(4, stochastic=True).with_error_feedback(),)),
+    "signs in a tree": fm.Policy(fm.Tree(2), every=2, filters=(f.sign().with_error_feedback(),)),
+    "4 bits of sites": fm.Policy(fm.Hierarchy(SERVER, fm.Ring(), 2), filters=(f.quantise(4),)),
+    "top-k of sites that decide": fm.Policy(fm.Hierarchy(SERVER, fm.AllReduce(), 2, fm.Quorum()), filters=TOP),
+    "4 bits between machines": fm.Policy(fm.Hierarchy(sites=2), filters=(f.quantise(4),)),
+    "SparseLoCo": fm.policies.diloco(2, topology=fm.Ring(), filters=(*TOP, f.quantise(2))),
     "DiLoCo": fm.policies.diloco(2, topology=fm.AllReduce(), filters=RANK),
 }
 

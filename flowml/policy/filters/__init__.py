@@ -36,8 +36,13 @@ from flowml.policy.filters.chain import remembers as remembers
 from flowml.policy.filters.chain import sent_size as sent_size
 from flowml.policy.filters.chain import wire_forms as wire_forms
 from flowml.policy.filters.dense import BLOCK, LowRank, Quantise
+from flowml.policy.filters.exchange import Exchange as Exchange
+from flowml.policy.filters.exchange import Seat as Seat
+from flowml.policy.filters.exchange import is_exchanged as is_exchanged
+from flowml.policy.filters.exchange import slot_bytes as slot_bytes
 from flowml.policy.filters.lossless import Compress, KeyCache
 from flowml.policy.filters.sparse import KKT, RandomK, RandomSkip, Significance, TopK
+from flowml.policy.filters.sums import Adding as Adding
 from flowml.policy.filters.sums import Talk as Talk
 from flowml.policy.filters.sums import add_up as add_up
 from flowml.policy.filters.sums import is_additive as is_additive

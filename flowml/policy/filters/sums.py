@@ -12,6 +12,7 @@ until it returns. All that replicas compute from a total has the same bits on ev
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -62,12 +63,29 @@ _STATE = "0"
 """The name of a filter's own buffer: the number of the filter in the chain, as `chain.encode` names it."""
 
 
-class Talk:
-    """One replica's part in the sums of a payload: all its conversations, sum by sum.
+class Talk(Protocol):
+    """One replica's part in the sums of a payload, sum by sum. Nothing is kept of a sum that is not committed."""
 
-    `sent` is what the replica adds in the next sum. `take` is given its totals, until it returns False; `total` is then
-    the sum of the payload. Nothing is kept of a sum that is not committed.
-    """
+    @property
+    def sent(self) -> list[Array]:
+        """What the replica adds in the next sum: arrays of one dtype."""
+        ...
+
+    def take(self, totals: Sequence[Array]) -> bool:
+        """Go on with the totals of what all replicas have sent. Returns whether there is another sum."""
+        ...
+
+    def total(self) -> list[Array]:
+        """The sum of the payload, when there is no other sum."""
+        ...
+
+    def commit(self) -> None:
+        """The sum is applied: keep the buffers for the next push."""
+        ...
+
+
+class Adding:
+    """One replica's part in the sums of a payload whose arrays a filter can add up: all their conversations."""
 
     def __init__(
         self, summings: Sequence[Summing], commit: Callable[[Sequence[State]], None], *, spoiled: bool = False

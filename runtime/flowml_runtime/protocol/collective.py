@@ -9,7 +9,7 @@ A *chunk* is the unit that one index of a schedule names. A large bucket is cut 
 schedule's chunks. Pieces follow the schedule independently, `window` at a time, so that one is copied while another is
 added, and both stay in the caches.
 
-There are four families:
+There are five families:
 
     hierarchical  each rank of a host owns a shard. The host's other ranks send it to the owner, which adds them up.
                   Owners of a shard on different hosts reduce it around a ring. Then every owner sends its shard to the
@@ -19,6 +19,8 @@ There are four families:
                   two send their values before and get the sum after (Rabenseifner, 2004).
     tree          up to rank 0 and down again, with `fanout` children per rank.
     gather        every rank sends its values to rank 0, which adds them up. Only rank 0 has the sum.
+    exchange      each rank owns a chunk, which the others get as it is: from its owner (*spread*), or around a ring
+                  (*around*). What else a rank was given is not sent. Nothing is added, so this is an all-gather.
 
 Additions follow rank numbers, never arrival. Each place adds in the order of ranks, and the path of a chunk is fixed.
 So a sum repeats to the bit, and every rank that gets it holds the same bits.
@@ -85,14 +87,23 @@ class Schedule:
     """The steps of each rank, in order. They are the same for every bucket; `Layout` maps chunks to elements.
 
     `rounds(rank)` has the same length for every rank. In one that is `one_way` a rank that sends gets nothing, so it
-    sends all pieces without waiting for those that take them.
+    sends all pieces without waiting for those that take them. In one that is `owned` chunk r is that of rank r, and
+    complete from the start.
     """
 
     def __init__(
-        self, name: str, chunks: int, ranks: int, rounds: Callable[[int], Iterable[Round]], *, one_way: bool = False
+        self,
+        name: str,
+        chunks: int,
+        ranks: int,
+        rounds: Callable[[int], Iterable[Round]],
+        *,
+        one_way: bool = False,
+        owned: bool = False,
     ) -> None:
         self.name = name
         self.one_way = one_way
+        self.owned = owned
         self.chunks = chunks
         self.ranks = ranks
         self._rounds = rounds
@@ -125,22 +136,32 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Layout:
-    """Cuts `size` elements into pieces, and each piece into chunks, of sizes as equal as possible."""
+    """Cuts `size` elements into pieces, and each piece into chunks, of sizes as equal as possible. In a layout that is
+    `owned` the chunks of all pieces with one number lie together: they are what one rank owns."""
 
     size: int
     pieces: int
     chunks: int
+    owned: bool = False
 
     @staticmethod
-    def of(size: int, itemsize: int, chunks: int, piece_bytes: int = PIECE_BYTES) -> Layout:
-        pieces = -(-size * itemsize // (chunks * piece_bytes))
-        return Layout(size, min(max(pieces, 1), MAX_PIECES), chunks)
+    def of(size: int, itemsize: int, schedule: Schedule, piece_bytes: int = PIECE_BYTES) -> Layout:
+        pieces = -(-size * itemsize // (schedule.chunks * piece_bytes))
+        return Layout(size, min(max(pieces, 1), MAX_PIECES), schedule.chunks, schedule.owned)
 
     def span(self, piece: int, chunk: int) -> tuple[int, int]:
         """The elements of a chunk: (first, last + 1)."""
+        if self.owned:
+            first, end = self.owned_by(chunk)
+            length = end - first
+            return first + piece * length // self.pieces, first + (piece + 1) * length // self.pieces
         first, end = piece * self.size // self.pieces, (piece + 1) * self.size // self.pieces
         length = end - first
         return first + chunk * length // self.chunks, first + (chunk + 1) * length // self.chunks
+
+    def owned_by(self, rank: int) -> tuple[int, int]:
+        """The elements that a rank owns: (first, last + 1)."""
+        return rank * self.size // self.chunks, (rank + 1) * self.size // self.chunks
 
 
 @lru_cache(maxsize=256)
@@ -257,6 +278,30 @@ def gather(ranks: int) -> Schedule:
     return Schedule("gather", 1, ranks, rounds, one_way=True)
 
 
+@lru_cache(maxsize=256)
+def spread(ranks: int) -> Schedule:
+    """Each rank sends its chunk to all others."""
+
+    def rounds(rank: int) -> Iterable[Round]:
+        others = [(rank + turn) % ranks for turn in range(1, ranks)]
+        yield Round(tuple((peer, rank) for peer in others), tuple((peer, (peer,)) for peer in others), add=False)
+
+    return Schedule("spread", ranks, ranks, rounds, owned=True)
+
+
+@lru_cache(maxsize=256)
+def around(ranks: int) -> Schedule:
+    """Each rank sends the next one its chunk, and then those that it gets."""
+
+    def rounds(rank: int) -> Iterable[Round]:
+        after, before = (rank + 1) % ranks, (rank - 1) % ranks
+        for hop in range(ranks - 1):
+            sent, taken = (rank - hop) % ranks, (before - hop) % ranks
+            yield Round(((after, sent),), ((taken, (before,)),), add=False)
+
+    return Schedule("around", ranks, ranks, rounds, owned=True)
+
+
 def named(name: str, hosts: Sequence[Hashable], fanout: int = 0) -> Schedule:
     """The schedule with that name for ranks on `hosts`, the machine of each rank. Raises ValueError if unknown."""
     match name:
@@ -270,6 +315,10 @@ def named(name: str, hosts: Sequence[Hashable], fanout: int = 0) -> Schedule:
             return tree(len(hosts), fanout)
         case "gather":
             return gather(len(hosts))
+        case "spread":
+            return spread(len(hosts))
+        case "around":
+            return around(len(hosts))
         case "hierarchical":
             return hierarchical(tuple(hosts))
         case _:

@@ -17,7 +17,7 @@ import numpy as np
 from flowml.devices import worker_of
 from flowml.plan import Plan, StoreSpec
 from flowml.policy import Gossip
-from flowml.policy.filters import Talk, compares
+from flowml.policy.filters import Seat, Talk, compares
 from flowml.training.pieces import Piece, pieces
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array, ExecutableCache, LoadedProgram, load_programs
@@ -103,6 +103,8 @@ class Arithmetic:
         self._copies: dict[tuple[At, int], Copies] = {}
         self._mirrors: dict[tuple[At, int], Mirror] = {}
         self._encoders: dict[At, Encoder] = {}
+        self._seats: dict[tuple[int, int], dict[int, Seat]] = {}
+        """(store, part) -> those of replicas that exchange what filters encode."""
         self._couplings = Couplings(self._training)
         self._decoder = Decoder(self._training.stores)
         self._public: dict[tuple[str, int], PublicCopy] = {}
@@ -286,8 +288,11 @@ class Arithmetic:
         return self._encoders[at].kept() if at in self._encoders else {}
 
     def talk(self, at: At, store: int, part: int, clock: int, value: Value) -> Talk | None:
-        refuses = self._start.on_nonfinite != "apply"
-        return self._encoder_of(at).talk(store, part, clock, value, refuses=refuses)
+        refuses, key = self._start.on_nonfinite != "apply", (store, part)
+        if key not in self._seats:
+            spec = self._training.stores[store]
+            self._seats[key] = self._training.seats(spec, spec.parts[part])
+        return self._encoder_of(at).talk(store, part, clock, value, refuses=refuses, seat=self._seats[key].get(at[0]))
 
     def flight(self, schedule: collective.Schedule, rank: int, values: Sequence[Value]) -> Flying:
         return Flying(schedule, rank, self.total(values), self._pool)

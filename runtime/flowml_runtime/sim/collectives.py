@@ -17,7 +17,7 @@ import msgspec
 
 from flowml.arrays import dtype_of
 from flowml.plan import Part, Site
-from flowml.policy.filters import Talk, sum_sizes
+from flowml.policy.filters import Talk, is_exchanged, slot_bytes, sum_sizes
 from flowml.policy.topology import sent_bytes
 from flowml.sim import NetworkModel
 from flowml_runtime import wire
@@ -45,7 +45,7 @@ class Machine:
     """A flight without values."""
 
     def __init__(self, schedule: collective.Schedule, rank: int, nbytes: int, name: str) -> None:
-        self._layout = collective.Layout.of(nbytes, 1, schedule.chunks)
+        self._layout = collective.Layout.of(nbytes, 1, schedule)
         self._machine = collective.AllReduce(schedule, rank, self._layout.pieces, name)
 
     @property
@@ -201,9 +201,15 @@ class Collectives:
         if leader >= 0:
             return (part.nbytes,)
         if (store, number) not in self._sizes:
-            first, *after = sum_sizes(terms.policy.summed_filters, part.payload, part.filtered)
+            chain = terms.policy.summed_filters
             counted = dtype_of(part.payload[0].dtype).itemsize if terms.sites_decide else 0  # a number of gradients
-            self._sizes[store, number] = first + counted, *after
+            if is_exchanged(chain) and part.reduction is not None:
+                workers = part.reduction.workers
+                slots = max(self._senders(key, None, worker) for worker in workers) * len(workers)
+                self._sizes[store, number] = (slots * (slot_bytes(chain, part.payload, part.filtered) + counted),)
+            else:
+                first, *after = sum_sizes(chain, part.payload, part.filtered)
+                self._sizes[store, number] = first + counted, *after
         return self._sizes[store, number]
 
     def _senders(self, key: Key, site: Site | None, worker: str) -> int:
@@ -217,7 +223,9 @@ class Collectives:
 
     def _is_simple(self, sum_: _Sum) -> bool:
         ranks, chunks = len(sum_.workers), sum_.schedule.chunks
-        messages = ranks * (2 * ranks if sum_.schedule.name in ("ring", "direct") else 2 * math.log2(ranks) + chunks)
+        messages = ranks * (
+            2 * ranks if sum_.schedule.name in ("ring", "direct", "spread", "around") else 2 * math.log2(ranks) + chunks
+        )
         return not self._world.values.computes and messages > MOST_MESSAGES
 
     def _in_closed_form(self, key: Key, sum_: _Sum) -> None:
@@ -358,6 +366,10 @@ def idle_seconds(schedule: collective.Schedule, ranks: Sequence[int], nbytes: in
             return rounds(2, nbytes / count, count - 1)
         case "gather":
             return rounds(1, nbytes, count - 1)
+        case "spread":
+            return rounds(1, nbytes / count, count - 1)
+        case "around":
+            return rounds(count - 1, nbytes / count)
         case "tree":
             fanout = max(len(step.peers) for step in schedule.steps(0) if isinstance(step, collective.Take))
             depth = math.ceil(math.log(count * (fanout - 1) + 1, fanout)) - 1 if fanout > 1 else count - 1

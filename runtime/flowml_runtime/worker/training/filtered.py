@@ -12,7 +12,7 @@ residuals of error feedback, the basis of a low-rank approximation, and cached k
   where keys are cached the home decodes all contributions in the order in which they came. It may apply them in
   another order, because a late one can be folded in after a newer one, or not at all.
 * A contribution that waits is kept decoded in a snapshot, so that it does not depend on what the decoder remembers.
-* What replicas add up among themselves is encoded and decoded by a conversation of each with all others
+* What replicas add up, or exchange, among themselves is encoded and decoded by a conversation of each with all others
   (`Encoder.talk`), and homes get the sum whole. A sum that is refused takes nothing from a residual.
 * The weight that ends a weighted part, or a set of factors, is not filtered.
 """
@@ -88,31 +88,38 @@ class Encoder:
         return msgspec.structs.replace(message, specs=specs), sent
 
     def talk(
-        self, store: int, part: int, clock: int, arrays: Sequence[Array], *, refuses: bool = True
+        self,
+        store: int,
+        part: int,
+        clock: int,
+        arrays: Sequence[Array],
+        *,
+        refuses: bool = True,
+        seat: filters.Seat | None = None,
     ) -> filters.Talk | None:
         """The part of this replica in a filtered sum; None if the sum is of whole arrays. One that `refuses` makes the
-        sum NaN if its arrays are not finite."""
+        sum NaN if its arrays are not finite. `seat` is that of an exchange of what cannot be added up."""
         chain, spec = self._stores[store].policy.summed_filters, self._stores[store].parts[part]
         if not chain:
             return None
         keys = [(store, part, i) for i in range(len(arrays))]
         with self._lock:
             before = [self.buffers.get(key, {}) for key in keys]
-        summings = [
-            filters.add_up(
-                chain if i in spec.filtered else (),
-                np.asarray(array),
-                before[i],
-                filters.Context((self._seed[0], *keys[i], clock), clock, run=self._kernels),
-            )
-            for i, array in enumerate(arrays)
-        ]
 
         def commit(after: Sequence[filters.State]) -> None:
             with self._lock:
                 self.buffers.update((key, state) for key, state in zip(keys, after, strict=True) if state)
 
-        return filters.Talk(summings, commit, spoiled=refuses and not all_finite(arrays))
+        given, spoiled = [np.asarray(a) for a in arrays], refuses and not all_finite(arrays)
+        seeded = self._seed[:1] if seat is None else self._seed  # what is added up is drawn alike by all replicas
+        contexts = [filters.Context((*seeded, *key, clock), clock, run=self._kernels) for key in keys]
+        about = list(zip(before, contexts, strict=True))
+        if seat is not None:
+            return filters.Exchange(chain, given, spec.filtered, about, seat, commit, spoiled=spoiled)
+        summings = [
+            filters.add_up(chain if i in spec.filtered else (), array, *about[i]) for i, array in enumerate(given)
+        ]
+        return filters.Adding(summings, commit, spoiled=spoiled)
 
     def _encode(self, chain: filters.Chain, key: Key, value: Buffer, context: filters.Context) -> Sequence[Buffer]:
         with self._lock:

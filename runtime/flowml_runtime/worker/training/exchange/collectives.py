@@ -92,9 +92,10 @@ class Flight:
         self.deadline = deadline
         self.lock = threading.Lock()
         """Held while the machine steps and its actions read and write values, but never during a send."""
-        self.layout = Layout.of(source.size, source.itemsize, schedule.chunks)
+        self.layout = Layout.of(source.size, source.itemsize, schedule)
         self.machine = AllReduce(schedule, rank, self.layout.pieces, name)
         self.inline = source.nbytes <= INLINE_BYTES and not schedule.relays(rank)
+        self._owned = rank if schedule.owned else None
         self._source = source
         self._wide = accumulator(source.dtype)
         self._result: Buffer | None = None
@@ -104,6 +105,9 @@ class Flight:
     def result(self, pool: BufferPool) -> Buffer:
         if self._result is None:
             self._result = pool.take(self._source.nbytes).view(self._source.dtype)
+            if self._owned is not None:
+                first, end = self.layout.owned_by(self._owned)
+                self._result[first:end] = self._source[first:end]
         return self._result
 
     def held(self, slot: Slot) -> Buffer:

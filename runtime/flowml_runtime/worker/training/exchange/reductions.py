@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 from flowml.devices import worker_of
 from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import Part, Reduction
-from flowml.policy.filters import Talk
+from flowml.policy.filters import Seat, Talk
 from flowml_runtime import wire
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.programs import Array
@@ -71,6 +71,8 @@ class _Bucket:
     replicas: tuple[int, ...]
     homes: tuple[str, ...] = ()
     after: int = -1
+    seats: Mapping[int, Seat] = field(default_factory=dict[int, Seat])
+    """By replica, if they exchange what filters encode."""
 
 
 @dataclass
@@ -89,7 +91,9 @@ class _Sum:
         """The sum of the push before is applied, or refused: what filters keep is known."""
         self.began, given = now_ns(), self.given
         found = (
-            encoder.talk(given.store, given.part, given.clock, self.own[r], refuses=refuses)
+            encoder.talk(
+                given.store, given.part, given.clock, self.own[r], refuses=refuses, seat=self.bucket.seats.get(r)
+            )
             for r, encoder in self.encoders.items()
         )
         self.talks = [talk for talk in found if talk is not None]
@@ -131,7 +135,7 @@ class Reductions:
                 bucket = self._bucket(next(number), part, part.reduction, senders)
                 if bucket is not None:
                     homes = tuple(dict.fromkeys(worker_of(store.homes[r]) for r in bucket.replicas))
-                    self._buckets[s, p] = replace(bucket, homes=homes)
+                    self._buckets[s, p] = replace(bucket, homes=homes, seats=run.training.seats(store, part))
         number = count(next(number) + len(run.training.stores))  # the numbers between are of `Agreement`
         for s, store in enumerate(run.training.stores):
             for p, part in enumerate(store.parts):
