@@ -110,7 +110,10 @@ def _why_not_exchanged(chain: Sequence[AnyFilter]) -> str:
     first = next((f for f in chain if f.remembers), None)
     if first is not None:
         return f"what {first} sends has a meaning only with what it has sent before"
-    first = next((f for f in chain if not is_exchanged((f,)) and not f.additive), chain[-1])
+    first = next((f for f in chain if not f.exact), None)
+    if first is not None:
+        return f"what {first} decodes may have other bits on another processor, where copies have to stay equal"
+    first = next(f for f in chain if not is_exchanged((f,)) and not f.additive)
     return f"that of {first} depends on the values"
 
 

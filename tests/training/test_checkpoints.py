@@ -78,6 +78,11 @@ POLICIES: dict[str, Any] = {
         "fc1*": fm.Policy(fm.AllReduce(), every=2, filters=(fm.filters.random_k(0.2).with_error_feedback(),)),
         "*": fm.policies.diloco(2, topology=fm.AllReduce(), filters=(fm.filters.random_k(0.5),)),
     },
+    "exchanges": {
+        "fc0*": fm.Policy(fm.Ring(), filters=(TOP,)),
+        "fc1*": fm.Policy(fm.AllReduce(), every=2, filters=(fm.filters.quantise(4).with_error_feedback(),)),
+        "*": fm.policies.diloco(2, topology=fm.Tree(), filters=(TOP, fm.filters.quantise(4, stochastic=True))),
+    },
     "residuals": {
         "fc0*": fm.Policy(filters=(TOP, fm.filters.key_cache())),
         "fc1*": fm.Policy(every=2, filters=(fm.filters.quantise(4).with_error_feedback(),)),

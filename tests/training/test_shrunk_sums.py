@@ -21,6 +21,10 @@ SUMS: dict[str, tuple[fm.Policy, fm.Policy]] = {
     "ring": (fm.Policy(topology=fm.Ring()), fm.policies.synchronous()),
     "tree": (fm.Policy(topology=fm.Tree()), fm.policies.synchronous()),
     "every": (fm.Policy(topology=fm.AllReduce(), every=4), fm.policies.every(4)),
+    "exchange": (
+        fm.Policy(topology=fm.AllReduce(), filters=(filters.quantise(8),)),
+        fm.Policy(filters=(filters.quantise(8),)),
+    ),
     "changes": (
         fm.Policy(topology=fm.AllReduce(), payload=Delta(), every=4),
         fm.Policy(payload=Delta(), every=4),

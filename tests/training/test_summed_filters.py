@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import optax
 import pytest
 
 import flowml as fm
-from tests.training.reference import assert_same, data, mlp, mlp_loss
+from tests.training.reference import assert_close, assert_same, data, mlp, mlp_loss
 
 f = fm.filters
 STEPS, BATCH = 6, 24
@@ -108,6 +109,35 @@ def test_a_rank_that_the_gradient_has_loses_nothing(threads_cluster: fm.Cluster)
         found.append(trainer.fit(one, rows, batch_size=24, steps=4, progress=False).params["w"])
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
     assert np.abs(np.asarray(found[0] - one["w"])).max() > 0.01
+
+
+@pytest.mark.parametrize("topology", [fm.AllReduce(), fm.Ring(), fm.Tree(2)], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("chain", [TOP, (*TOP, f.quantise(4)), (f.quantise(8),)], ids=str)
+def test_an_exchange_adds_up_what_a_home_does(threads_cluster: fm.Cluster, topology: Any, chain: Any) -> None:
+    """What replicas encode has the same bits, and is added in the same order."""
+    found, expected = (fit(threads_cluster, fm.Policy(t, filters=chain)) for t in (topology, fm.ParameterServer()))
+    assert_close(found.params, expected.params)
+    kept = [math.hypot(*result.ledger.kept.values()) for result in (found, expected)]
+    assert kept[0] == pytest.approx(kept[1])
+
+
+def test_the_bytes_of_an_exchange(threads_cluster: fm.Cluster) -> None:
+    """A worker sends its replica's slot to each other one, and a tree all slots up and down."""
+    sent: dict[str, int] = {}
+    for topology in (fm.AllReduce(), fm.Ring(), fm.Tree(2)):
+        by = fit(threads_cluster, fm.Policy(topology, filters=TOP)).traffic
+        sent[type(topology).__name__] = sum(each["pushed_wire_bytes"] for each in by.values())
+        pushed = sum(each["pushed_bytes"] for each in by.values())  # of four replicas
+    assert sent == {"AllReduce": 3 * pushed, "Ring": 3 * pushed, "Tree": 6 * pushed}
+
+
+def test_replicas_of_one_worker_have_slots_of_their_own() -> None:
+    found: list[Any] = []
+    for workers, devices in ((2, 2), (3, 2), (4, 1)):  # of three workers, two have two and none
+        with fm.Cluster.threads(workers=workers, devices_per_worker=devices) as cluster:
+            found.append(fit(cluster, CASES["4 bits in a ring"]).params)
+    for one in found[:2]:
+        assert_close(one, found[2])
 
 
 def test_what_is_added_up_late_is_filtered_once(threads_cluster: fm.Cluster) -> None:

@@ -134,6 +134,7 @@ class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=T
         first: whether it needs an array as it is, and so must be the first filter.
         compares: whether it compares values with parameters.
         remembers: whether its parts have a meaning only together with those of earlier pushes.
+        exact: whether `decode` gives the same bits on every machine.
         additive: whether replicas with one seed can add up what they encode; see `sums`.
     """
 
@@ -146,6 +147,7 @@ class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=T
     first: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
     additive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -87,6 +87,7 @@ class LowRank(Filter, frozen=True):
     call: ClassVar[str] = "low_rank"
     gives: ClassVar[frozenset[Role]] = frozenset({"values"})
     first: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

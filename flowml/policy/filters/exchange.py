@@ -36,8 +36,9 @@ class Seat(NamedTuple):
 
 
 def is_exchanged(chain: Chain) -> bool:
-    """Whether replicas exchange what the chain encodes: it cannot be added up, and its size is known."""
-    if is_additive(chain) or remembers(chain) or compares(chain):
+    """Whether replicas exchange what the chain encodes: it cannot be added up, its size is known, and all decode the
+    same bits, because each applies the sum to a copy of its own."""
+    if is_additive(chain) or remembers(chain) or compares(chain) or not all(f.exact for f in chain):
         return False
     return all(part.exact for form in _SAMPLES for part in wire_forms(chain, form))
 
