@@ -17,14 +17,12 @@ import msgspec
 
 from flowml.arrays import ArraySpec, Dimension, Index, Shape
 from flowml.captured import Captured, OwnCall, from_plan, to_plan
-from flowml.devices import worker_of
 from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, PolicyError, named
 from flowml.home import Applies, Buffer, Coupled, Coupling, Local, Reduction, Site
 from flowml.instructions import Instruction, Run
 from flowml.policy import Code, Policy, Speculate
 from flowml.policy.filtering import pushed_size
-from flowml.policy.filters import Seat, is_exchanged
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -338,18 +336,6 @@ class Training(msgspec.Struct, frozen=True):
     def live(self) -> tuple[int, ...]:
         """The replicas that take part."""
         return tuple(r for r in range(len(self.replicas)) if r not in self.lost)
-
-    def seats(self, store: StoreSpec, part: Part) -> dict[int, Seat]:
-        """The slot of each replica that takes part, where they exchange what filters encode: as many for each worker,
-        in the order of ranks. Empty without such an exchange."""
-        if part.reduction is None or not is_exchanged(store.policy.summed_filters):
-            return {}
-        there: dict[str, list[int]] = {worker: [] for worker in part.reduction.workers}
-        for replica in store.leaders or self.live:
-            there[worker_of(self.replicas[replica][part.stage])].append(replica)
-        most = max(map(len, there.values()))
-        slots = most * len(there)
-        return {r: Seat(rank * most + i, slots) for rank, mine in enumerate(there.values()) for i, r in enumerate(mine)}
 
     @property
     def speculation(self) -> Speculate | None:

@@ -23,10 +23,13 @@ from flowml_runtime.protocol.collective import (
     Layout,
     Received,
     Replace,
-    Schedule,
-    Send,
     SendChunk,
     Started,
+)
+from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.schedules import (
+    Schedule,
+    Send,
     around,
     choose,
     direct,
@@ -37,7 +40,6 @@ from flowml_runtime.protocol.collective import (
     spread,
     tree,
 )
-from flowml_runtime.protocol.errors import ProtocolError
 
 Values = np.ndarray[Any, Any]
 

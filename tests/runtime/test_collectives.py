@@ -20,8 +20,8 @@ import pytest
 from flowml.errors import DeadlineError, FlowmlError, UnsupportedError, WorkerLostError
 from flowml.plan import ArraySpec
 from flowml_runtime import wire
-from flowml_runtime.protocol.collective import direct, doubling, hierarchical, ring, tree
 from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.schedules import direct, doubling, hierarchical, ring, tree
 from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.transport.endpoint import Endpoint, ThreadHub
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint

@@ -14,7 +14,7 @@ import pytest
 
 from flowml.plan import ArraySpec
 from flowml_runtime import wire
-from flowml_runtime.protocol.collective import Schedule, direct, doubling, hierarchical, ring, tree
+from flowml_runtime.protocol.schedules import Schedule, direct, doubling, hierarchical, ring, tree
 from flowml_runtime.transport.endpoint import ThreadHub
 from flowml_runtime.worker.training.exchange import collectives
 from flowml_runtime.worker.training.exchange.collectives import Group, GroupId

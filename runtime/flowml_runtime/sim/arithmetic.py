@@ -24,8 +24,9 @@ from flowml_runtime.execution.programs import Array, ExecutableCache, LoadedProg
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.execution.services import host_view
 from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare
-from flowml_runtime.protocol import collective
+from flowml_runtime.protocol import schedules
 from flowml_runtime.protocol.training.actions import Couple, Start
+from flowml_runtime.protocol.training.places import seats
 from flowml_runtime.sim.couplings import Couplings
 from flowml_runtime.sim.flying import Flying
 from flowml_runtime.sim.program import At
@@ -291,10 +292,10 @@ class Arithmetic:
         refuses, key = self._start.on_nonfinite != "apply", (store, part)
         if key not in self._seats:
             spec = self._training.stores[store]
-            self._seats[key] = self._training.seats(spec, spec.parts[part])
+            self._seats[key] = seats(self._training, spec, spec.parts[part])
         return self._encoder_of(at).talk(store, part, clock, value, refuses=refuses, seat=self._seats[key].get(at[0]))
 
-    def flight(self, schedule: collective.Schedule, rank: int, values: Sequence[Value]) -> Flying:
+    def flight(self, schedule: schedules.Schedule, rank: int, values: Sequence[Value]) -> Flying:
         return Flying(schedule, rank, self.total(values), self._pool)
 
     def total(self, values: Sequence[Value]) -> Arrays:

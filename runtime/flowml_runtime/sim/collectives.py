@@ -21,7 +21,7 @@ from flowml.policy.filters import Talk, is_exchanged, slot_bytes, sum_sizes
 from flowml.policy.topology import sent_bytes
 from flowml.sim import NetworkModel
 from flowml_runtime import wire
-from flowml_runtime.protocol import collective
+from flowml_runtime.protocol import collective, schedules
 from flowml_runtime.protocol.training.actions import Start
 from flowml_runtime.sim.network import KINDS
 from flowml_runtime.sim.values import Chunk, Flight, Value
@@ -44,7 +44,7 @@ Filters may need several sums for one push."""
 class Machine:
     """A flight without values."""
 
-    def __init__(self, schedule: collective.Schedule, rank: int, nbytes: int, name: str) -> None:
+    def __init__(self, schedule: schedules.Schedule, rank: int, nbytes: int, name: str) -> None:
         self._layout = collective.Layout.of(nbytes, 1, schedule)
         self._machine = collective.AllReduce(schedule, rank, self._layout.pieces, name)
 
@@ -77,7 +77,7 @@ class _Sum:
     of them. `sizes` are the bytes that a rank adds in this sum and in those after it."""
 
     workers: tuple[str, ...]
-    schedule: collective.Schedule
+    schedule: schedules.Schedule
     sizes: tuple[int, ...]
     weight: int = 0
     """What each push weighs."""
@@ -191,7 +191,7 @@ class Collectives:
         store, part = key[:2]
         reduction = self._parts[store][part].reduction if site is None else site.reductions[part]
         assert reduction is not None
-        schedule = collective.named(reduction.schedule, reduction.hosts, reduction.fanout)
+        schedule = schedules.named(reduction.schedule, reduction.hosts, reduction.fanout)
         found = self._sums[key] = _Sum(reduction.workers, schedule, self._sizes_of(key))
         return found
 
@@ -341,7 +341,7 @@ class Collectives:
         self._add(after, self._sums[after], worker)
 
 
-def idle_seconds(schedule: collective.Schedule, ranks: Sequence[int], nbytes: int, network: NetworkModel) -> float:
+def idle_seconds(schedule: schedules.Schedule, ranks: Sequence[int], nbytes: int, network: NetworkModel) -> float:
     """How long a sum takes on idle links after the last rank has begun, for workers with these numbers.
 
     All rounds take as long as one over the slowest link from a rank to the next.
@@ -371,7 +371,7 @@ def idle_seconds(schedule: collective.Schedule, ranks: Sequence[int], nbytes: in
         case "around":
             return rounds(count - 1, nbytes / count)
         case "tree":
-            fanout = max(len(step.peers) for step in schedule.steps(0) if isinstance(step, collective.Take))
+            fanout = max(len(step.peers) for step in schedule.steps(0) if isinstance(step, schedules.Take))
             depth = math.ceil(math.log(count * (fanout - 1) + 1, fanout)) - 1 if fanout > 1 else count - 1
             return rounds(2 * depth, nbytes, fanout)
         case _:

@@ -10,7 +10,7 @@ import numpy as np
 
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.programs import Array
-from flowml_runtime.protocol import collective
+from flowml_runtime.protocol import collective, schedules
 from flowml_runtime.sim.values import Chunk
 from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.worker.training.exchange.collectives import Flight, flat, parts_of
@@ -19,7 +19,7 @@ from flowml_runtime.worker.training.exchange.collectives import Flight, flat, pa
 class Flying:
     """One rank's part of a sum, with values."""
 
-    def __init__(self, schedule: collective.Schedule, rank: int, arrays: Sequence[Array], pool: BufferPool) -> None:
+    def __init__(self, schedule: schedules.Schedule, rank: int, arrays: Sequence[Array], pool: BufferPool) -> None:
         self._shapes = [np.shape(a) for a in arrays]
         self._pool = pool
         future: Future[Any] = Future("a sum", list)

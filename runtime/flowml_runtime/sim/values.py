@@ -13,7 +13,8 @@ import numpy as np
 
 from flowml.policy.filters import Talk
 from flowml_runtime import wire
-from flowml_runtime.protocol.collective import Schedule, SendChunk
+from flowml_runtime.protocol.collective import SendChunk
+from flowml_runtime.protocol.schedules import Schedule
 from flowml_runtime.protocol.training.actions import Couple, Start
 from flowml_runtime.sim.program import At
 from flowml_runtime.worker.training.resident import Resident

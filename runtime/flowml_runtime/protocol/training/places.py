@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from flowml.devices import worker_of
-from flowml.plan import StoreSpec, Training
+from flowml.plan import Part, StoreSpec, Training
+from flowml.policy.filters import Seat, is_exchanged
 from flowml_runtime.protocol.training.terms import Group
 
 
@@ -153,3 +154,16 @@ def _told(store: StoreSpec, home: str, replicas: Sequence[Sequence[str]]) -> Ite
 
 def _workers(devices: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(worker_of, devices)))
+
+
+def seats(training: Training, store: StoreSpec, part: Part) -> dict[int, Seat]:
+    """The slot of each replica that takes part, where they exchange what filters encode: as many for each worker, in
+    the order of ranks. Empty without such an exchange."""
+    if part.reduction is None or not is_exchanged(store.policy.summed_filters):
+        return {}
+    there: dict[str, list[int]] = {worker: [] for worker in part.reduction.workers}
+    for replica in store.leaders or training.live:
+        there[worker_of(training.replicas[replica][part.stage])].append(replica)
+    most = max(map(len, there.values()))
+    slots = most * len(there)
+    return {r: Seat(rank * most + i, slots) for rank, mine in enumerate(there.values()) for i, r in enumerate(mine)}

@@ -42,12 +42,11 @@ from flowml_runtime.protocol.collective import (
     Layout,
     Received,
     Replace,
-    Schedule,
     SendChunk,
     Started,
-    choose,
 )
 from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.schedules import Schedule, choose
 from flowml_runtime.transport.arrays import Array, Buffer, aligned_empty
 from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.transport.endpoint import Arrays

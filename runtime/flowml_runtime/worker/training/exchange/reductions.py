@@ -31,8 +31,9 @@ from flowml_runtime import wire
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.execution.recorder import Span, now_ns
-from flowml_runtime.protocol.collective import Schedule, named
 from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.schedules import Schedule, named
+from flowml_runtime.protocol.training.places import seats
 from flowml_runtime.transport.arrays import aligned_empty
 from flowml_runtime.worker.training.exchange.collectives import Group, GroupId, accumulator, add
 from flowml_runtime.worker.training.exchange.positions import summed
@@ -135,7 +136,7 @@ class Reductions:
                 bucket = self._bucket(next(number), part, part.reduction, senders)
                 if bucket is not None:
                     homes = tuple(dict.fromkeys(worker_of(store.homes[r]) for r in bucket.replicas))
-                    self._buckets[s, p] = replace(bucket, homes=homes, seats=run.training.seats(store, part))
+                    self._buckets[s, p] = replace(bucket, homes=homes, seats=seats(run.training, store, part))
         number = count(next(number) + len(run.training.stores))  # the numbers between are of `Agreement`
         for s, store in enumerate(run.training.stores):
             for p, part in enumerate(store.parts):
