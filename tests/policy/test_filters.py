@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowml.errors import PolicyError
+from flowml.policy import Policy
 from flowml.policy import filters as f
 from flowml.policy.filters.sparse import kept, pack_keys, unpack_keys
 
@@ -324,3 +325,13 @@ def test_a_filter_with_a_bad_field_is_not_decoded() -> None:
     data = msgspec.msgpack.encode({"type": "TopK", "share": 3.5})
     with pytest.raises(msgspec.ValidationError, match="a share lies in"):
         msgspec.msgpack.decode(data, type=f.AnyFilter)
+
+
+@pytest.mark.parametrize("make", [f.top_k, f.random_k])
+def test_one_element_is_not_all_of_them(make: Any) -> None:
+    one, every = make(1), make(1.0)
+    assert one != every
+    assert Policy(filters=(one,)) != Policy(filters=(every,))
+    assert (str(one), str(every)) == (f"{one.call}(1)", f"{one.call}(1.0)")
+    assert one.with_error_feedback() == make(1).with_error_feedback()
+    assert msgspec.json.decode(msgspec.json.encode(one), type=type(one)) == one

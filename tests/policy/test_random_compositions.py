@@ -199,10 +199,15 @@ UNSOUND: dict[str, dict[str, list[Any]]] = {
     "a sum without some": {"topology": SUMS[:3], "quorum": SOME},
     "a sum of factors": {"topology": SUMS[:3], "payload": [fm.Factors()]},
     "a sum without a bound": {"topology": SUMS[:3], "staleness": [UNBOUNDED]},
-    "a sum of filtered arrays": {
+    "a sum of arrays whose size or bits are not known": {
         "topology": SUMS[:3],
-        "filters": [(f,) for f in LOSSY if not f.additive]
-        + [(LOSSY[-1], filters.quantise(8)), (filters.random_skip(0.5),)],
+        "filters": [
+            (filters.significance(0.01),),
+            (filters.random_skip(0.5),),
+            (filters.top_k(0.1), filters.compress()),
+            (filters.top_k(0.1), filters.key_cache()),
+            (filters.low_rank(2), filters.quantise(8)),
+        ],
     },
     "a sum that votes": {"topology": SUMS[:3], "apply": [fm.Vote(2)]},
     "a sum that is scaled by its staleness": {"topology": SUMS[:3], "apply": [StalenessScaled()]},

@@ -211,7 +211,9 @@ class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=T
         """The call that makes it, as in `top_k(0.01).with_error_feedback()`."""
         values = [(f.name, getattr(self, f.name), f.required, f.default) for f in msgspec.structs.fields(self)]
         given = [
-            repr(v) if needed else f"{n}={v!r}" for n, v, needed, usual in values if v != usual and n != "feedback"
+            repr(v) if needed else f"{n}={v!r}"
+            for n, v, needed, usual in values
+            if v != usual and n not in ("feedback", "counted")
         ]
         decay = f"{self.feedback:g}" if self.feedback < 1 else ""
         return f"{self.call}({', '.join(given)})" + (f".with_error_feedback({decay})" if self.feedback else "")

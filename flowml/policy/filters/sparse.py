@@ -111,6 +111,8 @@ class TopK(Filter, frozen=True):
     """Sends the elements of largest magnitude (Aji & Heafield, 2017; Lin et al., *Deep gradient compression*, 2018)."""
 
     share: int | float
+    counted: bool = False
+    """Makes top_k(1), one element, differ from top_k(1.0), all of them. Set by `share`."""
 
     call: ClassVar[str] = "top_k"
     gives: ClassVar[frozenset[Role]] = frozenset({"keys", "values"})
@@ -118,6 +120,7 @@ class TopK(Filter, frozen=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         msgspec.structs.force_setattr(self, "share", share(self.call, self.share))
+        msgspec.structs.force_setattr(self, "counted", isinstance(self.share, int))
 
     def layout(self, form: Form) -> tuple[Form, ...] | None:
         if not form.size:
@@ -269,6 +272,8 @@ class RandomK(_Seeded, frozen=True):
     """Sends a fixed number of elements chosen at random (Stich et al., *Sparsified SGD with memory*, 2018)."""
 
     share: int | float
+    counted: bool = False
+    """Makes random_k(1), one element, differ from random_k(1.0), all of them. Set by `share`."""
 
     call: ClassVar[str] = "random_k"
     additive: ClassVar[bool] = True
@@ -276,6 +281,7 @@ class RandomK(_Seeded, frozen=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         msgspec.structs.force_setattr(self, "share", share(self.call, self.share))
+        msgspec.structs.force_setattr(self, "counted", isinstance(self.share, int))
 
     def positions(self, draws: Array) -> Array:
         count = kept(self.share, draws.size)
