@@ -170,7 +170,23 @@ def crossed(rng: random.Random, replicas: int) -> dict[str, Any]:
     return knobs
 
 
+@pytest.mark.parametrize(
+    ("payload", "apply"),
+    [(fm.Delta(), "mean"), (fm.Delta(), "sum"), (fm.Delta(), fm.Outer()), (fm.Weights(), "mean")],
+    ids=str,
+)
+@pytest.mark.parametrize("topology", [fm.AllReduce(), fm.Ring(), fm.Tree()], ids=lambda t: type(t).__name__)
+def test_sums_of_own_parameters_have_each_replica_once(topology: Any, payload: Any, apply: Any) -> None:
+    for replicas in (2, 3):
+        rule = Policy(topology=topology, payload=payload, every=3, apply=apply)
+        world = make([rule, Policy()], replicas=replicas, stages=2, clocks=8, seed=replicas)
+        world.go()
+        check_rest(world)
+        assert check(world.history) == []
+
+
 @settings(max_examples=150)
+@example(seed=37812)  # a sum of parameters of several replicas was checked as that of the first
 @given(seed=SEEDS)
 def test_random_knobs_keep_every_promise_together_or_are_refused_with_a_reason(seed: int) -> None:
     """Nobody has said which of these are sound: about half of them run, and the others raise a PolicyError."""

@@ -226,13 +226,16 @@ def _compared(
 
 
 def _sums(seen: Timeline, home: str, store: int) -> list[list[Chosen]]:
-    """Each clock at which a sum over all replicas is due is one version."""
+    """Each clock at which a sum over all replicas is due is one version. Of own parameters, or their changes, each
+    counts as much."""
     terms, policy = seen.terms, seen.terms.stores[store].policy
+    senders = len(set(terms.stores[store].senders(terms.replicas)) - seen.lost)
     clocks = [c for c in range(terms.total_clocks) if policy.every.due(c, terms.last_clock)]
     weights = [seen.weight(home, store, 0, c) for c in clocks]
-    sums = isinstance(base_of(policy.apply), Sum)
+    sums = not policy.apply.averages if policy.local else isinstance(base_of(policy.apply), Sum)
+    alone, mean = (1.0, 1 / senders) if policy.local else (1 / terms.microbatches, None)
     return [
-        [(0, clock, 1 / terms.microbatches if sums else 1 / weight)]
+        [(0, clock, alone if sums else mean or 1 / weight)]
         for clock, weight in zip(clocks, weights, strict=True)
         if weight
     ]

@@ -199,8 +199,11 @@ def _payloads(seen: Timeline, home: str, store: int) -> Iterator[tuple[tuple[int
         for f in seen.facts
         if isinstance(f, kinds) and f.store == store and (isinstance(f, Gave) or f.part == 0)
     }
+    senders = terms.senders(seen.terms.replicas) if terms.collective else ()
     for apply in seen.applies.get((home, store), ()):
-        yield from ((key, given[key]) for key in apply.keys)
+        for replica, clock in apply.keys:  # a sum over replicas stands for all
+            keys = [(r, clock) for r in senders or (replica,)]
+            yield from ((key, given[key]) for key in keys if not senders or key in given)
 
 
 def _decoded(seen: Timeline, store: int) -> Iterator[str]:
