@@ -12,7 +12,7 @@ import ml_dtypes
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flowml.errors import PolicyError
@@ -137,6 +137,7 @@ def test_quantisation_is_the_nearest_level(seed: int, size: int, bits: int, bloc
     np.testing.assert_allclose(found, naive_quantised(value, bits, block), rtol=1e-6, atol=1e-7)
 
 
+@example(264, 282, 8, False)  # rounding to float32 adds to half a step
 @given(SEEDS, SIZES, st.sampled_from([8, 4, 2]), st.booleans())
 def test_the_error_of_quantisation_is_bounded(seed: int, size: int, bits: int, stochastic: bool) -> None:
     value = normal(seed, size)
@@ -144,7 +145,8 @@ def test_the_error_of_quantisation_is_bounded(seed: int, size: int, bits: int, s
     for start in range(0, size, 32):
         row = value[start : start + 32]
         step = np.abs(row).max() / (2 ** (bits - 1) - 1)
-        limit = (step if stochastic else step / 2) * (1 + 1e-5)
+        rounded = 2 * np.spacing(np.abs(row).max())  # the step, and its product with a code, are float32
+        limit = (step if stochastic else step / 2) + rounded
         assert (np.abs(found[start : start + 32] - row) <= limit).all()
 
 

@@ -255,10 +255,10 @@ def _divides_the_step_of_a_site_by_all_of_its_replicas(patch: Patch) -> None:
     """Also where not all of them are in the sum."""
     real: Callable[..., Any] = arithmetic.for_leader
 
-    def for_leader(training: Any, message: Any, given: Any) -> Any:
+    def for_leader(training: Any, message: Any, given: Any, share: Any = None) -> Any:
         site = training.stores[message.store].site_of(message.replica)
         whole = len(site.replicas) * training.microbatches
-        return real(training, msgspec.structs.replace(message, weight=whole), given)
+        return real(training, msgspec.structs.replace(message, weight=whole), given, share)
 
     patch.setattr(arithmetic, "for_leader", for_leader)
 

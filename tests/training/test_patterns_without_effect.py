@@ -60,7 +60,7 @@ def test_a_put_pattern_that_earlier_ones_shadow_is_refused(threads_cluster: fm.C
 
 
 def test_a_vote_for_more_rows_than_a_layer_has_is_refused() -> None:
-    with pytest.raises(fm.PolicyError, match=r"'fc2': Vote\(rows=6\) .* largest parameter has 5 rows, .* at most 2"):
+    with pytest.raises(fm.PolicyError, match=r"'fc2': fm\.Vote\(6\) .* largest parameter has 5 rows, .* at most 2"):
         plan({"fc2": fm.Policy(apply=fm.Vote(6))})
     with pytest.warns(fm.FlowmlWarning, match=r"Vote.* no effect"):
         (note,) = (n for n in plan({"fc2": fm.Policy(apply=fm.Vote(3))}).notes if "Vote" in n)
