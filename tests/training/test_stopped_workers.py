@@ -114,7 +114,7 @@ def test_others_compute_the_portion_of_a_stopped_process(workers: fm.Cluster) ->
 
 
 def test_a_slow_process_computes_fewer_portions_and_is_named(workers: fm.Cluster) -> None:
-    slow = fm.sim.Straggler(fm.sim.Constant(0.01), 5, workers=(3,))
+    slow = fm.sim.Straggler(fm.sim.Constant(0.01), 20, workers=(3,))
     result = fit(workers, fm.policies.speculate(3), delays=slow)
     check_serial(result)
     done = [replica.used for replica in result.ledger.replicas]
