@@ -29,7 +29,7 @@ from flowml.training.untrained import parted
 from flowml.training.valued import with_value
 
 if TYPE_CHECKING:
-    from flowml.training.compiler import TrainingSpec
+    from flowml.training.spec import TrainingSpec
 
 
 class WantedError(UnsupportedError):

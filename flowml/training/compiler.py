@@ -9,7 +9,7 @@ its last microbatch is added. Each store has a task that combines the contributi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import msgspec
 
-from flowml.arguments import choice, flag, is_text
 from flowml.captured import warn_of_size
 from flowml.compiler import constant_of, node_views
 from flowml.devices import Device, as_devices
@@ -34,137 +33,40 @@ from flowml.ir.verify import verify_graph, verify_partitioned, verify_placed
 from flowml.lowering.lower import ExecutableTable, lower_groups
 from flowml.lowering.partition import partition
 from flowml.lowering.program import Bindings, PartBinding, emit, route
-from flowml.lowering.schedule import SCHEDULES, schedule
+from flowml.lowering.schedule import schedule
 from flowml.lowering.verify import verify_plan, verify_schedule
-from flowml.numbers import whole_number
-from flowml.placement import Pipeline, Placement, place
+from flowml.placement import Pipeline, place
 from flowml.placement.estimate import estimate
+from flowml.placement.homes import check_housed
 from flowml.placement.links import Links, links_used
 from flowml.plan import ArraySpec, Plan, StateLeaf, StoreSpec, Training
 from flowml.policy import (
-    DEFAULT_PATTERN,
     Code,
     Policy,
     check_batch,
     coded_by,
     cut_by,
-    named,
-    published,
-    resolve,
     speculated_by,
 )
-from flowml.policy.published import PolicyRule
 from flowml.rows import swapped
-from flowml.training.couplings import policy_of_value
 from flowml.training.cuts import cuts, deciding_stage
 from flowml.training.drafts import StoreDraft, coefficient_dtype, share_weight, value_of
-from flowml.training.evaluated import EvaluatingOptimizer, Evaluations
-from flowml.training.local import Optimizers, fragmented
-from flowml.training.replicate import Replicated, Template, replicate
+from flowml.training.local import Optimizers
+from flowml.training.replicate import Replicated, Template, housed, replicate
+from flowml.training.spec import TrainingSpec
 from flowml.training.state import StateValues, check_policies, layers_of, ordered, settle
 from flowml.training.step import (
     RNG_WORDS,
     Metrics,
     StepFunction,
     Treatment,
-    Weight,
     by_examples,
-    loss_takes_rng,
     name_of,
     one,
     step_function,
 )
 from flowml.training.stores import StorePlanner
-from flowml.training.untrained import Untrained
-from flowml.training.valued import ValuedOptimizer, is_given
-
-MAKERS = (named.__name__, published.__name__)
-"""The modules whose functions make policies."""
-
-
-@dataclass(frozen=True)
-class TrainingSpec:
-    """The user's settings. `flowml.Trainer` documents each."""
-
-    loss: Callable[..., Any]
-    optimizer: Any
-    replicas: int = 1
-    placement: Placement = "auto"
-    microbatches: int = 1
-    schedule: str = "1f1b"
-    policies: Mapping[str, Policy] | Policy | PolicyRule | None = None
-    weight: Weight | None = None
-    has_state: bool = False
-    untrained: Untrained | None = None
-    """The leaves of the parameters that are not trained, which the loss holds."""
-
-    def __post_init__(self) -> None:
-        for name in ("replicas", "microbatches"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
-        if not callable(self.loss):
-            raise TypeError(
-                f"loss={self.loss!r} is of type {type(self.loss).__name__}; give a function of (params, batch), or of "
-                "(params, batch, rng)"
-            )
-        if isinstance(self.policies, Policy):
-            object.__setattr__(self, "policies", {DEFAULT_PATTERN: self.policies})
-        given: Any = self.policies
-        if getattr(given, "__module__", "") in MAKERS and "<locals>" not in given.__qualname__:
-            raise TypeError(
-                f"policies={given.__name__}: it makes a policy, and is none; call it: fm.policies.{given.__name__}(…)"
-            )
-        if isinstance(given, type):
-            raise TypeError(
-                f"policies={given.__name__}: it is a class, and no policy; give a value, such as fm.Policy() or one of "
-                "fm.policies"
-            )
-        for pattern in self.policies if isinstance(self.policies, Mapping) else ():
-            if not is_text(pattern):
-                raise TypeError(
-                    f"policies has the pattern {pattern!r} of type {type(pattern).__name__}; give patterns of "
-                    'parameter paths as text, such as {"*": fm.policies.every(4)}'
-                )
-        if not (isinstance(self.policies, Mapping | None) or callable(self.policies)):
-            raise TypeError(
-                f"policies={self.policies!r} is a {type(self.policies).__name__}; give a mapping from patterns of "
-                'parameter paths to policies, such as {"*": fm.policies.every(4)}, one fm.Policy for all, or a rule '
-                "(path, shape) -> fm.Policy"
-            )
-        if not (self.weight is None or isinstance(self.weight, str) or callable(self.weight)):
-            raise TypeError(
-                f"weight={self.weight!r} is a {type(self.weight).__name__}; give the name of a leaf of aux, or a "
-                "function of the batch"
-            )
-        choice("schedule", self.schedule, SCHEDULES)
-        flag("has_state", self.has_state)
-
-    def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Policy]:
-        """The policy of each parameter, by the shapes of all."""
-        assert not isinstance(self.policies, Policy)
-        given = [path for path in shapes if self.has_value and is_given(path)]
-        shapes = {path: shape for path, shape in shapes.items() if path not in given}
-        if callable(self.policies):
-            policies = {path: self.policies(path, shape) for path, shape in shapes.items()}
-        else:
-            policies = self.policies or {}
-        untrained = self.untrained.names if self.untrained else ()
-        found = fragmented({path: policy for path, (_, policy) in resolve(policies, shapes, untrained).items()})
-        return found | dict.fromkeys(given, policy_of_value(found.values())) if given else found
-
-    @property
-    def evaluations(self) -> Evaluations | None:
-        """How the optimizer gets the loss of a batch, if it wants it."""
-        return self.optimizer.evaluations if isinstance(self.optimizer, EvaluatingOptimizer) else None
-
-    @property
-    def takes_words(self) -> bool:
-        """Whether a microbatch is fed the words of its key."""
-        return loss_takes_rng(self.loss, has_state=self.has_state) or self.evaluations is not None
-
-    @property
-    def has_value(self) -> bool:
-        """Whether the value of the loss is among the parameters, for the optimizer."""
-        return isinstance(self.optimizer, ValuedOptimizer)
+from flowml.training.valued import is_given
 
 
 @dataclass(frozen=True)
@@ -195,11 +97,12 @@ def compile_training(
 
     Runs nothing. Raises PlacementError, PolicyError or ValueError.
     """
-    everyone = as_devices(devices)
+    everyone, homes = spec.divide(as_devices(devices))
     template = _template_devices(spec, everyone)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = _paths(spec, [path for path, _ in leaves])
     policies = spec.resolve({path: jnp.shape(leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)})
+    check_housed(homes, policies.values())
     code, speculation = coded_by(policies.values(), spec.replicas), speculated_by(policies.values())
     items = spec.replicas * (speculation.portions if speculation else 1)
     cut = cut_by(policies.values(), spec.replicas, spec.microbatches)
@@ -224,14 +127,13 @@ def compile_training(
         state=held,
         evaluations=spec.evaluations,
     )
-    fed = {"rng": jax.ShapeDtypeStruct((RNG_WORDS,), jnp.uint32)} if spec.takes_words else {}
-    if code is not None:
-        fed["coefficient"] = jax.ShapeDtypeStruct((), coefficient_dtype([x.dtype for _, x in leaves]))
+    fed = _fed(spec, code, [x.dtype for _, x in leaves])
     traced = trace(step.call, (params, microbatch, *fed.values(), *held), {}, name_of(spec.loss), effects)
     optimizers = Optimizers.of(spec.optimizer, tuple(policies[p] for p in paths), params, spec.replicas)
     plan, slots = _Compiler(
         spec=spec,
         devices=everyone,
+        homes=homes,
         template=template,
         links=links or Links(),
         platforms=tuple(platforms),
@@ -252,6 +154,14 @@ def compile_training(
     return TrainingCompiled(plan, optimizers.outer_optimizers, step.metrics(slots), traced.left_out)
 
 
+def _fed(spec: TrainingSpec, code: Code | None, dtypes: Sequence[Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a microbatch is fed beside the batch and the state, by name. `dtypes` are those of the parameters."""
+    fed = {"rng": jax.ShapeDtypeStruct((RNG_WORDS,), jnp.uint32)} if spec.takes_words else {}
+    if code is not None:
+        fed["coefficient"] = jax.ShapeDtypeStruct((), coefficient_dtype(dtypes))
+    return fed
+
+
 def _paths(spec: TrainingSpec, found: Sequence[tuple[Any, ...]]) -> tuple[str, ...]:
     """The names of the parameters, as the caller's tree has them."""
     if spec.has_value:
@@ -263,19 +173,26 @@ def _paths(spec: TrainingSpec, found: Sequence[tuple[Any, ...]]) -> tuple[str, .
 def _template_devices(spec: TrainingSpec, devices: Sequence[Device]) -> tuple[Device, ...]:
     """The devices of the first replica. The others are equal blocks after it."""
     share = len(devices) // spec.replicas
+    fewer = ", fewer homes," if spec.homes else ""
     if isinstance(spec.placement, Pipeline):
         wanted = spec.placement.stages
         if share < wanted:
             raise PlacementError(
                 f"{spec.replicas} replicas of {wanted} stages need {spec.replicas * wanted} devices, "
-                f"there are {len(devices)}; start more workers or ask for fewer replicas or stages"
+                f"there are {_left(spec, devices)}; start more workers or ask for{fewer} fewer replicas or stages"
             )
         return _alike(devices, wanted, spec.replicas)
     if share < 1:
         raise PlacementError(
-            f"{spec.replicas} replicas need at least as many devices, there are {len(devices)}; start more workers"
+            f"{spec.replicas} replicas need at least as many devices, there are {_left(spec, devices)}; start more "
+            f"workers{fewer and ' or give fewer homes'}"
         )
     return _alike(devices, share, spec.replicas)
+
+
+def _left(spec: TrainingSpec, devices: Sequence[Device]) -> str:
+    """How many devices there are for replicas."""
+    return f"{len(devices)}{' beside homes' if spec.homes else ''}"
 
 
 def _alike(devices: Sequence[Device], width: int, replicas: int) -> tuple[Device, ...]:
@@ -318,6 +235,7 @@ class _Compiler:
 
     spec: TrainingSpec
     devices: tuple[Device, ...]
+    homes: tuple[Device, ...]
     template: tuple[Device, ...]
     links: Links
     platforms: tuple[str, ...]
@@ -347,7 +265,7 @@ class _Compiler:
         held, returned = graph.inputs[len(graph.inputs) - self.step.held :], self.step.fetched + self.step.held
         graph = self._label(graph, held, returned, closed_over)
         about = self.optimizers, self.policies, self.treatments, spec.replicas, self.microbatches, self.links
-        planner = StorePlanner(self.paths, *about, weighed=spec.weight not in (None, by_examples))
+        planner = StorePlanner(self.paths, *about, weighed=spec.weight not in (None, by_examples), homes=self.homes)
         graph, contributions = planner.contributions(graph, returned)
         graph = simplify(graph)
         verify_graph(graph, "factors")
@@ -358,11 +276,11 @@ class _Compiler:
             graph, contributions = share_weight(graph, contributions, self._weight(graph), self.treatments)
         verify_partitioned(graph)
 
-        by_name = {d.name: d for d in self.devices}
+        by_name = {d.name: d for d in (*self.devices, *self.homes)}
         seconds = {n.id: node_seconds(graph, n, by_name[n.device]) for n in graph.nodes}
         stages = tuple(d.name for d in self.template if any(n.device == d.name for n in graph.nodes))
         stores = planner.stores(graph, contributions, stages)
-        alone = self.items == 1 and len(stages) == 1
+        alone = self.items == 1 and len(stages) == 1 and not self.homes
         milestones = [] if alone else [p.sent for s in stores for p in s.parts]
         tasks = schedule(graph, seconds, milestones=milestones, microbatches=self.microbatches, kind=spec.schedule)
         tasks, notes = ordered(tasks, state, graph.ordered)
@@ -381,6 +299,7 @@ class _Compiler:
         )
         whole = replicate(Template(programs, routing.messages, stages), self._blocks(stages))
         specs = planner.lower_stores(graph, stores, parts, table, whole.replicas)
+        whole = housed(whole, specs)
         batch = (self.code.partitions if self.code else self.items) * spec.microbatches
         single = batch * sum(node_seconds(graph, n, self.template[0]) for n in graph.nodes)
         inputs = (*self.batch, *self.fed.values(), *(leaf.spec for leaf in leaves))

@@ -24,7 +24,7 @@ from flowml.training.step import RNG_WORDS, item_key, loss_takes_rng
 from flowml.training.valued import Valued, ValuedOptimizer, valued_loss
 
 if TYPE_CHECKING:
-    from flowml.training.compiler import TrainingSpec
+    from flowml.training.spec import TrainingSpec
 
 KINDS: tuple[tuple[str, ...], ...] = (("value", "grad", "value_fn"), ("obj_fn",), ("grad_fn",))
 """What optimizers of optax ask for: line searches, estimators of the Hessian, and sharpness-aware minimization."""

@@ -24,7 +24,7 @@ from flowml.policy import ParameterServer, Policy
 from flowml.training.step import loss_takes_rng
 
 if TYPE_CHECKING:
-    from flowml.training.compiler import TrainingSpec
+    from flowml.training.spec import TrainingSpec
 
 _AGGREGATE = "differentially_private_aggregate.<locals>.update_fn"
 _CHAIN = "chain.<locals>.update_fn"

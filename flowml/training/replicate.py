@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from flowml.instructions import Recv, Send
-from flowml.plan import Message, Program
+from flowml.plan import Message, Program, StoreSpec
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,13 @@ def replicate(template: Template, blocks: Sequence[Mapping[str, str]]) -> Replic
     return Replicated(
         tuple(programs), tuple(messages), tuple(tuple(b[stage] for stage in template.stages) for b in blocks)
     )
+
+
+def housed(whole: Replicated, stores: Sequence[StoreSpec]) -> Replicated:
+    """With an empty program for each device that only holds stores."""
+    there = {program.device for program in whole.programs}
+    homes = dict.fromkeys(home for store in stores for home in store.copies if home not in there)
+    return replace(whole, programs=(*whole.programs, *(Program(home, ()) for home in homes)))
 
 
 def _message(message: Message, block: Mapping[str, str]) -> Message:

@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from flowml.callers import warn
+from flowml.devices import Device
 from flowml.disjoint import DisjointSets
 from flowml.errors import PolicyError, named
 from flowml.home import Applies, Buffer, Coupled, Coupling, Local
@@ -26,6 +27,7 @@ from flowml.ir.label import layer_of, parameter_path
 from flowml.lowering.lower import ExecutableTable
 from flowml.lowering.program import PartBinding
 from flowml.lowering.schedule import positions
+from flowml.placement.homes import idle, lives_at_home
 from flowml.placement.links import Links
 from flowml.plan import ArraySpec, Part, StoreSpec
 from flowml.policy import Distill, Factors, Policy, check_composition
@@ -63,6 +65,8 @@ class StorePlanner:
     microbatches: int
     links: Links = field(default_factory=Links)
     weighed: bool = False
+    homes: Sequence[Device] = ()
+    """The devices of workers that only hold parameters."""
     notes: list[str] = field(default_factory=list[str])
     products: Mapping[int, OuterProduct] = field(default_factory=dict[int, OuterProduct])
     product_graph: Graph | None = None
@@ -187,7 +191,7 @@ class StorePlanner:
     def stores(self, graph: Graph, contributions: Contributions, stages: Sequence[str]) -> tuple[StoreDraft, ...]:
         """Group leaves into stores and their contributions into parts by stage, on a placed graph."""
         stage_of = {name: i for i, name in enumerate(stages)}
-        alone = self.replicas == 1 and len(stages) == 1  # all layers share a home then
+        alone = self.replicas == 1 and len(stages) == 1 and not self.homes  # all layers share a home then
         self.notes.extend([] if alone else self._shared_homes())
         groups = self._groups(alone)
         groups = [part for group in groups for part in self._by_stage(graph, group, contributions)]
@@ -342,14 +346,16 @@ class StorePlanner:
         replicas: Sequence[Sequence[str]],
     ) -> tuple[StoreSpec, ...]:
         """Choose each store's home and export its apply task."""
-        loads: dict[str, int] = {device: 0 for replica in replicas for device in replica}
+        loads = {device: 0 for replica in replicas for device in replica} | {home.name: 0 for home in self.homes}
         found = exchanges(self.optimizers.uses(self._of_leaves), [store.leaves for store in stores])
         self.couplings = tuple(lower(exchange, number, table) for number, exchange in enumerate(found))
         self._exchange_of = {store: (number, e) for number, e in enumerate(found) for store in e.stores}
-        return tuple(
+        specs = tuple(
             self._lower_store(graph, s, store, [b for b in bindings if b.store == s], table, replicas, loads)
             for s, store in enumerate(stores)
         )
+        self._warn(idle(self.homes, {home for spec in specs for home in spec.copies}))
+        return specs
 
     def _lower_store(
         self,
@@ -384,6 +390,8 @@ class StorePlanner:
         update, exchange = self._update(number, store, len(sites) or self.replicas)
         candidates = [replicas[leaders.get(r, r)][parts[0].stage] for r in range(self.replicas)]
         check_shared(store.name, store.policy, candidates)
+        if self.homes and lives_at_home(store.policy):
+            candidates = [home.name for home in self.homes]
         homes = one_a_worker(candidates) if collective else (min(candidates, key=lambda d: loads[d]),)
         for home in dict.fromkeys(homes):
             loads[home] += sum(s.nbytes for s in (*specs, *update.state_specs)) + 1

@@ -24,7 +24,7 @@ from flowml.ir import _jax
 from flowml.ir.objects import leaves_of_modules
 
 if TYPE_CHECKING:
-    from flowml.training.compiler import TrainingSpec
+    from flowml.training.spec import TrainingSpec
 
 
 def is_trained(leaf: Any) -> bool:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from flowml.training.compiler import TrainingSpec
+    from flowml.training.spec import TrainingSpec
 
 VALUE = "(loss)"
 """The path of the value among the parameters."""

@@ -17,7 +17,8 @@ from flowml.instructions import Fetch, Run
 from flowml.ir.graph import Graph
 from flowml.placement import Pipeline
 from flowml.plan import ArraySpec, Plan, StoreSpec, Training
-from flowml.training.compiler import TrainingCompiled, TrainingSpec
+from flowml.training.compiler import TrainingCompiled
+from flowml.training.spec import TrainingSpec
 
 
 def difference(one: TrainingCompiled, other: TrainingCompiled) -> str:
@@ -40,13 +41,16 @@ def difference(one: TrainingCompiled, other: TrainingCompiled) -> str:
 
 def placed_alike(spec: TrainingSpec, plan: Plan, devices: Sequence[Device]) -> tuple[TrainingSpec, tuple[Device, ...]]:
     """The spec and the devices for which a batch of another shape is placed as the plan is."""
+    devices, homes = spec.divide(devices)
     width = spec.placement.stages if isinstance(spec.placement, Pipeline) else len(devices) // spec.replicas
     known = {(n.id, n.op): n.device for n in plan.nodes}
 
     def rule(graph: Graph, _: Sequence[Device]) -> Mapping[int, Device | str]:
         return {n.id: known[n.id, n.op] for n in graph.nodes if (n.id, n.op) in known}
 
-    return replace(spec, placement=rule), tuple(devices[: width * spec.replicas])
+    named = tuple(dict.fromkeys(home.worker for home in homes))
+    placed = replace(spec, placement=rule, homes=named or None)
+    return placed, (*devices[: width * spec.replicas], *homes)
 
 
 def _essence(store: StoreSpec) -> StoreSpec:

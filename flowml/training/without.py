@@ -1,7 +1,8 @@
 """Leaves replicas out of a training plan whose workers are lost.
 
 The executables and the instruction lists of the others stay as they are, so that nothing is compiled again. Stores that
-were on devices of those replicas move to the same stage of one that is left. Where each replica has a copy, the sums of
+were on devices of those replicas move to the same stage of one that is left, and those of a lost worker that only held
+parameters to another such worker, or if none is left to a replica. Where each replica has a copy, the sums of
 gradients are among the workers that are left, and the graph of a gossip is among the replicas that are left. The number
 of replicas stays too: each clock has as many places as before, and the machines know from its beginning that some are
 lost.
@@ -17,6 +18,7 @@ import msgspec
 
 from flowml.devices import worker_of
 from flowml.errors import PolicyError, UnsupportedError, named
+from flowml.placement.homes import homes_only
 from flowml.plan import Part, Plan, Reduction, Site, StoreSpec, Training
 from flowml.policy import Deadline, Gossip
 from flowml.policy.compose import check_count
@@ -26,12 +28,15 @@ from flowml.training.private import PrivateOptimizer
 
 
 def without(plan: Plan, workers: Collection[str]) -> Plan:
-    """The plan without the replicas that have a stage on one of these workers. At least one must be left."""
+    """The plan without these workers, and the replicas that have a stage on one. At least one replica must be left."""
     training = plan.training
     assert training is not None
     lost = tuple(r for r, devices in enumerate(training.replicas) if not {*map(worker_of, devices)}.isdisjoint(workers))
     gone = {device for r in lost for device in training.replicas[r]}
+    alone = homes_only(training)
+    gone.update(home for home in alone if worker_of(home) in workers)
     left = [devices for r, devices in enumerate(training.replicas) if r not in lost]
+    homes = [home for home in alone if home not in gone]
 
     def moved(number: int, store: StoreSpec) -> StoreSpec:
         if store.sites:
@@ -42,6 +47,9 @@ def without(plan: Plan, workers: Collection[str]) -> Plan:
             store = _with_graph(store, store.policy.topology, len(training.replicas), lost)
         if store.home not in gone:
             return store
+        if store.home in alone:
+            to = homes[number % len(homes)] if homes else left[number % len(left)][store.parts[0].stage]
+            return msgspec.structs.replace(store, home=to)
         stage = next(devices.index(store.home) for devices in training.replicas if store.home in devices)
         return msgspec.structs.replace(store, home=left[number % len(left)][stage])
 

@@ -27,12 +27,14 @@ from flowml.errors import FlowmlError, PlacementError, UnsupportedError
 from flowml.ir._jax import jit_is_off, trace_context
 from flowml.numbers import whole_number
 from flowml.placement import Placement
+from flowml.placement.homes import Homes
 from flowml.plan import Plan
 from flowml.policy import Policy
 from flowml.policy.published import PolicyRule
 from flowml.splits import Shuffle, dealt
 from flowml.training.adapted import WantedError, adapted
-from flowml.training.compiler import TrainingSpec, compile_training
+from flowml.training.compiler import compile_training
+from flowml.training.spec import TrainingSpec
 from flowml.training.state import Rule
 from flowml.training.step import Weight, by_examples, name_of
 from flowml.training.untrained import trained_leaves
@@ -66,8 +68,7 @@ from flowml_runtime.evaluation import Evaluation
 from flowml_runtime.sim.cluster import SimulatedCluster, kind_of
 
 MAX_PROGRAMS = 2 * MAX_SHAPES + 8
-"""How many programs a trainer keeps, and the workers for it: at least those of one fit. One more discards the one that
-was used longest ago."""
+"""How many programs a trainer keeps, at least those of one fit. One more discards that which was used longest ago."""
 
 
 class Trainer:
@@ -84,6 +85,8 @@ class Trainer:
         placement: how one replica is partitioned; see `flowml.dataflow`. Device names are those of replica 0.
         microbatches: the number of pieces into which the pipeline splits a replica's share of a batch.
         schedule: `"1f1b"` or `"gpipe"`.
+        homes: workers that hold parameters and compute nothing else (parameter servers): how many, which are the last
+            ones, or patterns of their names. By default layers live on the workers of replicas.
         policies: parameter path pattern -> `flowml.Policy`. The first match wins; a parameter without a match gets
             `Policy()`. A single policy is for all parameters, and a function of (path, shape) chooses for each.
         weight: the weight of a batch, for a loss that is a mean over something other than examples, such as the tokens
@@ -94,14 +97,13 @@ class Trainer:
             where gradients are added up. A step whose weights are all 0 has gradient 0, loss NaN and 0 replicas.
         delays: worker name -> seconds added to each of its steps, to make workers slow in experiments; or a model of
             `flowml.sim`, which is drawn for each worker and step with the seed of the fit.
-        check_replicas: the number of steps between two checks that replicas hold the same bits of parameters and
-            optimizer state. It concerns replicas that each apply sums of gradients (`all_reduce`, rings and the
-            like). A fit also ends with a check. 0 turns all checks off.
+        check_replicas: the number of steps between two checks that replicas which each apply sums of gradients
+            (`all_reduce`, rings) hold the same bits. A fit also ends with a check. 0 turns all checks off.
         on_nonfinite: what to do with a gradient that holds NaN or infinity. `"refuse"` leaves out what a replica sends
             for that layer and step, warns, and counts it in `result.ledger`; where replicas add gradients up, all of
-            them leave out the sum. A loss that is not finite is left out of the history's mean and counted too, with
-            a warning if its gradients are finite, which are applied. `"raise"` ends the fit at the first such gradient
-            or loss with WorkerError. `"apply"` applies the gradient, and such a loss is in the mean.
+            them leave out the sum. Such a loss is left out of the history's mean and counted too, with a warning if its
+            gradients are finite and applied. `"raise"` ends the fit at the first such gradient or loss with
+            WorkerError. `"apply"` applies the gradient, and such a loss is in the mean.
         has_state: whether the loss takes and returns the state of a model, such as batch statistics. Each leaf stays on
             the stage that computes it; a microbatch takes what the one before it has left.
         state_rules: state path pattern -> how the values of replicas are joined at the end of a fit: `"mean"` (the
@@ -121,6 +123,7 @@ class Trainer:
         cluster: Cluster | SimulatedCluster | None = None,
         replicas: int = 1,
         placement: Placement = "auto",
+        homes: Homes | None = None,
         microbatches: int = 1,
         schedule: str = "1f1b",
         policies: Mapping[str, Policy] | Policy | PolicyRule | None = None,
@@ -139,19 +142,16 @@ class Trainer:
             )
         if not isinstance(cluster, Cluster | SimulatedCluster | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"cluster={cluster!r} is of type {type(cluster).__name__}; give an fm.Cluster")
-        self._spec = TrainingSpec(
-            loss, optimizer, replicas, placement, microbatches, schedule, policies, weight, flag("has_state", has_state)
-        )
+        how = replicas, placement, microbatches, schedule, policies, weight, flag("has_state", has_state)
+        self._spec = TrainingSpec(loss, optimizer, *how, homes=homes)
         if state_rules is not None and not has_state:
             raise ValueError("state_rules is for a loss with state; give Trainer(has_state=True) too")
         self._state_rules = state_rules
-        self._cluster = cluster
-        self._delays = delays_of(delays)
+        self._cluster, self._delays = cluster, delays_of(delays)
         self._on_nonfinite: OnNonFinite = cast(OnNonFinite, choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite)))
         self._check_replicas = whole_number("check_replicas", check_replicas)
         self._programs: dict[Any, Program] = {}
-        self._effects = EffectsOption(effects)
-        self._evaluation = Evaluation(self._spec.placement, effects)
+        self._effects, self._evaluation = EffectsOption(effects), Evaluation(self._spec.placement, effects)
         self._own_metrics = loss_metrics(self._spec)
         self._fitting = threading.Lock()
         self._looked, self._wants = False, frozenset[str]()  # what the optimizer is known to want
@@ -260,13 +260,14 @@ class Trainer:
     ) -> Runs:
         """Compile and load what a fit needs."""
         prepare(cluster, asked.on_loss)
-        workers_of(cluster.devices, self._delays, elastic=asked.elastic)  # raises before anything is compiled
+        homes = self._spec.divide(cluster.devices)[1]
+        workers_of(cluster.devices, self._delays, homes, elastic=asked.elastic)  # raises before anything is compiled
         data, batch_size = asked.data, asked.batch_size
         order = epoch_order(data.examples, asked.seed, 0, shuffle=asked.shuffle)
         model = Model.of(state, self._state_rules, self._spec.replicas)
         spec = replace(self._spec, weight=by_examples) if asked.rest and self._spec.weight is None else self._spec
         batch = first_batch(data, order, batch_size, spec.replicas)
-        everywhere = WithPlaces.of(cluster, spec.replicas, spec.placement) if asked.elastic else cluster
+        everywhere = WithPlaces.of(cluster, spec) if asked.elastic else cluster
         program, params = self._first_program(everywhere, spec, params, state, batch)
         check_items(program.training, asked)
         about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest, kind_of(cluster))
@@ -465,8 +466,7 @@ class Trainer:
         batch: Any,
         like: Program | None = None,
     ) -> Program:
-        """The program for these ShapeDtypeStructs, of (parameters, state) and a batch, and the cluster's current
-        devices, compiled if it is new. If `like` is given, it is placed as that is."""
+        """The program for ShapeDtypeStructs of (parameters, state) and a batch; placed as `like` is, if it is given."""
         if jit_is_off():
             raise UnsupportedError("jax.disable_jit() is on, and workers run what is compiled; train without it")
         leaves, tree = jax.tree_util.tree_flatten((values, batch))
@@ -475,7 +475,7 @@ class Trainer:
         program = self._programs.pop(key, None)
         if program is None:
             platforms = platforms_of(cluster.devices)
-            links = cluster.links_for(spec.placement, len(cluster.devices) // spec.replicas)
+            links = cluster.links_for(spec.placement, len(spec.divide(cluster.devices)[0]) // spec.replicas)
             placed, devices = spec, cluster.devices
             if like is not None:
                 placed, devices = placed_alike(spec, like.compiled.plan, devices)

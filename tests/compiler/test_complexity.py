@@ -19,7 +19,8 @@ import flowml as fm
 from flowml.ir.label import matches
 from flowml.placement.auto import ERROR, _stage_counts
 from flowml.render.drawing import fit, text_width
-from flowml.training.compiler import TrainingSpec, compile_training
+from flowml.training.compiler import compile_training
+from flowml.training.spec import TrainingSpec
 
 GROWTH = 4
 MOST = 6.5

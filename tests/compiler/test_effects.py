@@ -17,7 +17,8 @@ from flowml.devices import Device
 from flowml.instructions import Run
 from flowml.ir.simplify import simplify
 from flowml.ir.trace import trace
-from flowml.training.compiler import TrainingSpec, compile_training
+from flowml.training.compiler import compile_training
+from flowml.training.spec import TrainingSpec
 
 X = jnp.ones(4)
 HERE = r"test_effects\.py:\d+ \("

@@ -175,7 +175,8 @@ def test_an_error_shows_names_on_one_line_and_not_thousands() -> None:
 def trainer_plan(params: Any, policies: dict[str, fm.Policy]) -> fm.Plan:
     import optax
 
-    from flowml.training.compiler import TrainingSpec, compile_training
+    from flowml.training.compiler import compile_training
+    from flowml.training.spec import TrainingSpec
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         for w in params.values():

@@ -253,7 +253,8 @@ def test_a_loss_with_keys_split_at_the_top_is_cut_along_its_data() -> None:
             batch = jnp.tanh(batch @ params[name]) * jax.random.bernoulli(keys[name], 0.5, (8,))
         return jnp.mean(batch)
 
-    from flowml.training.compiler import TrainingSpec, compile_training
+    from flowml.training.compiler import compile_training
+    from flowml.training.spec import TrainingSpec
 
     spec = TrainingSpec(loss, optax.sgd(0.1), placement=fm.Pipeline(2))
     plan = compile_training(spec, {name: jnp.eye(8) for name in "abcd"}, X, TWO).plan

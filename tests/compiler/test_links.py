@@ -11,7 +11,8 @@ import pytest
 import flowml as fm
 from flowml.compiler import compile_function
 from flowml.placement.links import ASSUMED, GRPC, SHARED_MEMORY, Link, Links
-from flowml.training.compiler import TrainingSpec, compile_training
+from flowml.training.compiler import compile_training
+from flowml.training.spec import TrainingSpec
 
 NEAR = Link(1e-6, 1e11, SHARED_MEMORY, measured=True)
 FAR = Link(0.05, 1e6, GRPC, measured=True)

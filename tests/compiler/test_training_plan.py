@@ -12,7 +12,8 @@ import pytest
 import flowml as fm
 from flowml.instructions import Push, Run, Send
 from flowml.plan import Plan
-from flowml.training.compiler import TrainingSpec, compile_training
+from flowml.training.compiler import compile_training
+from flowml.training.spec import TrainingSpec
 
 WIDTH = 64
 

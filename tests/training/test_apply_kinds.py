@@ -14,7 +14,8 @@ import pytest
 
 import flowml as fm
 from flowml.data import epoch_order
-from flowml.training.compiler import TrainingSpec, compile_training
+from flowml.training.compiler import compile_training
+from flowml.training.spec import TrainingSpec
 from tests.training.reference import BATCH, EXAMPLES, assert_close, data, mlp, mlp_loss
 
 SOURCE = data()

@@ -16,8 +16,8 @@ from optax import contrib
 import flowml as fm
 from flowml.data import epoch_order
 from flowml.errors import UnsupportedError
-from flowml.training.compiler import TrainingSpec
 from flowml.training.evaluated import evaluations
+from flowml.training.spec import TrainingSpec
 from flowml.training.step import item_key
 from tests.training.reference import BATCH, data, mlp, mlp_loss
 from tests.training.test_checkpoints import assert_goes_on, case

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import flowml as fm
 from flowml.plan import StoreSpec
-from flowml.training.compiler import TrainingSpec, compile_training
+from flowml.training.compiler import compile_training
+from flowml.training.spec import TrainingSpec
 from flowml_runtime import wire
 from flowml_runtime.worker.training.filtered import Decoder, Encoder
 

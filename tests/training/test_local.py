@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits
 
 import flowml as fm
 from flowml.data import epoch_order
-from flowml.training.compiler import TrainingSpec, compile_training
+from flowml.training.compiler import compile_training
+from flowml.training.spec import TrainingSpec
 from tests.training.reference import BATCH, EXAMPLES, FEATURES, assert_close, data, mlp, mlp_loss, optax_loop, predict
 
 SOURCE = data()

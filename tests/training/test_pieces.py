@@ -11,8 +11,9 @@ import pytest
 
 import flowml as fm
 from flowml.plan import Training
-from flowml.training.compiler import TrainingSpec, compile_training
+from flowml.training.compiler import compile_training
 from flowml.training.pieces import pieces
+from flowml.training.spec import TrainingSpec
 from tests.training.reference import data, mlp, mlp_loss
 
 

@@ -22,7 +22,7 @@ from flowml.ir.host import has_calls
 from flowml.plan import Plan
 from flowml.policy import Consensus, Gossip, Once, Policy, Weights
 from flowml.policy.apply import Mean, base_of
-from flowml.training.compiler import TrainingSpec
+from flowml.training.spec import TrainingSpec
 from flowml.training.step import loss_takes_rng, name_of
 
 PRODUCTS = 16

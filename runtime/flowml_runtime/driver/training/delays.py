@@ -36,9 +36,11 @@ def delays_of(given: Any) -> Delays:
     return {worker: seconds(f"delays[{worker!r}]", delay, zero=True) for worker, delay in (given or {}).items()}
 
 
-def workers_of(devices: Sequence[Device], delays: Delays, *, elastic: bool) -> tuple[str, ...]:
+def workers_of(
+    devices: Sequence[Device], delays: Delays, homes: Sequence[Device] = (), *, elastic: bool
+) -> tuple[str, ...]:
     """The workers of devices, in order. Raises FlowmlError if the delays name another worker, unless the fit is
-    elastic: that worker may join later."""
+    elastic: that worker may join later. Those of `homes` have no steps that could be delayed."""
     workers = tuple(dict.fromkeys(d.worker for d in devices))
     if isinstance(delays, ComputeModel):
         delays.check(len(workers))
@@ -46,6 +48,10 @@ def workers_of(devices: Sequence[Device], delays: Delays, *, elastic: bool) -> t
     for worker in delays:
         if worker not in workers and not elastic:
             raise FlowmlError(f"delays names {worker!r}, which does not exist; there are {', '.join(workers)}")
+        if any(home.worker == worker for home in homes):
+            raise FlowmlError(
+                f"delays names {worker!r}, which holds parameters (homes=) and takes no steps; name workers of replicas"
+            )
     return workers
 
 

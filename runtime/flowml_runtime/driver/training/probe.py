@@ -21,7 +21,7 @@ from flowml.data import Source
 from flowml.ir.host import has_calls
 from flowml.plan import Plan
 from flowml.rows import seems_swapped
-from flowml.training.compiler import TrainingSpec
+from flowml.training.spec import TrainingSpec
 from flowml.training.step import loss_takes_rng, name_of, weight_of
 from flowml_runtime.driver.training.convexity import convex_warning
 

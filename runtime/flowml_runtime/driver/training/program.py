@@ -9,7 +9,8 @@ from typing import Any
 from flowml.devices import worker_of
 from flowml.numbers import whole_number
 from flowml.plan import Training
-from flowml.training.compiler import TrainingCompiled, TrainingSpec
+from flowml.training.compiler import TrainingCompiled
+from flowml.training.spec import TrainingSpec
 from flowml.training.valued import is_given
 from flowml.training.without import without
 from flowml_runtime.driver.loaded_plan import LoadedPlan

@@ -21,8 +21,10 @@ from flowml.callers import warn
 from flowml.devices import Device, worker_of
 from flowml.errors import WorkerLostError
 from flowml.placement import Pipeline, Placement
+from flowml.placement.homes import homes_only
 from flowml.placement.links import Links
 from flowml.plan import Training
+from flowml.training.spec import TrainingSpec
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.training.program import Program
 from flowml_runtime.driver.training.training_session import TrainingSession
@@ -97,7 +99,7 @@ class Regrouping:
         there = {device.worker for device in self._seen} - leaving
         gone = (self._gone - there if self._joins else self._gone) | leaving
         training = self._program.training
-        changes = lost_replicas(training, gone) != lost_replicas(training, self._gone)
+        changes = _lost(training, gone) != _lost(training, self._gone)
         wanted = gone if changes and self._may_be_gone(gone) else None  # else those that are to leave stay
         if wanted == self._wanted:
             return
@@ -131,15 +133,21 @@ class WithPlaces:
     devices: tuple[Device, ...]
 
     @staticmethod
-    def of(cluster: Any, replicas: int, placement: Placement) -> WithPlaces:
-        """With a place for each replica. Raises ValueError if no worker is there."""
+    def of(cluster: Any, spec: TrainingSpec) -> WithPlaces:
+        """With a place for each replica. Raises ValueError if no worker is there, or homes are not named."""
         if not cluster.devices:
             raise ValueError(
                 "replicas='elastic': no worker has joined, and a fit begins with at least one; start some with `flowml "
                 "worker`"
             )
-        stages = placement.stages if isinstance(placement, Pipeline) else 1
-        return WithPlaces(cluster, places(cluster.devices, replicas, stages))
+        if isinstance(spec.homes, int):
+            raise ValueError(
+                f"homes={spec.homes} counts workers, and those of an elastic fit change; name them, as in "
+                "homes='worker:0'"
+            )
+        stages = spec.placement.stages if isinstance(spec.placement, Pipeline) else 1
+        computing, homes = spec.divide(cluster.devices)
+        return WithPlaces(cluster, places(computing, spec.replicas, stages, homes, spec.is_home))
 
     @property
     def session(self) -> TrainingSession:
@@ -155,16 +163,32 @@ def lost_replicas(training: Training, gone: Collection[str]) -> frozenset[int]:
     return frozenset(r for r, devices in replicas if not {*map(worker_of, devices)}.isdisjoint(gone))
 
 
-def places(devices: tuple[Device, ...], replicas: int, stages: int) -> tuple[Device, ...]:
+def _lost(training: Training, gone: Collection[str]) -> tuple[frozenset[int], frozenset[str]]:
+    """The replicas and the homes without which a run of these workers is."""
+    homes = frozenset(worker_of(home) for home in homes_only(training))
+    return lost_replicas(training, gone), homes.intersection(gone)
+
+
+def places(
+    devices: tuple[Device, ...],
+    replicas: int,
+    stages: int,
+    homes: tuple[Device, ...] = (),
+    is_home: Callable[[str], bool] = lambda worker: False,
+) -> tuple[Device, ...]:
     """Devices for so many replicas of at least so many stages: those that are there, and places for workers that may
-    join. These have the names that a coordinator gives, and are like the first."""
-    there = {device.worker for device in devices}
+    join. These have the names that a coordinator gives, and are like the first. Those of `homes` are for no replica,
+    and a worker that is to be one gets no place among them."""
+    there = {device.worker for device in (*devices, *homes)}
     first = [device for device in devices if device.worker == devices[0].worker]
     wanted = replicas * max(stages, len(devices) // replicas)
 
+    def free(worker: str) -> bool:
+        return worker not in there and not is_home(worker)
+
     def joining() -> Iterator[Device]:
-        for worker in (name for number in count() if (name := f"worker:{number}") not in there):
+        for worker in (name for number in count() if free(name := f"worker:{number}")):
             yield from (replace(device, name=f"{worker}/{device.name.partition('/')[2]}") for device in first)
 
-    found = (*devices, *islice(joining(), max(0, wanted - len(devices))))
+    found = (*devices, *islice(joining(), max(0, wanted - len(devices))), *homes)
     return tuple(sorted(found, key=lambda device: int(device.worker.rpartition(":")[2])))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flowml.training.adapted import fast_of
-from flowml.training.compiler import TrainingSpec
+from flowml.training.spec import TrainingSpec
 from flowml.training.state import with_state
 from flowml.training.step import loss_takes_rng, name_of, scaled, weight_of
 from flowml_runtime.driver.training.history import Record
