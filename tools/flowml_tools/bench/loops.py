@@ -20,7 +20,7 @@ from flowml_tools.bench.timing import Probe, interleave, per_call, tell
 SUMMARY = "an own training loop whose state stays on the workers; against jax.jit and fm.Trainer"
 REPEATS = 15
 CALLS = 2
-NARROW, NARROW_CALLS = 384, 10
+NARROW, NARROW_CALLS = 512, 5
 """The width of the layers, and the calls of a measurement, with which a step takes about 10 ms."""
 LAYERS, WIDTH, ROWS = 20, 1024, 8
 LEAVES = 10_000
@@ -31,7 +31,7 @@ def rows(repeats: int | None) -> list[Row]:
     count = repeats or REPEATS
     return [
         *_one_device(count, "Adam on 80 MiB", WIDTH, CALLS),
-        *_one_device(count, "Adam on 11 MiB", NARROW, NARROW_CALLS),
+        *_one_device(count, "Adam on 20 MiB", NARROW, NARROW_CALLS),
         *_two_workers(count),
         _small_leaves(count),
         *first_calls.rows(repeats),
