@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from flowml import policy as algebra
 from flowml.arguments import flag
 from flowml.errors import PolicyError
-from flowml.numbers import MOST, whole
+from flowml.numbers import MOST, real, whole
 from flowml.policy import filters
 from flowml.policy.late import LateName, late_of, number
 from flowml.policy.published import (
@@ -154,7 +154,15 @@ def deadline(
     share: float, grace: float | Literal["adaptive"] = "adaptive", **overrides: Unpack[_Waiting]
 ) -> algebra.Policy:
     """A share of the replicas completes a clock, after a grace time for the others: seconds, or learnt."""
+    _some("deadline", share, "Policy(quorum=flowml.Deadline(limit_s=2.0)), which waits for all so long at most")
     return algebra.Policy(quorum=algebra.Deadline(share, grace), **overrides)
+
+
+def _some(name: str, share: object, otherwise: str) -> None:
+    """Raise PolicyError for the share 1.0: no replica could be late."""
+    found = None if whole(share) is not None else real(share)
+    if found == 1:
+        raise PolicyError(f"{name}(1.0): all replicas are waited for, so none is late; give less, or {otherwise}")
 
 
 def drop_compute(seconds: float, **overrides: Unpack[_Waiting]) -> algebra.Policy:
@@ -168,12 +176,14 @@ def drop_compute(seconds: float, **overrides: Unpack[_Waiting]) -> algebra.Polic
 
 def compensate(share: float = 0.75, **overrides: Unpack[_Pushing]) -> algebra.Policy:
     """Late gradients join a later clock (Xu et al., Live Gradient Compensation, 2020). All replicas count alike."""
+    _some("compensate", share, "policies.synchronous()")
     return algebra.Policy(quorum=algebra.Quorum(share, late="fold"), **overrides)
 
 
 def softsync(n: float, scale: bool = True, **overrides: Unpack[_Sending]) -> algebra.Policy:
     """A home applies 1/n of the replicas' gradients at a time, so their staleness is about `n`; `scale` divides each by
-    its staleness (Gupta et al., Rudra, 2016). Raises PolicyError for an `n` below 1."""
+    its staleness (Gupta et al., Rudra, 2016). An `n` of the number of replicas or more applies each as it arrives.
+    Raises PolicyError for an `n` below 1."""
     scaled = flag("scale", scale)
     if not 1 <= number(n, "softsync({!r}): give a number of at least 1") <= MOST:
         raise PolicyError(
@@ -236,7 +246,7 @@ def decoupled_diloco(
 
     Args:
         every: the number of local steps between two pushes of a layer.
-        quorum: the least share (0.75) or number (3) of replicas.
+        quorum: the least share (0.75) or number (3) of replicas. 1.0 waits for all, which still count by examples.
         grace: seconds to wait for the others, or learnt from how far apart the quorum arrives.
         outer: an optax.GradientTransformation; by default SGD at rate 0.7 with Nesterov momentum 0.9.
         fragments: groups of layers that are synchronised in turn, each with its own quorum.
@@ -292,7 +302,7 @@ def downpour(push: int, pull: int, optimizer: Any = None, **overrides: Unpack[_S
     """Each replica updates parameters of its own, sends its change every `push` steps, and takes the home's parameters
     every `pull` steps, without waiting (Dean et al., *Large Scale Distributed Deep Networks*, NeurIPS 2012).
 
-    The home applies each change as it is, or with `optimizer` (the paper uses Adagrad).
+    The home applies each change as it is, or with `optimizer` (the paper uses Adagrad). A `pull` of None is `push`.
     """
     settings: _Stale = {"staleness": algebra.UNBOUNDED, **overrides}
     apply: algebra.Apply = algebra.Sum() if optimizer is None else algebra.Outer(optimizer)
@@ -403,7 +413,8 @@ def coded(
     stragglers: int, code: Literal["fractional", "cyclic"] = "fractional", **overrides: Unpack[_Coded]
 ) -> algebra.Policy:
     """Each replica computes `stragglers + 1` shares of the batch, and the gradient of the whole batch is decoded
-    without the slowest `stragglers` replicas (Tandon et al., *Gradient Coding*, ICML 2017)."""
+    without the slowest `stragglers` replicas (Tandon et al., *Gradient Coding*, ICML 2017). With 0 stragglers no share
+    is computed twice, and all replicas are needed."""
     return algebra.Policy(quorum=algebra.Coded(stragglers, code), **overrides)
 
 
@@ -412,7 +423,8 @@ def coded_reduce(children: int, levels: int, stragglers: int, **overrides: Unpac
     al., *CodedReduce*, 2019). Replicas compute less than with `coded` for as many stragglers in all.
 
     A parent adds up its own gradient and those of enough children, and sends one message on. So the layer's home gets
-    no more messages than a parent has children.
+    no more messages than a parent has children. With 0 stragglers all replicas are needed; with one level it is `coded`
+    with a cyclic code.
     """
     return algebra.Policy(quorum=algebra.Coded(stragglers, "tree", children, levels), **overrides)
 
@@ -420,7 +432,7 @@ def coded_reduce(children: int, levels: int, stragglers: int, **overrides: Unpac
 def speculate(portions: int = 4, *, after: float = 1.0, copies: int = 1, **overrides: Unpack[_Coded]) -> algebra.Policy:
     """The batch is cut into `portions` for each replica, an idle replica takes the next, and near the end copies of
     those that take long; the first result counts (Dean et al., *Large Scale Distributed Deep Networks*, NeurIPS 2012,
-    Sandblaster). See `flowml.Speculate`."""
+    Sandblaster). With 0 `copies` portions are only shared out. See `flowml.Speculate`."""
     return algebra.Policy(quorum=algebra.Speculate(portions, after, copies), **overrides)
 
 

@@ -291,6 +291,11 @@ class Deadline(Value, frozen=True, tag=True):
             if not 0 <= value < math.inf:
                 raise PolicyError(f"Deadline(grace={value}): the wait is a number of seconds from 0, or 'adaptive'")
             msgspec.structs.force_setattr(self, "grace", float(value))
+            if self.quorum.waits_for_all and not self.cuts:
+                raise PolicyError(
+                    f"Deadline({self.share}, grace={self.grace:g}): all replicas are waited for, so there is no other "
+                    "to which a grace could be given; give a share below 1 or a count, or leave grace out"
+                )
         msgspec.structs.force_setattr(self, "limit_s", _limit(self.limit_s, "Deadline"))
         if not is_one_of(self.of, ("replicas", "microbatches")):
             limit = (

@@ -82,7 +82,7 @@ def _check_gossip(policy: Policy) -> None:
     """Check that replicas can average their parameters with their neighbours in rounds that all take part in."""
     topology, remote = f"topology={policy.topology!r}", policy.remote
     assert isinstance(remote, Gossip)
-    if remote.pull != 1 and (policy.mirrored or not (policy.filters or isinstance(policy.apply, Outer))):
+    if remote.pull != 1 and not (policy.tracked or (isinstance(policy.apply, Outer) and not policy.mirrored)):
         raise PolicyError(
             f"{topology} with payload={policy.payload!r}: pull={remote.pull:g} would have no effect, because the "
             "graph alone says how far a replica moves; leave pull out, or give apply=Outer(optimizer), or filters that "

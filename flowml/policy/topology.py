@@ -68,6 +68,10 @@ class Tree(Value, frozen=True, tag=True):
         msgspec.structs.force_setattr(self, "fanout", fanout)
 
 
+_SHOWN_ROWS = 4
+"""A user's matrix of more rows is a name where a policy is shown, as other arrays are."""
+
+
 class Gossip(Value, frozen=True, tag=True):
     """Replicas have parameters of their own, and average them with those of their neighbours in a graph.
 
@@ -110,9 +114,11 @@ class Gossip(Value, frozen=True, tag=True):
         if isinstance(self.graph, NestedGraph):
             inside, between = self.within()
             return repr(Hierarchy(inside, between, self.graph.sites))
-        name = name_of(self.graph)
-        named = not isinstance(self.graph, OwnMatrix) and as_graph(name.replace(" ", "_")) == self.graph
-        graph = repr(name.replace(" ", "_")) if named else name
+        graph = repr(self.graph)
+        if isinstance(self.graph, OwnMatrix):
+            graph = repr(self.graph.rows) if len(self.graph.rows) <= _SHOWN_ROWS else "matrix"
+        elif as_graph(name := name_of(self.graph).replace(" ", "_")) == self.graph:
+            graph = repr(name)
         more = [f"{n}={getattr(self, n):g}" for n in ("every", "pull") if getattr(self, n) != 1]
         return f"fm.Gossip({', '.join([graph, *more])})"
 

@@ -78,6 +78,16 @@ def bounded(value: Any) -> bool:
     return is_clocks(value) and value != math.inf
 
 
+def not_all(value: Any) -> bool:
+    """A share below 1, or a count: with all replicas none is late."""
+    return share(value) and (whole(value) is not None or value < 1)
+
+
+def block(value: Any) -> bool:
+    """With blocks of one element nothing is smaller."""
+    return from_zero(value) and value != 1
+
+
 def bits(value: Any) -> bool:
     return whole(value) in (8, 4, 2, 1)
 
@@ -88,9 +98,9 @@ RANGES: dict[str, tuple[Callable[..., Any], dict[str, Range]]] = {
     "asynchronous": (fm.policies.asynchronous, {"staleness": is_clocks}),
     "quorum": (fm.policies.quorum, {"share_or_count": share}),
     "backup_workers": (fm.policies.backup_workers, {"n": count}),
-    "deadline": (lambda share=0.5, grace=1.0: fm.policies.deadline(share, grace), {"share": share, "grace": seconds}),
+    "deadline": (lambda share=0.5, grace=1.0: fm.policies.deadline(share, grace), {"share": not_all, "grace": seconds}),
     "drop_compute": (fm.policies.drop_compute, {"seconds": positive}),
-    "compensate": (fm.policies.compensate, {"share": share}),
+    "compensate": (fm.policies.compensate, {"share": not_all}),
     "softsync": (fm.policies.softsync, {"n": within(1, MOST)}),
     "local_sgd": (fm.policies.local_sgd, {"every": count}),
     "diloco": (
@@ -173,6 +183,54 @@ RANGES: dict[str, tuple[Callable[..., Any], dict[str, Range]]] = {
 }
 """Name -> a call whose other arguments are good, and the range of each number."""
 
+PARTS: dict[str, tuple[Callable[..., Any], dict[str, Range]]] = {
+    "top_k": (fm.filters.top_k, {"share": share}),
+    "random_k": (fm.filters.random_k, {"share": share}),
+    "random_skip": (fm.filters.random_skip, {"share": within(0, 1, ends="(]")}),
+    "significance": (fm.filters.significance, {"threshold": seconds}),
+    "kkt": (fm.filters.kkt, {"l1": positive}),
+    "low_rank": (fm.filters.low_rank, {"rank": count}),
+    "quantise": (lambda bits=8, **given: fm.filters.quantise(bits, **given), {"bits": bits, "block": block}),
+    "compress": (fm.filters.compress, {"level": below(9, 1)}),
+    "with_error_feedback": (
+        lambda decay=1.0: fm.filters.top_k(0.1).with_error_feedback(decay),
+        {"decay": within(0, 1, ends="(]")},
+    ),
+    "Quorum": (lambda share=0.5, **given: fm.Quorum(share, **given), {"share": share, "limit_s": some_seconds}),
+    "Deadline": (
+        lambda share=0.5, **given: fm.Deadline(share, **given),
+        {"share": share, "grace": seconds, "limit_s": some_seconds},
+    ),
+    "Deadline with a grace": (lambda share=0.5: fm.Deadline(share, grace=1.0), {"share": not_all}),
+    "Coded": (fm.Coded, {"stragglers": from_zero}),
+    "Speculate": (fm.Speculate, {"portions": count, "after": seconds, "copies": from_zero}),
+    "Fold": (fm.Fold, {"decay": within(0, 1, ends="(]")}),
+    "Every": (
+        lambda push=EVERY, **given: fm.Every(push, **given),
+        {"push": count, "pull": count_or_none, "offset": below(7), "fragments": below(EVERY, 1), "delay": below(7)},
+    ),
+    "Delta": (fm.Delta, {"alpha": within(0, 1)}),
+    "Weights": (fm.Weights, {"alpha": within(0, 1)}),
+    "StalenessScaled": (fm.StalenessScaled, {"rate": positive}),
+    "Mix": (fm.Mix, {"pull": within(0, 1, ends="(]")}),
+    "Consensus": (fm.Consensus, {"rho": positive}),
+    "Vote": (fm.Vote, {"rows": count}),
+    "Prox": (
+        lambda l1=0.1, **given: fm.Prox(l1, **given),
+        {
+            "l1": positive,
+            "l2": seconds,
+            "low": within(-math.inf, math.inf, ends="[)"),
+            "high": within(-math.inf, math.inf, ends="(]"),
+        },
+    ),
+    "Tree": (fm.Tree, {"fanout": count}),
+    "Gossip": (fm.Gossip, {"every": count, "pull": within(0, 2, ends="()")}),
+    "Hierarchy": (fm.Hierarchy, {"sites": count_or_none}),
+    "Policy": (fm.Policy, {"staleness": is_clocks, "every": count}),
+}
+"""The same of filters and of the values of knobs."""
+
 
 def is_huge(value: Any) -> bool:
     """Whether no message holds this whole number. A factor or a time may have it, as a float."""
@@ -214,14 +272,20 @@ def test_each_number_of_each_method_has_a_range_here() -> None:
         assert set(ranges) == numbers, name
 
 
-@pytest.mark.parametrize(("name", "argument"), [(n, a) for n, (_, ranges) in RANGES.items() for a in ranges])
+def test_each_filter_has_its_numbers_here() -> None:
+    assert {"sign", "key_cache", "Form", "nbytes"} | set(PARTS) >= set(fm.filters.__all__)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [(n, a) for n, (_, ranges) in {**RANGES, **PARTS}.items() for a in ranges]
+)
 @settings(max_examples=60, deadline=None)
 @given(value=VALUES)
 @example(value=9)
 @example(value=0)
 @example(value=math.inf)
 def test_what_is_in_range_is_taken_and_what_is_not_is_refused_in_one_line(name: str, argument: str, value: Any) -> None:
-    make, ranges = RANGES[name]
+    make, ranges = (RANGES | PARTS)[name]
     try:
         make(**{argument: value})
     except (fm.PolicyError, TypeError) as error:

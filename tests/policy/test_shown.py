@@ -57,6 +57,10 @@ PARTS = (
     fm.Quorum(0.75, of="samples", over="epoch"),
     fm.Hierarchy(fm.ParameterServer(), fm.Tree(2), sites=3, quorum=fm.Quorum(1)),
     fm.Hierarchy(fm.Gossip("complete"), fm.Gossip("ring", every=3), sites=2),
+    fm.Gossip(np.full((2, 2), 0.5), every=2),
+    fm.Gossip(fm.policy.graphs.RandomPairs(7)),
+    fm.Hierarchy(fm.Gossip(np.full((2, 2), 0.5)), fm.Gossip("complete", every=2), sites=2),
+    fm.policies.gossip(((0.5, 0.5, 0), (0.5, 0.25, 0.25), (0, 0.25, 0.75))),
     fm.Prox(l2=0.1, high=2.0, after=fm.Sum()),
     fm.StalenessScaled(0.5),
     fm.filters.significance(0.1, decay=None),
@@ -81,10 +85,12 @@ def test_what_is_shown_makes_the_value_again(value: object) -> None:
 
 def test_functions_and_arrays_are_names() -> None:
     predict, inputs, optimizer = (lambda params, inputs: inputs), np.zeros((4, 2)), optax.sgd(0.1)
-    names = {"fm": fm, "predict": predict, "inputs": inputs, "optimizer": optimizer}
+    matrix = np.full((5, 5), 0.2)
+    names = {"fm": fm, "predict": predict, "inputs": inputs, "optimizer": optimizer, "matrix": matrix}
     for policy in (
         fm.policies.ensemble_compression(predict, inputs, 4, 10, optimizer),
         fm.Policy(payload=fm.Weights(), apply=fm.Distill(predict, inputs, 10, optimizer, batch_size=2)),
         fm.policies.diloco(4, optimizer),
+        fm.policies.gossip(matrix),
     ):
         assert repr(eval(repr(policy), names)) == repr(policy)

@@ -66,7 +66,7 @@ def test_the_error_says_what_to_write(name: str) -> None:
     ("value", "text"),
     [
         (fm.Gossip("exponential", every=3), "fm.Gossip('exponential', every=3)"),
-        (fm.Gossip(np.full((2, 2), 0.5)), "fm.Gossip(2x2 matrix)"),
+        (fm.Gossip(np.full((2, 2), 0.5)), "fm.Gossip(((0.5, 0.5), (0.5, 0.5)))"),
         (
             fm.Hierarchy(fm.Ring(), fm.ParameterServer(), sites=2),
             "fm.Hierarchy(local=fm.Ring(), remote=fm.ParameterServer(), sites=2)",

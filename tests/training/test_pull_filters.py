@@ -30,7 +30,7 @@ CHAINS: list[tuple[Any, ...]] = [
     (f.random_k(0.3),),
     (f.sign(), f.compress()),
 ]
-LOSSLESS: list[tuple[Any, ...]] = [(f.compress(),), (f.key_cache(), f.compress())]
+LOSSLESS: list[tuple[Any, ...]] = [(f.compress(),), (f.compress(9),)]
 
 
 def text(chain: Any) -> str:

@@ -110,9 +110,10 @@ def test_a_gossip_of_sites_that_gossip_equals_its_loop(threads_cluster: fm.Clust
     nested = fm.Hierarchy(fm.Gossip("complete"), fm.Gossip(GRAPH, every=3), sites)
     policy, params = fm.Policy(topology=nested), layers(2)
     assert policy.describe() == "gossip complete in sites, gossip 2x2 matrix every 3 between"
+    rows = tuple(map(tuple, GRAPH))
     assert (
         str(policy.topology)
-        == f"fm.Hierarchy(local=fm.Gossip('complete'), remote=fm.Gossip(2x2 matrix, every=3), sites={sites})"
+        == f"fm.Hierarchy(local=fm.Gossip('complete'), remote=fm.Gossip({rows}, every=3), sites={sites})"
     )
     inside, between = np.eye(4), np.eye(4)
     for site in sites:

@@ -235,14 +235,20 @@ def check_chain(filters: Sequence[object]) -> tuple[Filter, ...]:
             raise PolicyError(f"filters: {name} is not a filter, but a function that makes one; call it, as {name}(…)")
         if not isinstance(value, Filter):
             raise PolicyError(f"filters: {value!r} is not a filter; give those of flowml.filters, such as top_k(0.01)")
-        if chain:
-            _check_place(value, chain, roles)
+        _check_place(value, chain, roles)
         chain.append(value)
         roles = (roles - {value.takes} if value.takes else set()) | value.gives
     return tuple(chain)
 
 
 def _check_place(filter: Filter, before: Sequence[Filter], roles: set[Any]) -> None:
+    if filter.takes == "keys" and "keys" not in roles:
+        raise PolicyError(
+            f"filters: {filter} has no effect, because no filter before it sends keys that it could remember; put "
+            f"top_k, significance or kkt before it, and {filter} once"
+        )
+    if not before:
+        return
     lossy = [f for f in before if not f.lossless]
     if not roles or not (filter.lossless or filter.takes in roles):
         raise PolicyError(

@@ -50,6 +50,11 @@ class Quantise(Filter, frozen=True):
             raise PolicyError(f"quantise({self.bits!r}): give 8, 4, 2 or 1 bits")
         if block is None or block < 0:
             raise PolicyError(f"quantise(block={self.block!r}): give a number of elements, or 0 for the whole array")
+        if block == 1:
+            raise PolicyError(
+                f"quantise({self.bits}, block=1): each element would have a scale of its own, so nothing is smaller; "
+                f"leave block out, which is {BLOCK}, or give 0 for the whole array"
+            )
         msgspec.structs.force_setattr(self, "stochastic", flag("stochastic", self.stochastic))
         msgspec.structs.force_setattr(self, "bits", bits)
         msgspec.structs.force_setattr(self, "block", block)

@@ -183,7 +183,10 @@ def uncancelled(flat: Any, parameter: Any, limit: Any, *, xp: Any) -> Any:
 
 
 class Significance(_Compared, frozen=True):
-    """Sends the elements that are large relative to their parameter (Hsieh et al., *Gaia*, NSDI 2017)."""
+    """Sends the elements that are large relative to their parameter (Hsieh et al., *Gaia*, NSDI 2017).
+
+    At a `threshold` of 0 these are all elements but zeros.
+    """
 
     threshold: float
     decay: Literal["sqrt"] | None = "sqrt"
@@ -215,7 +218,9 @@ class KKT(_Compared, frozen=True):
         super().__post_init__()
         l1 = real(self.call, self.l1, "the weight of the L1 penalty")
         if l1 < 0:
-            raise PolicyError(f"kkt({l1}): the weight of an L1 penalty is not negative")
+            raise PolicyError(f"kkt({l1}): the weight of an L1 penalty is not negative; give a number above 0")
+        if l1 == 0:
+            raise PolicyError("kkt(0): without a penalty no gradient is cancelled; give a weight above 0, or no filter")
         msgspec.structs.force_setattr(self, "l1", l1)
 
     def chosen(self, flat: Array, parameter: Array, context: Context) -> Array:
