@@ -7,6 +7,7 @@ import os
 import signal
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from flowml.errors import FlowmlError
 from flowml_tools.bench import _take_all, policies, report
 from flowml_tools.bench.policies import Budget
-from flowml_tools.bench.policy_entries import LEFT_OUT, chosen, entries, parsed
+from flowml_tools.bench.policy_entries import LEFT_OUT, Entry, chosen, entries, parsed
 from flowml_tools.bench.policy_fits import SIZES, Fits, Fitted
 from flowml_tools.bench.rows import Part, Row
 from flowml_tools.command import CommandError
@@ -156,6 +157,68 @@ def test_what_there_was_no_time_for_is_listed() -> None:
     assert head.text.startswith("policies: ")
     assert end.text == f"  {', '.join(FEW)}: not run: the time of 1e-09 s was over"
     assert set(end.left_out) == set(FEW)
+
+
+class Rounds:
+    """The order of fits in place of the fits themselves, and a clock on which each takes a second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.order = 0.0, list[tuple[str, int]]()
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        rounds, known = self, chosen(FEW)
+
+        class Counted:
+            def __init__(self, cluster: object, entry: Entry, steps: int) -> None:
+                self._name = next(name for name, one in known.items() if one is entry)
+
+            def fit(self, seed: int) -> Fitted:
+                rounds.now += 1.0
+                rounds.order.append((self._name, seed))
+                rounds.after()
+                return Fitted([(1.0, 0.1), (2.0, 0.1)], 0.9, dict.fromkeys(SIZES, 1.0), 0.0, 0.0, 0.01)
+
+        monkeypatch.setattr(policies, "Fits", Counted)
+        monkeypatch.setattr(policies, "Budget", partial(Budget, began=0.0))
+        monkeypatch.setattr(policies, "chosen", lambda names: known)
+
+    def after(self) -> None:
+        """Called after each fit."""
+
+
+def test_each_seed_is_done_with_all_policies_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = Rounds(monkeypatch)
+    _, *lines, end = policies.parts(2, names=FEW, kind="simulated")
+    assert rounds.order == [(name, seed) for seed in range(2) for name in FEW]
+    assert [part.text.split("  ")[1] for part in lines] == list(FEW)
+    assert (end.text, end.left_out) == ("", {})
+
+
+@pytest.mark.parametrize("seconds", [5.0, 6.0, 9.0])
+def test_a_table_that_is_cut_short_has_all_policies_and_fewer_seeds(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    rounds = Rounds(monkeypatch)
+    _, *lines, end = policies.parts(3, names=FEW, kind="simulated", seconds=seconds)
+    assert rounds.order == [(name, seed) for seed in range(3) for name in FEW][: int(seconds)]
+    assert [part.text.split("  ")[1] for part in lines] == list(FEW)
+    seeds = {part.rows[0].group[0]: len(part.rows[0].ours.values) for part in lines}
+    assert seeds == {name: sum(fitted == name for fitted, _ in rounds.order) for name in FEW}
+    reason = f"the time of {seconds:g} s was over after"
+    assert {name: f"{reason} {done} of 3 seeds" for name, done in seeds.items() if done < 3} == end.left_out
+
+
+def test_an_interrupt_in_the_second_round_keeps_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds, taken = Rounds(monkeypatch), list[Part]()
+
+    def interrupt() -> None:
+        if len(rounds.order) == len(FEW) + 2:
+            raise KeyboardInterrupt
+
+    rounds.after = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        _take_all(policies.parts(3, names=FEW, kind="simulated"), taken.append)
+    assert [part.text.split("  ")[1] for part in taken[1:-1]] == list(FEW)
+    assert taken[-1].left_out == {name: f"interrupted after {2 if name == FEW[0] else 1} of 3 seeds" for name in FEW}
 
 
 def test_a_policy_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,10 @@ optimizer and the same number of steps, for none of which they were tuned (`poli
 training examples, where the replicas compute it: some have parameters of their own. The accuracy is that of the result
 on examples that were held back.
 
+Each seed is done with all policies before the next, so that a table that is cut short has all policies and fewer seeds.
 A policy's line is printed when its last seed is done. Seeds for which there is no time are not begun: how long a fit
-takes is judged by those before, so the benchmark ends about one fit after its time at the latest.
+takes is judged by those before, so the benchmark ends about one fit after its time at the latest. The lines of those
+that have fewer seeds follow then, or at an interrupt.
 """
 
 from __future__ import annotations
@@ -93,13 +95,14 @@ def parts(
     table = _Table(known, seeds, steps, budget)
     try:
         with start(kind) as cluster:
-            for name, entry in known.items():
-                fits = table.fit(cluster, name, entry)
-                if fits:
-                    found = tuple(described(name, fits, table.plain))
-                    table.plain = table.plain or (found if name == PEER else ())
-                    yield Part(_padded(line(name, found), width), found)
+            for seed in range(seeds):
+                for name in known:
+                    table.fit(cluster, name, seed)
+                    if seed == seeds - 1:
+                        yield from table.lines(name, width)
     except (KeyboardInterrupt, SystemExit):
+        for name in known:
+            yield from table.lines(name, width)
         yield table.end("interrupted", named=bool(names))
         raise
     yield table.end(f"the time of {budget.seconds:g} s was over", named=bool(names))
@@ -110,37 +113,48 @@ class _Table:
 
     def __init__(self, known: Mapping[str, Entry], seeds: int, steps: int, budget: Budget) -> None:
         self._known, self._seeds, self._steps, self._budget = known, seeds, steps, budget
-        self._done: dict[str, int] = dict.fromkeys(known, 0)
-        self._notes: dict[str, tuple[str, ...]] = {}
+        self._fits: dict[str, Fits] = {}
+        """The policies that have begun."""
+        self._found: dict[str, list[Fitted]] = {name: [] for name in known}
         self._failed: dict[str, str] = {}
-        self.plain: tuple[Row, ...] = ()
+        self._told: set[str] = set()
+        """The policies whose lines were printed."""
+        self._plain: tuple[Row, ...] = ()
         """The rows of synchronous training."""
 
-    def fit(self, cluster: Any, name: str, entry: Entry) -> list[Fitted]:
-        """The fits of a policy, one for each seed for which there is time."""
-        found: list[Fitted] = []
+    def fit(self, cluster: Any, name: str, seed: int) -> None:
+        """Fit a policy with a seed, if there is time."""
+        first = name not in self._fits
+        if name in self._failed or not self._budget.allows(first=first):
+            return
         number = list(self._known).index(name) + 1
+        tell(f"policies: {name}, {number} of {len(self._known)}, seed {seed + 1} of {self._seeds}")
         try:
-            fits = Fits(cluster, entry, self._steps)
-            for seed in range(self._seeds):
-                if not self._budget.allows(first=seed == 0):
-                    break
-                tell(f"policies: {name}, {number} of {len(self._known)}, seed {seed + 1} of {self._seeds}")
-                found.append(self._budget.fit(fits, seed, first=seed == 0))
-                self._done[name] += 1
+            if first:
+                self._fits[name] = Fits(cluster, self._known[name], self._steps)
+            self._found[name].append(self._budget.fit(self._fits[name], seed, first=first))
         except FlowmlError as error:
             self._failed[name] = _clipped(str(error))
-        self._notes[name] = tuple(dict.fromkeys(note for fitted in found for note in fitted.notes))
-        return found
+
+    def lines(self, name: str, width: int) -> Iterator[Part]:
+        """The line of a policy that has a fit, once."""
+        if name in self._told or not self._found[name]:
+            return
+        self._told.add(name)
+        found = tuple(described(name, self._found[name], self._plain))
+        self._plain = self._plain or (found if name == PEER else ())
+        yield Part(_padded(line(name, found), width), found)
 
     def end(self, reason: str, *, named: bool) -> Part:
         """What there is to say after the table. `reason` is why policies were not run; `named`: they were chosen."""
         left = {name: f"failed: {error}" for name, error in self._failed.items()}
-        for name, done in self._done.items():
+        for name, found in self._found.items():
+            done = len(found)
             if done < self._seeds and name not in left:
                 left[name] = f"{reason} after {done} of {count(self._seeds, 'seed')}" if done else f"not run: {reason}"
         left |= {} if named else LEFT_OUT
-        notes = [f"{name}: {_clipped(note)}" for name, found in self._notes.items() for note in found]
+        said = {name: dict.fromkeys(n for fitted in found for n in fitted.notes) for name, found in self._found.items()}
+        notes = [f"{name}: {_clipped(note)}" for name, found in said.items() for note in found]
         lines = [*notes, *_grouped(left)]
         return Part("\n".join(f"  {line}" for line in lines), left_out=left)
 
