@@ -13,8 +13,10 @@ import pytest
 
 import flowml as fm
 from flowml_runtime import wire
+from flowml_runtime.driver.training import parts
 from flowml_runtime.environment import checkpoints
 from flowml_runtime.transport.ending import Ending
+from flowml_runtime.worker.checkpoint_parts import CheckpointParts
 from tests.training.reference import assert_same
 from tests.training.test_checkpoint_files import TEAR
 from tests.training.test_kills import doom
@@ -49,8 +51,8 @@ def test_workers_write_what_they_keep_and_the_driver_gets_names(
     assert {name for name, _ in told} == {"Buffers", "Wrote"}
     assert sum(nbytes for _, nbytes in told) == 0
     newest = checkpoints.snapshots(tmp_path)[0]
-    parts = [checkpoints.part_of(f"worker:{n}") for n in range(4)]
-    assert set(files(newest)) <= {*parts, checkpoints.MANIFEST}
+    own = [checkpoints.part_of(f"worker:{n}") for n in range(4)]
+    assert set(files(newest)) <= {*own, checkpoints.MANIFEST}
     assert len(files(newest)) == 5, "each worker keeps something"
     restored = fm.restore(tmp_path)
     assert restored.step == STEPS
@@ -111,6 +113,50 @@ def test_a_worker_that_dies_while_it_writes_leaves_the_checkpoint_before(
     found = fit(processes, "synchronous", tmp_path, resume="auto")
     assert found.resumed_at >= 5
     assert_same((found.params, found.opt_state), (whole.params, whole.opt_state))
+
+
+@pytest.mark.parametrize("way", ["reply lost", "both lost"])
+def test_a_lost_word_of_a_worker_is_asked_for_again(
+    threads_cluster: fm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """What a worker says after it has written, and the first question for it."""
+    monkeypatch.setattr(parts, "ASK_S", 0.1)
+    endpoint: Any = threads_cluster.endpoint
+    take, send, lost = endpoint._on_message, endpoint.send, list[str]()
+
+    def receive(peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None:
+        if isinstance(message, wire.Wrote) and lost.count(peer) < 2:
+            lost.append(peer)
+        else:
+            take(peer, message, arrays)
+
+    def ask(peer: str, message: wire.Wire, *more: Any) -> None:
+        if isinstance(message, wire.AskWrote) and way == "both lost" and f"asked {peer}" not in lost:
+            lost.append(f"asked {peer}")
+        else:
+            send(peer, message, *more)
+
+    monkeypatch.setattr(endpoint, "_on_message", receive)
+    monkeypatch.setattr(endpoint, "send", ask)
+    found = fit(threads_cluster, "synchronous", tmp_path)
+    assert len(lost) == (8 if way == "reply lost" else 12)
+    restored = fm.restore(tmp_path)
+    assert restored.step == STEPS
+    assert_same(restored.params, found.params)
+    assert not list(tmp_path.glob(".offered-*"))
+
+
+def test_a_worker_that_knows_nothing_of_a_folder_says_so() -> None:
+    said: list[wire.Wrote] = []
+
+    class Endpoint:
+        name = "worker:0"
+
+        def send(self, peer: str, message: Any, arrays: Sequence[Any] = (), timeout_s: float | None = None) -> None:
+            said.append(message)
+
+    CheckpointParts("worker:0", Endpoint()).say_again("driver", "token")  # type: ignore[arg-type]
+    assert [(one.plan_id, one.last, one.error) for one in said] == [("token", True, "this worker knows nothing of it")]
 
 
 CUT = (

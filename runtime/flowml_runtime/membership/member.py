@@ -41,7 +41,11 @@ REPORT_S = 1.0
 """How long the joining thread waits for the reason of a failed connection, which another thread reports."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
-"""Between two questions to a coordinator that is away. Each pause is twice as long as the one before."""
+"""Between two questions to a coordinator that does not answer, or is away. Each pause is twice as long as the one
+before."""
+
+MOST_PAUSE_S = 60.0
+"""As `LONGEST_PAUSE_S`, for another in the place of a lost worker: a process that cannot start is tried more seldom."""
 
 AGAIN_S = 0.25
 """How long to wait before joining again if the coordinator had too many connections."""
@@ -103,8 +107,8 @@ class Membership:
         """The workers for which this peer has given notice."""
         self._beaten_s, self._longest_s = time.monotonic(), 0.0
         """When this peer has sent the newest heartbeat, and the longest time between two of them."""
-        self._wanted: dict[str, None] = {}
-        """The lost workers in whose places this peer wants others."""
+        self._wanted: dict[str, tuple[float, float]] = {}
+        """Lost worker in whose place this peer wants another -> when to ask again, and the pause after that."""
 
     def join(
         self, name: str, devices: tuple[wire.DeviceInfo, ...] = (), *, python: bool = False, timeout_s: float = 30.0
@@ -144,11 +148,12 @@ class Membership:
         return welcome.worker
 
     def replace(self, worker: str) -> None:
-        """Ask for another in the place of a lost worker. Ask again until it is there: the answer is that it joins.
+        """Ask for another in the place of a lost worker. Ask again, ever more seldom, until it is there: the answer is
+        that it joins.
 
         A coordinator that does not know of the loss yet does nothing, so this peer asks again when that tells of it.
         """
-        self._wanted[worker] = None
+        self._wanted[worker] = time.monotonic() + LONGEST_PAUSE_S, 2 * LONGEST_PAUSE_S
         with suppress(FlowmlError):  # the coordinator is away
             self._endpoint.send(COORDINATOR, wire.Replace(worker=worker))
 
@@ -167,10 +172,13 @@ class Membership:
         )
         with self._changed:
             self._own, self._answered = worker, False  # also for a coordinator that is away now
-        with suppress(FlowmlError):
-            self._endpoint.send(COORDINATOR, worker)
+        deadline = time.monotonic() + timeout_s
+        while not (self._answered or self._over.is_set()) and (left := deadline - time.monotonic()) > 0:
+            with suppress(FlowmlError):
+                self._endpoint.send(COORDINATOR, worker)
+            with self._changed:
+                self._changed.wait_for(lambda: self._answered or self._over.is_set(), min(left, LONGEST_PAUSE_S))
         with self._changed:
-            self._changed.wait_for(lambda: self._answered or self._over.is_set(), timeout_s)
             if not self._answered:
                 raise ClusterError(f"the coordinator did not answer that this is {asked.worker} now")
             if self._endpoint.name == spare.worker:
@@ -183,16 +191,20 @@ class Membership:
         return moves or (self._refusal or "").endswith(TURNED_AWAY)
 
     def _ask(self, join: wire.Join, deadline: float) -> None:
-        """Send the request, and wait for the answer or for the reason of a failure."""
-        try:
-            self._endpoint.send(COORDINATOR, join)
-        except FlowmlError as error:
-            with self._changed:  # the connection has ended, and its reason will be reported soon
-                self._changed.wait_for(lambda: self._refusal is not None, REPORT_S)
-            self._end(str(error))
-        with self._changed:
-            left = max(0.0, deadline - time.monotonic())
-            self._changed.wait_for(lambda: self._refusal is not None or self._epoch >= 0, left)
+        """Send the request until the answer and the members are here, or the reason of a failure."""
+
+        def settled() -> bool:
+            return self._refusal is not None or (self._welcome is not None and self._epoch >= 0)
+
+        while not settled() and (left := deadline - time.monotonic()) > 0:
+            try:
+                self._endpoint.send(COORDINATOR, join)
+            except FlowmlError as error:
+                with self._changed:  # the connection has ended, and its reason will be reported soon
+                    self._changed.wait_for(lambda: self._refusal is not None, REPORT_S)
+                self._end(str(error))
+            with self._changed:
+                self._changed.wait_for(settled, min(left, LONGEST_PAUSE_S))
 
     def leave(self, reason: str = "it left") -> None:
         """Tell the coordinator, and stop. Idempotent; the owner closes the endpoint."""
@@ -205,7 +217,7 @@ class Membership:
             return  # the coordinator has ended already
 
     def give_notice(self, worker: str) -> None:
-        """Tell the coordinator that a worker is to leave, again if it is away meanwhile."""
+        """Tell the coordinator that a worker is to leave, with each heartbeat until the members show it."""
         self._notices[worker] = None
         with suppress(FlowmlError):
             self._endpoint.send(COORDINATOR, wire.Notice(worker=worker))
@@ -232,9 +244,20 @@ class Membership:
             now = time.monotonic()
             self._longest_s, self._beaten_s = max(self._longest_s, now - self._beaten_s), now
             try:
-                self._endpoint.send(COORDINATOR, wire.Heartbeat(worker=own.worker, incarnation=own.incarnation))
+                self._beat_once(own)
             except FlowmlError as error:
                 self._lose_coordinator(str(error))
+
+    def _beat_once(self, own: wire.Join) -> None:
+        """Send a heartbeat with the epoch of the view that is here, and what the coordinator has not done yet."""
+        beat = wire.Heartbeat(worker=own.worker, incarnation=own.incarnation, epoch=max(0, self._epoch))
+        self._endpoint.send(COORDINATOR, beat)
+        for worker in list(self._notices):
+            self._endpoint.send(COORDINATOR, wire.Notice(worker=worker))
+        for worker, (at, pause_s) in list(self._wanted.items()):
+            if self._beaten_s >= at:
+                self._wanted[worker] = at + pause_s, min(2 * pause_s, MOST_PAUSE_S)
+                self._endpoint.send(COORDINATOR, wire.Replace(worker=worker))
 
     @property
     def silent_s(self) -> float:
@@ -336,6 +359,9 @@ class Membership:
         with self._showing:  # what is lost as soon as it is known is lost in this view
             self._endpoint.know({m.worker: m.address for m in others}, {m.worker: m.incarnation for m in others})
             self._show(view.members)
+        for member in self.members:
+            if member.leaving:
+                self._notices.pop(member.worker, None)
         there = {m.worker for m in self.members}
         for worker in list(self._wanted):
             if worker in there:

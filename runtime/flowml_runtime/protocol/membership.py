@@ -16,11 +16,14 @@ because its incarnation is in the log.
 
 A *spare* is an observer that may become a worker. When a driver asks for another in the place of a lost worker, the
 coordinator asks the first spare that is free, and that one joins under the worker's name in a later incarnation. It
-gives up its name as a spare with that. If there is none, the launchers are asked to start a process. A question that
-comes again changes nothing while a spare is on its way; so a driver asks again until the worker is there.
+gives up its name as a spare with that. If there is none, the launchers are asked to start a process. A driver asks
+again until the worker is there, and then the same spare is asked again.
 
 A worker may give notice before it leaves, or an observer for it. Then it is a member like any other, and marked for all
 to see, so that drivers can have others go on with its work. It leaves when it has nothing to do any more.
+
+Any message may be lost. Each request is sent again until its effect is seen. A heartbeat says which view a member has,
+and a member whose view is an old one is sent the newest.
 
 Duties of the host:
 
@@ -174,6 +177,8 @@ class _Heard:
     seen_s: float = 0.0
     back: bool = True
     """Whether it has joined this coordinator, and not only an earlier one with the same log."""
+    came: str = ""
+    """The name of its connection when it asked to join. What it asked meanwhile still comes under that name."""
 
 
 class Coordinator:
@@ -256,9 +261,9 @@ class Coordinator:
         match message:
             case wire.Join():
                 return self._join(peer, message)
-            case wire.Heartbeat():
-                self._hear(message.worker, message.incarnation)
-                return []
+            case wire.Heartbeat(worker=worker):
+                behind = self._hear(worker, message.incarnation) and message.epoch < self._roster.epoch
+                return [Send(worker, self._view({}))] if behind and worker == peer else []
             case wire.Notice(worker=worker):
                 return self._note(worker)
             case wire.Leave():
@@ -268,8 +273,11 @@ class Coordinator:
 
     def _replace(self, worker: str) -> list[Action]:
         """Have another in the place of a lost worker, unless it is there or a spare is on its way."""
-        if worker in self._heard or worker in self._asked.values() or worker not in self._roster.lives:
+        if worker in self._heard or worker not in self._roster.lives:
             return []
+        for name, asked in self._asked.items():
+            if asked == worker:  # it may not have heard the question
+                return [Send(name, wire.Replace(worker=worker, after=self._latest_life(worker)))]
         if any(_is(name, SPARE) and not heard.back for name, heard in self._heard.items()):
             return []  # it may have been asked before this coordinator was started
         back = [name for name, heard in self._heard.items() if heard.back]
@@ -309,16 +317,21 @@ class Coordinator:
             return self._patience_s
         return self._timeout_s if now - max(heard.heard_s, heard.seen_s) > self._timeout_s else 0.0
 
-    def _hear(self, worker: str, incarnation: int) -> None:
+    def _hear(self, worker: str, incarnation: int) -> bool:
+        """Whether that member is here."""
         heard = self._heard.get(worker)
-        if heard is not None and self._roster.members[worker].incarnation == incarnation:
-            heard.heard_s = self._now()
+        if heard is None or self._roster.members[worker].incarnation != incarnation:
+            return False
+        heard.heard_s = self._now()
+        return heard.back
 
     def _join(self, peer: str, join: wire.Join) -> list[Action]:
         name = join.worker or self._name_of(join) or self._free_name(join.incarnation)
         if self._name_of(join) == name:  # it asks again: the answer was slow, or the coordinator was away
             self._hear(name, join.incarnation)
-            return self._answer(peer, join.address, name)
+            same = peer == self._heard[name].came
+            self._heard[name].came = peer
+            return self._answer(name if same else peer, join.address, name)
         objection, spare = self._objection(name, join), self._spare_of(join)
         if spare and (objection is not None or name in self._heard):  # another came first, so it stays a spare
             self._asked.pop(spare, None)
@@ -336,7 +349,7 @@ class Coordinator:
         member = wire.Member(
             worker=name, address=join.address, incarnation=join.incarnation, devices=devices, python=join.python
         )
-        self._heard[name] = _Heard(self._now())
+        self._heard[name] = _Heard(self._now(), came=peer)
         return [
             *([self._change(Left((spare,)))] if spare else []),
             self._change(Joined(member, join.process)),

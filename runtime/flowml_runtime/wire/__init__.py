@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from flowml.arrays import ArraySpec
+from flowml.numbers import MOST
 from flowml_runtime.wire.base import DEADLINE_S as DEADLINE_S
 from flowml_runtime.wire.base import MAX_ARRAYS as MAX_ARRAYS
 from flowml_runtime.wire.base import MAX_DEADLINE_S as MAX_DEADLINE_S
@@ -33,6 +34,7 @@ from flowml_runtime.wire.kept_fits import Recover as Recover
 from flowml_runtime.wire.kept_fits import Recovered as Recovered
 from flowml_runtime.wire.kept_fits import Released as Released
 from flowml_runtime.wire.kept_fits import Version as Version
+from flowml_runtime.wire.snapshot import AskWrote as AskWrote
 from flowml_runtime.wire.snapshot import Buffers as Buffers
 from flowml_runtime.wire.snapshot import Copied as Copied
 from flowml_runtime.wire.snapshot import Copy as Copy
@@ -132,8 +134,11 @@ class Refused(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
+    """A member lives. Its newest view is of `epoch`; the coordinator sends the newest of all if that is a later one."""
+
     worker: Name
     incarnation: Count
+    epoch: Count = MOST
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -410,7 +415,7 @@ Wire = (
     | StartTraining | Source | Batch | StoreValue | OwnState | ModelState | Gossip | Ask | Grant | Begin | Contribution
     | Arrived | Commit | Computed | Halt | Published | Applied | Collective | Shared | Settled | Report | NonFinite
     | Staleness | LeaveOut | LeftOut | Forwarded | Traffic | Retired | StopTraining | Hold | Paused | Export | Exported
-    | Buffers | Copy | Copied | Wrote | Claim | Claimed | Completed | Recover | Recovered | Released
+    | Buffers | Copy | Copied | Wrote | AskWrote | Claim | Claimed | Completed | Recover | Recovered | Released
 )
 # fmt: on
 

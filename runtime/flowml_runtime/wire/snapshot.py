@@ -8,6 +8,7 @@ Buffers   worker -> driver, and driver -> worker at the beginning of a run that 
 Copy      worker -> worker: keep this copy, and pass it on along the chain
 Copied    the last worker of a chain -> driver: all of it have the copy
 Wrote     worker -> driver: what it keeps is in a file, or follows, because it does not see the folder
+AskWrote  driver -> worker: it has heard nothing of a folder for a while; say again what was said of it
 
 Each Hold of a run has a larger number than those before it, and what is done because of one has its number too. So a
 message that comes again, or late, is known as one that has been dealt with.
@@ -116,3 +117,7 @@ class Wrote(PlanMessage, frozen=True):
     parts: Annotated[tuple[Part, ...], msgspec.Meta(max_length=MAX_ARRAYS)] = ()
     last: bool = True
     error: Text = ""
+
+
+class AskWrote(PlanMessage, frozen=True):
+    """The last `Wrote` of this folder has not come. A worker that still writes answers when it has written."""

@@ -4,8 +4,9 @@
 
 Buffers that steps may overwrite are copied first. Others are replaced by steps, and stay until they are written. The
 driver bounds how many wait: it offers no more folders than it waits for. A worker that does not see the folder, which
-is on another machine, sends them to the driver. The driver makes the snapshot complete when it has all
-(`driver.training.parts`), so that a worker that is lost in between leaves the checkpoint that was there.
+is on another machine, sends them to the driver. A driver that misses the last message about a folder asks for it again.
+The driver makes the snapshot complete when it has all (`driver.training.parts`), so that a worker that is lost in
+between leaves the checkpoint that was there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from flowml_runtime.transport.endpoint import Sender
 MAX_REASON = 10_000
 """The most characters of the reason why a file could not be written."""
 
+MOST_KNOWN = 8
+"""Of so many folders a worker can say again what it said. A driver waits for two."""
+
 Buffers = Mapping[str, Array]
 
 
@@ -41,6 +45,8 @@ class CheckpointParts:
         self._lane = Lane(f"{name} checkpoints")
         self._lock = threading.Lock()
         self._writing = 0
+        self._said: dict[str, wire.Wrote | None] = {}
+        """Token of a folder -> the last message about it; None while there is none."""
 
     @property
     def writes(self) -> bool:
@@ -49,9 +55,23 @@ class CheckpointParts:
 
     def begin(self, driver: str, folder: str, token: str, owners: int) -> Part:
         """The part of a snapshot that so many owners have here."""
+        with self._lock:
+            self._said[token] = None
+            while len(self._said) > MOST_KNOWN:
+                del self._said[next(iter(self._said))]
         part = Part(owners, partial(self._put, driver, folder, token))
         part.check()
         return part
+
+    def say_again(self, driver: str, token: str) -> None:
+        """The driver lacks the last message about a folder. One that is written to says it later."""
+        with self._lock:
+            known, said = token in self._said, self._said.get(token)
+        if not known:
+            said = wire.Wrote(plan_id=token, error="this worker knows nothing of it")
+        if said is not None:
+            with suppress(FlowmlError):  # the driver is lost
+                self._endpoint.send(driver, said)
 
     def close(self) -> None:
         self._lane.close()
@@ -95,8 +115,13 @@ class CheckpointParts:
         if arrays is not None:
             specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays.values())
             about = {"names": tuple(arrays), "specs": specs, "last": False}
+        message = wire.Wrote(plan_id=token, **about)
+        if message.last:
+            with self._lock:
+                if token in self._said:
+                    self._said[token] = message
         with suppress(FlowmlError):  # the driver is lost
-            self._endpoint.send(driver, wire.Wrote(plan_id=token, **about), list((arrays or {}).values()))
+            self._endpoint.send(driver, message, list((arrays or {}).values()))
 
 
 class Part:

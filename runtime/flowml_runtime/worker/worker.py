@@ -167,6 +167,8 @@ class Worker:
                 self._prober.on_message(peer, message)
             case wire.Bring() | wire.BringPiece() | wire.Recall() | wire.Write() | wire.ReadFile() | wire.Drop():
                 self._keeping.on_message(peer, message, arrays)
+            case wire.AskWrote():
+                self.checkpoints.say_again(peer, message.plan_id)
             case wire.Claim() | wire.Completed() | wire.Recover() | wire.Released():
                 self.kept_fits.on_message(peer, message, arrays)
             case _:

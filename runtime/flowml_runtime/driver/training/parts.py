@@ -5,22 +5,24 @@
 
 A folder counts when the manifest is there and the folder has its name, after all files are on the disk. So if the
 driver, a worker or the disk fails at any moment before, the checkpoint that was there stays, and nothing is a mixture
-of both. The token is known to the workers of the fit only. A worker that does not read it at that path sees another
-disk; then its arrays come here, and the driver writes them. The driver in turn looks at each file for the bytes that
-its worker claims to have written there.
+of both. The last message of a worker may be lost: the driver asks for it again. The token is known to the workers of
+the fit only. A worker that does not read it at that path sees another disk; then its arrays come here, and the driver
+writes them. The driver in turn looks at each file for the bytes that its worker claims to have written there.
 """
 
 from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowml.errors import CheckpointError
+from flowml.errors import CheckpointError, FlowmlError
 from flowml_runtime import wire
 from flowml_runtime.driver.training.training_session import TrainingSession
 from flowml_runtime.environment import checkpoints
@@ -28,6 +30,8 @@ from flowml_runtime.environment.checkpoints import Entry
 
 CHECK_S = 1.0
 """How often to see whether the cluster was closed."""
+ASK_S = 5.0
+"""After how long without word of a folder to ask those that have not told all whether they have."""
 
 
 class Parts:
@@ -109,11 +113,26 @@ class Parts:
 
     def _wait(self) -> None:
         """Wait for the workers. A disk may take any time, and the loss of a worker ends the wait."""
+        asked = time.monotonic()
+        while not self._told_within(min(CHECK_S, ASK_S)):
+            self._session.check_workers("no checkpoint can be written")
+            if time.monotonic() >= asked + ASK_S:
+                asked = time.monotonic()
+                self._ask()
+        if self._wrong:
+            raise CheckpointError(self._wrong)
+
+    def _told_within(self, timeout_s: float) -> bool:
         with self._changed:
-            while not self._changed.wait_for(lambda: self._wrong or not self._missing, CHECK_S):
-                self._session.check_workers("no checkpoint can be written")
-            if self._wrong:
-                raise CheckpointError(self._wrong)
+            return bool(self._changed.wait_for(lambda: self._wrong or not self._missing, timeout_s))
+
+    def _ask(self) -> None:
+        """Ask those again that have not told all."""
+        with self._changed:
+            missing = sorted(self._missing)
+        for worker in missing:
+            with suppress(FlowmlError):  # its loss ends the wait
+                self._session.endpoint.send(worker, wire.AskWrote(plan_id=self.token))
 
     def _sizes(self) -> dict[str, int]:
         """The bytes that each file has at least."""
