@@ -20,7 +20,7 @@ from flowml.devices import worker_of
 from flowml.errors import PolicyError, UnsupportedError, named
 from flowml.placement.homes import homes_only
 from flowml.plan import Part, Plan, Reduction, Site, StoreSpec, Training
-from flowml.policy import Deadline, Gossip
+from flowml.policy import Completion, Deadline, Gossip
 from flowml.policy.compose import check_count
 from flowml.policy.graphs import NestedGraph, OwnMatrix, among
 from flowml.training.adapted import has_inside
@@ -72,6 +72,11 @@ class TooFew(NamedTuple):
     remedy: str
 
 
+def goes_on(quorum: Completion | None) -> bool:
+    """Whether a clock is complete with whichever replicas are there, once a time limit is over."""
+    return isinstance(quorum, Deadline) and quorum.limit_s < math.inf
+
+
 def too_few(training: Training, left: Collection[int]) -> TooFew | None:
     """Why these replicas cannot go on without the others, if they cannot."""
     if training.code is not None and training.code.decode(left) is None:
@@ -81,8 +86,7 @@ def too_few(training: Training, left: Collection[int]) -> TooFew | None:
         return TooFew(why, "a code for more stragglers")
     for store in training.stores:
         quorum = store.policy.quorum
-        ends = isinstance(quorum, Deadline) and quorum.limit_s < math.inf  # it goes on with those that are there
-        if store.sites or ends:
+        if store.sites or goes_on(quorum):
             continue
         try:
             check_count(store.name, quorum, len(left))

@@ -163,7 +163,7 @@ def test_parameters(threads_cluster: fm.Cluster) -> None:
 
 def test_an_optimizer_state_of_something_else(threads_cluster: fm.Cluster) -> None:
     adam = optax.adam(1e-2)
-    with pytest.raises(ValueError, match=r"opt_state belongs to another optimizer: it has structure"):
+    with pytest.raises(ValueError, match=r"^opt_state .* optimizer: it has the leaf '0/count', which [a-z ]+ lacks$"):
         fit(threads_cluster, opt_state=adam.init(mlp()))
     with pytest.raises(
         ValueError, match=r"opt_state belongs to other parameters: '0/mu/fc0/bias' is float32\[8\], not"

@@ -286,6 +286,11 @@ def test_what_cannot_be(threads: fm.Cluster) -> None:
         fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads, replicas=REPLICAS, policies=fm.policies.quorum(4)).fit(
             mlp(), data(), batch_size=BATCH, steps=1, on_loss="shrink", min_replicas=2
         )
+    limited = fm.Policy(quorum=fm.Deadline(4, limit_s=60.0))
+    found = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads, replicas=REPLICAS, policies=limited).fit(
+        mlp(), data(), batch_size=BATCH, steps=1, on_loss="shrink", min_replicas=2, progress=False
+    )
+    assert len(found.history) == 1, "a limit lets fewer replicas than the quorum complete a step"
     for use in (threads.end_worker, threads.start_worker, threads.bring_back):
         with pytest.raises(fm.ClusterError, match="'worker:9' is not in the cluster, whose workers are worker:0, "):
             use("worker:9")

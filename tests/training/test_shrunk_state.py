@@ -68,3 +68,18 @@ def test_lost_replicas_stay_in_sums_and_not_in_means(cluster: fm.Cluster, policy
     restored = fm.restore(tmp_path)
     assert restored.step == STEPS
     assert_same(restored.state, found.state)
+
+
+def test_the_own_optimizer_state_is_that_of_the_first_replica_that_is_left(cluster: fm.Cluster) -> None:
+    def end(record: dict[str, Any]) -> None:
+        if record["step"] == 8:
+            cluster.end_worker("worker:0")
+
+    trainer = fm.Trainer(mlp_loss, optax.adam(1e-2), cluster=cluster, replicas=WORKERS, policies=fm.policies.diloco(4))
+    options: dict[str, Any] = {"batch_size": BATCH, "steps": STEPS, "progress": False, "on_loss": "shrink"}
+    try:
+        with pytest.warns(fm.FlowmlWarning, match="left out with its replica"):
+            found = trainer.fit(mlp(), data(), callbacks=[end], **options)
+    finally:
+        cluster.bring_back(cluster.lost)
+    assert int(found.opt_state.own[0].count) == STEPS

@@ -162,11 +162,11 @@ class Executor:
         self._node.tell(StepFinished(step.run, step.replica, step.stage, step.clock, step.cause))
 
     def _return_states(self, step: Start) -> None:
-        """After the last step, send the driver the own optimizer state. That of replica 0 stands for all."""
-        if step.replica or not self._machine.ends(step.clock):
+        """After the last step, send the driver the own optimizer state. That of the first replica stands for all."""
+        if step.replica != self._world.places.first or not self._machine.ends(step.clock):
             return
         for store in self._own:
-            message = wire.OwnState(**self._node.ids, cause=step.cause, store=store, replica=0)
+            message = wire.OwnState(**self._node.ids, cause=step.cause, store=store, replica=step.replica)
             self._node.send(DRIVER, message, self._world.values.own_state(self.at, store))
 
     def _report(self, step: Start) -> None:

@@ -43,7 +43,7 @@ def first_state(optimizer: Any, outer: Sequence[Any], params: Any, opt_state: An
     given = structs(opt_state, "opt_state leaf")
     got, want = jax.tree_util.tree_structure(given), jax.tree_util.tree_structure(expected)
     if got != want:
-        raise ValueError(f"opt_state belongs to another optimizer: it has structure {got}, not {want}")
+        raise ValueError(f"opt_state belongs to another optimizer: {_first_difference(given, expected)}")
     leaves = jax.tree_util.tree_leaves_with_path(expected)
     for (path, e), g in zip(leaves, jax.tree_util.tree_leaves(given), strict=True):
         if (g.shape, g.dtype) != (e.shape, e.dtype):
@@ -57,6 +57,17 @@ def first_state(optimizer: Any, outer: Sequence[Any], params: Any, opt_state: An
         ]
         opt_state = OptimizerState(opt_state.own, tuple(begun))
     return jax.tree_util.tree_map(own_array, opt_state)
+
+
+def _first_difference(given: Any, expected: Any) -> str:
+    """The first leaf that one of two trees of other structures has and the other has not, in words."""
+    (got, want) = ([path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)] for tree in (given, expected))
+    for has, lacks, one, other in ((want, got, "it lacks", "has"), (got, want, "it has", "lacks")):
+        missing = next((name for name in has if name not in set(lacks)), None)
+        if missing is not None:
+            return f"{one} the leaf {missing!r}, which the state of this one {other}"
+    kinds = type(given).__name__, type(expected).__name__
+    return f"it has the same leaves in other containers, the outermost {kinds[0]} where this one has {kinds[1]}"
 
 
 def by_optimizer(optimizer: Any, outer: Sequence[Any], state: Any) -> list[tuple[Any, Any]]:

@@ -32,7 +32,7 @@ from flowml.errors import FlowmlError, PolicyError, WorkerLostError
 from flowml.plan import Plan
 from flowml.policy.compose import check_count
 from flowml.render.units import listed
-from flowml.training.without import check_shrinks, too_few
+from flowml.training.without import check_shrinks, goes_on, too_few
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Callback, OnLoss
@@ -210,10 +210,12 @@ class Losses:
 
 
 def _check_least(program: Program, least: int) -> None:
-    """Raise ValueError if the policies need more replicas than the fewest with which a fit is to go on."""
+    """Raise ValueError if the policies need more replicas than the fewest with which a fit is to go on. One with a time
+    limit does not: it takes what has arrived by then."""
     for store in () if any(s.sites for s in program.training.stores) else program.training.stores:
         try:
-            check_count(store.name, store.policy.quorum, least)
+            if not goes_on(store.policy.quorum):
+                check_count(store.name, store.policy.quorum, least)
         except PolicyError as error:
             raise ValueError(f"min_replicas={least} cannot hold: with so few replicas {error}") from None
 

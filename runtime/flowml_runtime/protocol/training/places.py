@@ -61,6 +61,11 @@ class Places:
         readers = tuple({home: tuple(w for w in told if w in left) for home, told in of.items()} for of in self.readers)
         return replace(self, stages=stages, readers=readers, lost=lost)
 
+    @property
+    def first(self) -> int:
+        """The first replica that takes part."""
+        return next(replica for replica in range(len(self.stages)) if replica not in self.lost)
+
     def led_by(self, worker: str, store: int) -> tuple[int, ...]:
         """The numbers of the sites of a store for which this worker decides."""
         return self.leads[store].get(worker, ()) if self.leads else ()

@@ -228,8 +228,8 @@ class StageRunner(EdgeServices):
         return self._variants.program
 
     def _return_states(self, clock: int) -> None:
-        """After the last step, send the driver the own optimizer state. That of replica 0 stands for all."""
-        if self.replica or not self.machine.ends(clock):
+        """After the last step, send the driver the own optimizer state. That of the first replica stands for all."""
+        if self.replica != self.run.training.live[0] or not self.machine.ends(clock):
             return
         ids: dict[str, Any] = {"plan_id": self.plan_id, "run": self.run.number, "cause": self._now.cause}
         for store, own in self._own.items():
