@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import flowml as fm
-from flowml_tools.bench import left_behind, lost, recovery
+from flowml_tools.bench import left_behind, lost, recovery, suspended
 from flowml_tools.bench.table import render
 
 
@@ -47,3 +47,8 @@ def test_a_replica_that_nobody_waits_for_is_lost() -> None:
     (row,) = left_behind.rows(1, 60)
     assert row.ours.median > 0
     assert row.peer.sample is not None
+
+
+def test_a_worker_is_stopped_in_bursts() -> None:
+    (step,) = suspended.rows(1, 16)
+    assert step.ours.median > 0 < step.peer.sample.median  # type: ignore[union-attr]

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
-from flowml_tools.bench import left_behind, lost
+from flowml_tools.bench import left_behind, lost, suspended
 from flowml_tools.bench.rows import Goal, Peer, Row, Sample
 from flowml_tools.bench.stragglers import loss, problem
 from flowml_tools.bench.timing import interleave
@@ -144,7 +144,7 @@ def rows(repeats: int | None, steps: int = STEPS, start: Start | None = None) ->
         peer = fits[-1].gaps, shares[-1]
         for how, ours, share in zip(("a spare", "started again"), fits, shares, strict=False):
             found += _compared(f"{what}, {how}", (ours.gaps, share), peer, steps)
-    return found if start else [*found, *left_behind.rows(count), *lost.rows(count, steps)]
+    return found if start else [*found, *left_behind.rows(count), *lost.rows(count, steps), *suspended.rows(count)]
 
 
 def _compared(
