@@ -234,8 +234,7 @@ class Trainer:
                 from the newest snapshot, in the driver; `"shrink"` goes on with the others.
             min_replicas: the fewest replicas with which `"shrink"` goes on, and `"elastic"` begins and goes on.
             replicate: copies of each worker's state, so that fits that go on do no step again that callbacks have seen.
-            replicas: `"elastic"` is `"shrink"` that also takes in replicas as their workers join, and the default of
-                `on_loss` then means `"shrink"` too.
+            replicas: `"elastic"` means `on_loss="shrink"`, and also takes in replicas as their workers join.
 
         Raises:
             ValueError: if the batch size does not divide, the source is too small, or a batch does not fit the loss.
