@@ -76,7 +76,7 @@ def test_a_worker_is_named_welcomed_and_announced() -> None:
         Append(Joined(machine.members[-1], PROCESS)),
         Know("joining-9", "h:9"),
         Rename("joining-9", "worker:1"),
-        Send("worker:1", wire.Welcome(worker="worker:1", heartbeat_s=0.5)),
+        Send("worker:1", wire.Welcome(worker="worker:1", heartbeat_s=0.5, incarnation=1)),
     ]
     assert set(views(actions)) == {"driver", "worker:0", "worker:1"}
     view = views(actions)["driver"]
@@ -131,6 +131,14 @@ def test_a_join_that_comes_twice_is_answered_twice_and_counted_once() -> None:
     again = machine.step(Received("worker:0", join("worker:0", at="h:0")))
     assert [type(a.message) for a in again if isinstance(a, Send)] == [wire.Welcome, wire.Members]
     assert len(machine.members) == 1
+
+
+def test_a_join_that_comes_twice_on_one_connection_leaves_that_connection() -> None:
+    machine = cluster()
+    first, again = (machine.step(Received("joining-0", join("worker:0"))) for _ in range(2))
+    assert Rename("joining-0", "worker:0") in first
+    assert not [action for action in again if isinstance(action, Rename)], "it would replace the one that has the name"
+    assert [action.peer for action in again if isinstance(action, Know | Send)] == ["worker:0"] * 3
 
 
 def test_a_later_life_takes_the_place_and_an_earlier_one_cannot() -> None:
@@ -238,7 +246,7 @@ def test_a_restarted_coordinator_has_its_members_and_gives_them_time_to_come_bac
         know, welcome, view = machine.step(Received(name, join(name, at=f"h:{port}")))
         assert know == Know(name, f"h:{port}")
         assert isinstance(welcome, Send)
-        assert welcome.message == wire.Welcome(worker=name, heartbeat_s=0.5, away_s=60.0)
+        assert welcome.message == wire.Welcome(worker=name, heartbeat_s=0.5, away_s=60.0, incarnation=1)
         assert isinstance(view, Send)
         assert isinstance(view.message, wire.Members)
         assert (view.message.epoch, view.message.lost) == (3, ())

@@ -242,3 +242,26 @@ def test_a_lost_message_of_membership_changes_nothing(
                 again.lose(chosen, 0, cut=False)
                 found = method.do(again)
             assert found == expected
+
+
+def test_a_late_answer_to_an_earlier_question_is_none_to_a_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spare has asked to join twice, and hears the second answer while it asks for a place: it takes the place."""
+    with ExitStack() as stack:
+        world = World(stack, SILENT_S)
+        spare = Peer(world)
+        spare._once.acquire()  # it is asked below
+        spare.membership.join("spare-a")
+        world.worker.endpoint.close()
+        wait_until(lambda: "worker:0" not in world.driver.lives, "it is lost")
+        late, asked = wire.Welcome(worker="spare-a", heartbeat_s=0.05, incarnation=spare.endpoint.incarnation), []
+        send = spare.endpoint.send
+
+        def after_the_late_one(peer: str, message: wire.Wire, *more: Any) -> None:
+            if isinstance(message, wire.Join) and not asked:
+                asked.append(message)
+                spare.membership._on_message("coordinator", late, [])
+            send(peer, message, *more)
+
+        monkeypatch.setattr(spare.endpoint, "send", after_the_late_one)
+        place = wire.Replace(worker="worker:0", after=world.worker.endpoint.incarnation)
+        assert spare.membership.become(place, (CPU,), python=False) == "worker:0"

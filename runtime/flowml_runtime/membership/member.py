@@ -312,7 +312,8 @@ class Membership:
             self._endpoint.name = message.worker
             self._welcome = message
             with self._changed:
-                self._answered = True
+                # A spare that has asked to join twice may hear the second answer when it asks for a place.
+                self._answered |= self._own is None or message.incarnation == self._own.incarnation
                 self._changed.notify_all()
         elif isinstance(message, wire.Replace):
             self._on_replace(message)

@@ -331,11 +331,11 @@ class Coordinator:
             self._hear(name, join.incarnation)
             same = peer == self._heard[name].came
             self._heard[name].came = peer
-            return self._answer(name if same else peer, join.address, name)
+            return self._answer(name if same else peer, join, name)
         objection, spare = self._objection(name, join), self._spare_of(join)
         if spare and (objection is not None or name in self._heard):  # another came first, so it stays a spare
             self._asked.pop(spare, None)
-            return self._answer(peer, join.address, spare)
+            return self._answer(peer, join, spare)
         if objection is not None:
             # A peer that uses the name of a live member gets no answer, because the answer would go to that member.
             answer = Send(peer, wire.Refused(reason=objection))
@@ -356,15 +356,16 @@ class Coordinator:
             *([Forget(spare)] if spare and spare != peer else []),
             Know(peer, join.address),
             *([Rename(peer, name)] if peer != name else []),
-            Send(name, self._welcome(name)),
+            Send(name, self._welcome(name, join.incarnation)),
             *self._announce(lost),
         ]
 
-    def _answer(self, peer: str, address: str, name: str) -> list[Action]:
+    def _answer(self, peer: str, join: wire.Join, name: str) -> list[Action]:
         """Tell a member, whose connection is `peer`, its name and the view."""
         self._heard[name].back = True
         again = [] if peer == name else [Rename(peer, name)]
-        return [Know(peer, address), *again, Send(name, self._welcome(name)), Send(name, self._view({}))]
+        welcome = self._welcome(name, join.incarnation)
+        return [Know(peer, join.address), *again, Send(name, welcome), Send(name, self._view({}))]
 
     def _spare_of(self, join: wire.Join) -> str:
         """The name of the spare that asks to be a worker, or "" if it was none."""
@@ -437,8 +438,9 @@ class Coordinator:
     def _view(self, lost: dict[str, str]) -> wire.Members:
         return wire.Members(epoch=self._roster.epoch, members=self.members, lost=tuple(lost.items()))
 
-    def _welcome(self, name: str) -> wire.Welcome:
-        return wire.Welcome(worker=name, heartbeat_s=self._heartbeat_s, away_s=self._away_s)
+    def _welcome(self, name: str, incarnation: int) -> wire.Welcome:
+        beat, away = self._heartbeat_s, self._away_s
+        return wire.Welcome(worker=name, heartbeat_s=beat, away_s=away, incarnation=incarnation)
 
 
 def _is(name: str, kind: str) -> bool:

@@ -122,11 +122,13 @@ class Join(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The answer to a Join. A member whose coordinator has ended waits `away_s` for it to come back."""
+    """The answer to a Join with that incarnation. A member whose coordinator has ended waits `away_s` for it to come
+    back."""
 
     worker: Name
     heartbeat_s: float
     away_s: float = 0.0
+    incarnation: Count = 0
 
 
 class Refused(Message, frozen=True):
