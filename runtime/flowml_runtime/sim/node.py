@@ -168,7 +168,7 @@ class Node:
             message, value = world.checked(self, at[0], message, value)
         store, part, crosses = message.store, message.part, sent.to[:1] != (self.name,)
         if world.terms.stores[store].keeps_inside(message.replica, summed=message.of_site):
-            nbytes = 0 if value is None else world.layout.parts[store][part].nbytes
+            nbytes = 0 if value is None else world.sizes.whole[store][part]
             counts.crossing(store, nbytes * crosses)  # the push of the sum is counted
         else:
             value, nbytes = world.filtered(at, message, value)
@@ -317,7 +317,7 @@ class Node:
         """Send the leader of a site that decides alone the sum of gradients."""
         world, part = self.world, message.part or 0
         value = world.values.of_site(message, given, share)
-        nbytes = world.layout.parts[message.store][part].nbytes if given else 0
+        nbytes = world.sizes.whole[message.store][part] if given else 0
         if to != self.name:
             self.counts.crossing(message.store, nbytes)
         self.send(to, message, value, nbytes)

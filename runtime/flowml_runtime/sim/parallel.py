@@ -15,9 +15,9 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import queue
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,6 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any, NoReturn
 
 from flowml.errors import FlowmlError, SimulationError
-from flowml_runtime import service
 from flowml_runtime.sim.heap import Clock
 from flowml_runtime.sim.post import Here, Mail, to_driver
 from flowml_runtime.sim.world import World
@@ -37,6 +36,53 @@ _Order = tuple[int, float, dict[tuple[int, int], bytes]]
 """A window to let happen, as in `Here.open`."""
 _Answer = tuple[float, dict[int, Mail]]
 """At the end of a window: as `Here.take`."""
+
+
+_OPEN = 4
+"""More messages than ever wait to be read: process 0 gives two orders at most before it takes an answer."""
+
+
+class _Line:
+    """One end of the connection of two processes. A sender does not wait until the other reads: the bytes are in files
+    in memory, which take turns, and the pipe says how many they are. A pipe alone holds less than the messages of a
+    window, and a process that computes does not read."""
+
+    def __init__(self, pipe: Connection, written: Sequence[int], read: Sequence[int]) -> None:
+        self._pipe, self._written, self._read = pipe, written, read
+        self._sent = self._got = 0
+
+    @staticmethod
+    def pair() -> tuple[_Line, _Line]:
+        """Both ends."""
+        there, back = ([_file() for _ in range(_OPEN)] for _ in range(2))
+        mine, theirs = Pipe()
+        return _Line(mine, there, back), _Line(theirs, back, there)
+
+    def send(self, message: object) -> None:
+        data = pickle.dumps(message)
+        os.pwrite(self._written[self._sent % _OPEN], data, 0)
+        self._sent += 1
+        self._pipe.send_bytes(str(len(data)).encode())
+
+    def receive(self) -> Any:
+        size = int(self._pipe.recv_bytes())
+        data = os.pread(self._read[self._got % _OPEN], size, 0)
+        self._got += 1
+        return pickle.loads(data)
+
+    def close(self, *, files: bool = True) -> None:
+        """Close this end, and the files that both have."""
+        self._pipe.close()
+        for file in (*self._written, *self._read) if files else ():
+            os.close(file)
+
+
+def _file() -> int:
+    """A file in memory, where the system has such."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("flowml-simulation")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 class Team:
@@ -60,7 +106,7 @@ class Team:
         self._meets = False
         """Whether the processes exchange messages. If an interrupt ends that, none knows what others wait for."""
         self._pids: list[int] = []
-        self._pipes: list[Connection] = []
+        self._lines: list[_Line] = []
         self._clock = clock = Clock()
         clock.until, clock.meet = 0.0, self._meet
         for index in range(1, len(firsts)):
@@ -70,21 +116,22 @@ class Team:
         self._here.join(numbers, self.world.nodes, driver)
 
     def _fork(self, make: Make, here: Here) -> None:
-        mine, theirs = Pipe()
+        mine, theirs = _Line.pair()
         with warnings.catch_warnings():  # of threads, such as those of XLA, which the other process does not need
             warnings.simplefilter("ignore")
             sys.stdout.flush()
             pid = os.fork()
         if pid == 0:
             try:
-                for pipe in (*self._pipes, mine):
-                    pipe.close()
+                for line in self._lines:
+                    line.close()
+                mine.close(files=False)
                 _serve(theirs, make, here)
             finally:
                 os._exit(1)
-        theirs.close()
+        theirs.close(files=False)
         self._pids.append(pid)
-        self._pipes.append(mine)
+        self._lines.append(mine)
 
     def _meet(self) -> bool:
         """Exchange messages with the other processes, and begin the next window. Returns whether there is one."""
@@ -95,7 +142,7 @@ class Team:
 
     def _exchange(self) -> bool:
         own = self._here.take()
-        mail: list[dict[tuple[int, int], bytes]] = [{} for _ in range(len(self._pipes) + 1)]
+        mail: list[dict[tuple[int, int], bytes]] = [{} for _ in range(len(self._lines) + 1)]
         answers = self._answers() if self._owed == 2 else []  # at first there is nothing to do in the others
         least, flying = self._flying, math.inf
         for source, (first, found) in enumerate([own, *answers]):
@@ -108,26 +155,26 @@ class Team:
         until = min(least + self._lookahead, max(least, self._clock.until) + self._lookahead / 2)
         until = max(until, math.nextafter(least, math.inf))
         self._window, self._flying = self._window + 1, flying
-        for pipe, arrived in zip(self._pipes, mail[1:], strict=True):
-            self._send(pipe, (self._window, until, arrived))
+        for line, arrived in zip(self._lines, mail[1:], strict=True):
+            self._send(line, (self._window, until, arrived))
         self._owed += 1
         self._here.open(self._window, until, mail[0])
         return True
 
     def _answers(self) -> list[_Answer]:
         self._owed -= 1
-        return [self._receive(number) for number in range(len(self._pipes))]
+        return [self._receive(number) for number in range(len(self._lines))]
 
-    def _send(self, pipe: Connection, order: _Order | float) -> None:
+    def _send(self, line: _Line, order: _Order | float) -> None:
         try:
-            pipe.send_bytes(pickle.dumps(order))
+            line.send(order)
         except OSError:
             self._end_all()
             raise SimulationError(_GONE) from None
 
     def _receive(self, number: int) -> Any:
         try:
-            answer = pickle.loads(self._pipes[number].recv_bytes())
+            answer = self._lines[number].receive()
         except (OSError, EOFError):
             self._end_all()
             raise SimulationError(_GONE) from None
@@ -138,25 +185,25 @@ class Team:
 
     def end(self) -> None:
         """The run is over now. Ends the other processes, and counts their events until now."""
-        if not self._pipes:
+        if not self._lines:
             return
         try:
             if self._meets:
                 return
             while self._owed:
                 self._answers()
-            for pipe in self._pipes:
-                self._send(pipe, self._clock.now)
-            for number in range(len(self._pipes)):
+            for line in self._lines:
+                self._send(line, self._clock.now)
+            for number in range(len(self._lines)):
                 self._clock.add(*self._receive(number))
         finally:
             self._end_all()
 
     def _end_all(self) -> None:
-        pipes, self._pipes = self._pipes, []
+        lines, self._lines = self._lines, []
         pids, self._pids = self._pids, []
-        for pipe in pipes:
-            pipe.close()  # at which the process ends
+        for line in lines:
+            line.close()  # at which the process ends
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -168,38 +215,26 @@ _GONE = (
 )
 
 
-def _serve(pipe: Connection, make: Make, here: Here) -> NoReturn:
+def _serve(line: _Line, make: Make, here: Here) -> NoReturn:
     """Let windows happen as process 0 says, until the run is over."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends process 0, and that ends this one
     clock = here.clock
     try:
         world = make(clock, here, to_driver)
         here.join(world.numbers, world.nodes, to_driver)
-        orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        service.start("flowml-orders", lambda: _take_orders(pipe, orders), service.end_process)
         while True:
-            order: _Order | float = pickle.loads(orders.get())  # no deadline: the process ends with process 0
+            order: _Order | float = line.receive()  # no deadline: the process ends with process 0
             if isinstance(order, tuple):
                 here.open(*order)
                 clock.go_on(_always)
-                pipe.send_bytes(pickle.dumps(here.take()))
+                line.send(here.take())
             else:
-                pipe.send_bytes(pickle.dumps(clock.counted(order)))
+                line.send(clock.counted(order))
     except (EOFError, OSError):
         os._exit(0)
     except BaseException as error:
-        pipe.send_bytes(pickle.dumps(_told(error)))
+        line.send(_told(error))
         os._exit(1)
-
-
-def _take_orders(pipe: Connection, orders: queue.SimpleQueue[bytes]) -> None:
-    """Take what process 0 sends, also while this one sends: else both may wait for the other to read. A pipe holds less
-    than the messages of a window of many workers."""
-    try:
-        while True:
-            orders.put(pipe.recv_bytes())
-    except (EOFError, OSError):
-        os._exit(0)
 
 
 def _always() -> bool:

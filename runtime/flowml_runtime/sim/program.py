@@ -62,13 +62,14 @@ class StageProgram:
 class Sizes:
     """The bytes of each store's value, of a version that its home publishes, and of what its filters make of a value,
     or the most possible, of each part of a contribution to it, and of what its home shares in each round of a coupling.
-    """
+    `whole` are the bytes of each part without filters."""
 
     stores: tuple[int, ...]
     published: tuple[int, ...]
     told: tuple[int, ...]
     parts: tuple[tuple[int, ...], ...]
     shared: tuple[tuple[int, ...], ...]
+    whole: tuple[tuple[int, ...], ...]
 
     @staticmethod
     def of(training: Training) -> Sizes:
@@ -78,6 +79,7 @@ class Sizes:
             tuple(sent_size(s.policy.filters, s.specs, range(len(s.specs)))[0] for s in training.stores),
             tuple(tuple(map(s.part_bytes, s.parts)) for s in training.stores),
             tuple(tuple(x.nbytes for x in s.coupled.shares) if s.coupled else () for s in training.stores),
+            tuple(tuple(part.nbytes for part in s.parts) for s in training.stores),
         )
 
 

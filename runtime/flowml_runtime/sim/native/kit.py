@@ -23,7 +23,7 @@ from typing import Any
 from flowml.callers import warn
 from flowml_runtime.driver.progress import shown
 from flowml_runtime.sim.heap import Clock
-from flowml_runtime.sim.native.rewriting import BUILD_S, PACKAGE, rewritten
+from flowml_runtime.sim.native.rewriting import BUILD_S, PACKAGE, rewritten, sources
 from flowml_runtime.sim.parallel import Team
 from flowml_runtime.sim.world import Layout, World
 
@@ -63,16 +63,10 @@ class _MissingError(Exception):
 
 def _built() -> Path:
     """The folder of the compiled package."""
-    sources = rewritten()
-    about = (
-        sys.version,
-        sysconfig.get_platform(),
-        SPEED,
-        *(part for entry in sorted(sources.items()) for part in entry),
-    )
+    about = (sys.version, sysconfig.get_platform(), SPEED, *sources())
     folder = _cache() / hashlib.sha256("\0".join(about).encode()).hexdigest()[:24]
     if not folder.exists():
-        _build(folder, sources)
+        _build(folder, rewritten())
     return folder
 
 

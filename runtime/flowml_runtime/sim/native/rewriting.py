@@ -87,12 +87,22 @@ def rewritten() -> dict[str, str]:
     return found
 
 
+def sources() -> list[str]:
+    """All on which the package depends: the text of this module, and of those that it has. To read them takes a
+    hundredth of the time of `rewritten`."""
+    return [Path(__file__).read_text(), *(_source(name) for name in (*COMPILED, *COPIED))]
+
+
 _FOLDERS = ("protocol", "protocol/training", "sim")
 
 
-def _text(name: str) -> str:
+def _source(name: str) -> str:
     (folder,) = flowml_runtime.__path__
-    text = (Path(folder) / (name.replace(".", "/") + ".py")).read_text()
+    return (Path(folder) / (name.replace(".", "/") + ".py")).read_text()
+
+
+def _text(name: str) -> str:
+    text = _source(name)
     for before, after in _REPLACED.get(name, ()):
         if text.count(before) != 1:
             raise ValueError(f"{name} has {before!r} {text.count(before)} times")
