@@ -147,13 +147,19 @@ def _changes(counts: Sequence[int], workers: int, gap_s: float, seed: int) -> li
     return found
 
 
+def recorded_counts(source: str | PathLike[str] | Mapping[str, Any]) -> Sequence[int]:
+    """The number of machines in each interval of a record, as `Churn.from_spot` reads it. Raises TraceError."""
+    name, content = _content(source)
+    return _series(content, name)[0]
+
+
 def _content(source: object) -> tuple[str, Any]:
     if isinstance(source, Mapping):
         return "the record", source
     if not isinstance(source, str | PathLike):
         raise SimulationError(f"Churn.from_spot: {type(source).__name__} is neither a path nor the content of a record")
     file = Path(source)
-    return file.name, tables.json_of(file)
+    return str(file), tables.json_of(file)
 
 
 def _series(content: Any, name: str) -> tuple[list[int], float]:
@@ -161,7 +167,8 @@ def _series(content: Any, name: str) -> tuple[list[int], float]:
         gap, data = content["metadata"]["gap_seconds"], content["data"]
     except (KeyError, TypeError):
         raise TraceError(
-            f"{name} has no metadata.gap_seconds or no data, so it is no record of spot machines"
+            f"{name} has no metadata.gap_seconds or no data, so it is no record of spot machines; give one such as "
+            '{"metadata": {"gap_seconds": 300}, "data": [4, 4, 3]}'
         ) from None
     try:
         seconds = checks.number(name, "metadata.gap_seconds", gap, open_at_least=True)

@@ -7,11 +7,22 @@ import os
 import shlex
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from flowml.sim.churn import Counts
     from flowml_runtime.cluster import Cluster
     from flowml_runtime.transport.security import TLS
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong value of an argument is one line, as other errors of flowml. Where the arguments themselves are wrong,
+    the usage is printed too."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("argument "):
+            self.exit(2, f"flowml: error: {message}\n")
+        super().error(message)
 
 
 class CommandError(Exception):
@@ -39,6 +50,14 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
+
+
+def counted(text: str) -> tuple[str, Counts | None]:
+    """A record of spot machines without its last word, which says what it counts, and that word: `x.json,preempted`."""
+    given, _, word = text.rpartition(",")
+    if word == "available" or word == "preempted":
+        return given, word
+    return text, None
 
 
 def seconds(text: str) -> float:

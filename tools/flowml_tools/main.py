@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from flowml_runtime.environment.streams import open_standard_streams
 from flowml_tools import bench, coordinator, doctor, faults, launch, reproduce, run, simulate, trace, viz, worker
-from flowml_tools.command import CommandError
+from flowml_tools.command import CommandError, Parser
 
 INTERRUPTED = 128 + signal.SIGINT
 DESCRIPTION = "Run JAX functions as dataflow programs on many devices and machines."
@@ -76,9 +76,9 @@ def _print_anywhere() -> None:
 def _parser() -> argparse.ArgumentParser:
     from flowml import __version__
 
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument("--traceback", action="store_true", help="with an error, show where it came from")
-    parser = argparse.ArgumentParser(prog="flowml", description=DESCRIPTION)
+    parser = Parser(prog="flowml", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"flowml {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in (run, launch, coordinator, worker, simulate, reproduce, faults, viz, trace, bench, doctor):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flowml_tools.command import CommandError, natural, positive
+from flowml_tools.command import CommandError, Parser, counted, natural, positive
 from flowml_tools.run import run_script
 from flowml_tools.script import script
 
@@ -30,8 +31,9 @@ machines that come and go is printed: of synchronous training that is restarted,
   --network     LATENCY,BYTES_PER_S[,UPLINK[,DOWNLINK]] of each pair of workers, such as 1e-3,60e6; UPLINK and DOWNLINK
                 bound what a worker sends and receives at a time. Or regions:TABLE.csv[:REGION=WORKERS,...]; without
                 numbers the workers are spread over all regions of the table
-  --spot        TRACE.json[,GAP_S[,NOTICE_S[,RESTART_S]]]: a record of spot machines, replayed with intervals of GAP_S
-                (30). Machines give notice NOTICE_S (5) before they go; a restart of all takes RESTART_S (10)
+  --spot        TRACE.json[,GAP_S[,NOTICE_S[,RESTART_S]]][,COUNTS]: a record of spot machines, replayed with intervals
+                of GAP_S (30). Machines give notice NOTICE_S (5) before they go; a restart of all takes RESTART_S (10).
+                COUNTS says which machines the record counts: available (the default) or preempted
 
 Options of flowml go before FILE.py, or all of them directly after it. The other arguments go to the script.
 """
@@ -72,7 +74,7 @@ def _split(arguments: argparse.Namespace) -> tuple[argparse.Namespace, list[str]
     args, end = arguments.args, 0
     while end < len(args) and (name := args[end].partition("=")[0]) in OPTIONS:
         end += 1 if "=" in args[end] or name in FLAGS else 2
-    parser = argparse.ArgumentParser(prog="flowml simulate", allow_abbrev=False, add_help=False)
+    parser = Parser(prog="flowml simulate", allow_abbrev=False, add_help=False)
     _add_options(parser)
     options = parser.parse_args(args[:end], arguments)
     missing = [name for name in ("--workers N", "--compute MODEL") if getattr(options, name[2:].split()[0]) is None]
@@ -121,7 +123,9 @@ def _on_fit(options: argparse.Namespace, cluster: SimulatedCluster) -> Callable[
     if not options.advise and options.spot is None:
         return None
     if options.spot is not None:
-        options.spot.churn(options.workers)  # a record that makes no sense is refused before anything runs
+        doubt = options.spot.doubt(options.workers)  # a record that makes no sense is refused before anything runs
+        if doubt:
+            print(f"flowml: warning: {doubt}", file=sys.stderr, flush=True)
     from flowml_runtime.advise import advise
 
     def tell(trainer: Any, params: Any, batch: Any, state: Any) -> None:
@@ -190,15 +194,21 @@ def network(text: str) -> Callable[[int], NetworkModel]:
 
 
 def spot(text: str) -> Spot:
-    """An argparse type for records of spot machines, such as `trace.json,30,5`."""
+    """An argparse type for records of spot machines, such as `trace.json,30,5,preempted`."""
     from flowml_tools.spot import Spot
 
-    path, *rest = text.split(",")
+    given, counts = counted(text)
+    path, *rest = given.split(",")
     if len(rest) > 3:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not TRACE.json and at most 3 numbers, such as trace.json,30,5,10"
+            f"{text!r} is not TRACE.json, at most 3 numbers, and available or preempted, such as "
+            "trace.json,30,5,10,preempted"
         )
-    return Spot(path, *_numbers(len(rest), "30,5,10")(",".join(rest)) if rest else ())
+    try:
+        numbers = _numbers(len(rest), "30,5,10")(",".join(rest)) if rest else ()
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; only available or preempted may come after the numbers") from None
+    return Spot(path, *numbers, counts=counts)
 
 
 def _members(text: str) -> dict[str, int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from flowml.errors import FlowmlWarning, SimulationError, WorkerLostError
 from flowml.policy import Policy
 from flowml.policy.named import decoupled_diloco
 from flowml.sim import Churn
+from flowml.sim.churn import Counts, recorded_counts
 from flowml_runtime.sim.cluster import SimulatedCluster
 from flowml_runtime.trainer import Trainer
 
@@ -47,14 +48,42 @@ class Spot:
     gap_s: float = GAP_S
     notice_s: float = NOTICE_S
     restart_s: float = RESTART_S
+    counts: Counts | None = field(default=None, kw_only=True)
+    """What the numbers of the record count; None: the available machines, and `doubt` says if that looks wrong."""
 
     def churn(self, workers: int) -> Churn:
         """The machines of the first intervals. Raises FlowmlError for a record that makes no sense."""
-        whole = Churn.from_spot(self.path, gap_s=self.gap_s, workers=workers, start_s=START_S, pause_s=PAUSE_S)
+        most = max(recorded_counts(self.path))
+        if most > workers:
+            raise SimulationError(
+                f"--spot: {self.path} counts up to {most} machines, and there are {workers} workers; give "
+                f"--workers {most} or more, or a record of fewer machines"
+            )
+        counts = self.counts or "available"
+        whole = Churn.from_spot(
+            self.path, counts=counts, workers=workers, gap_s=self.gap_s, start_s=START_S, pause_s=PAUSE_S
+        )
         first = 0.0 if whole.up(0.0, workers) else _next_up(whole, 0.0, workers)
         if first == math.inf:
-            raise SimulationError(f"{self.path} has no machine in any interval")
+            other = "preempted" if self.counts != "preempted" else "available"
+            raise SimulationError(
+                f"--spot: {self.path} has no machine in any interval; give another record, or {self.path},{other} "
+                f"if it counts {other} machines"
+            )
         return whole.window(first, first + self.seconds)
+
+    def doubt(self, workers: int) -> str:
+        """A warning if nobody is up most of the time, and the record may count the others; "" if not."""
+        if self.counts is not None:
+            return ""
+        churn = self.churn(workers)
+        empty = sum(not churn.up(interval * self.gap_s, workers) for interval in range(INTERVALS))
+        if 2 * empty <= INTERVALS:
+            return ""
+        return (
+            f"--spot: no machine is up in {empty} of the {INTERVALS} intervals that are replayed of {self.path}; if it "
+            f"counts preempted machines, add ,preempted to --spot, and if not, add ,available"
+        )
 
     @property
     def seconds(self) -> float:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from flowml_tools.command import count, positive, seconds
+from flowml_tools.command import count, counted, positive, seconds
 
 SUMMARY = "random training runs with faults, under virtual time, checked for broken promises"
 DESCRIPTION = """\
@@ -34,7 +34,8 @@ those of real runs. Their invariants are checked after every event, and the hist
 bounds, contributions lost or applied twice, coefficients, the ledger, copies, and bytes.
 
 With --members each seed is a whole fit whose workers leave with and without notice and come back, which shrinks, waits
-for them or is elastic. With --spot FILE they go and come as in a part of a record of spot machines.
+for them or is elastic. With --spot FILE they go and come as in a part of a record of spot machines, which counts the
+available ones, or with --spot FILE,preempted the others.
 
 A seed that breaks a promise is printed with its case, what it broke, its last events, and the command that repeats it.
 """
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", type=seconds, default=None, metavar="SECONDS", help="stop then (no limit)")
     parser.add_argument("--coverage", action="store_true", help="print how often each value meets each kind of fault")
     parser.add_argument("--members", action="store_true", help="whole fits whose workers leave and come back")
-    parser.add_argument("--spot", type=Path, metavar="FILE", help="the same, as recorded spot machines did")
+    parser.add_argument("--spot", type=counted, metavar="FILE", help="the same, as recorded spot machines did")
     parser.add_argument("--events", type=positive, default=30, metavar="N", help="the last events to print (30)")
 
 
@@ -82,7 +83,9 @@ def _members(arguments: argparse.Namespace) -> int:
 
     make, again = MembersCase.of, "flowml faults --members"
     if arguments.spot is not None:
-        make, again = partial(MembersCase.spot, record=arguments.spot), f"{again} --spot {arguments.spot}"
+        record, counts = arguments.spot
+        make = partial(MembersCase.spot, record=Path(record), counts=counts or "available")
+        again = f"{again} --spot {','.join([record, counts] if counts else [record])}"
     first, number = (arguments.first, arguments.seeds) if arguments.seed is None else (arguments.seed, 1)
     began, ran, failed = time.monotonic(), 0, 0
     for seed in range(first, first + number):

@@ -24,6 +24,7 @@ from flowml import policies as named
 from flowml import sim
 from flowml.errors import FlowmlWarning, UnsupportedError, WorkerLostError
 from flowml.policy import Policy
+from flowml.sim.churn import Counts
 from flowml_runtime.sim.cluster import SimulatedCluster
 from flowml_runtime.trainer import Trainer
 
@@ -69,12 +70,12 @@ class MembersCase:
         return MembersCase(seed, policy, replicas, steps, churn, faults, how)
 
     @staticmethod
-    def spot(seed: int, record: Path | Mapping[str, Any]) -> MembersCase:
+    def spot(seed: int, record: Path | Mapping[str, Any], counts: Counts = "available") -> MembersCase:
         """The case of a seed, on machines that go and come as in a part of a record of spot machines. An interval of
         the record takes as long as a few steps."""
         case, rng = MembersCase.of(seed), random.Random(f"spot {seed}")
         gap_s = rng.choice([3, 10]) * STEP_S
-        whole = sim.Churn.from_spot(record, gap_s=gap_s, seed=seed)
+        whole = sim.Churn.from_spot(record, counts=counts, gap_s=gap_s, seed=seed)
         changes = [change for change in whole.changes if change[1] < case.replicas]
         whole = replace(case.churn, changes=changes)
         starts = [time_s + gap_s * rng.uniform(-3, 0) for time_s, *_ in changes]
