@@ -218,7 +218,7 @@ def _by_pattern(graph: Graph, devices: Sequence[Device], patterns: Mapping[str, 
         if fnmatchcase("", pattern):
             default = default or device
         elif not hit:
-            known = named(sorted(layers)) or "none; label code with fm.layer"
+            known = f"{named(sorted(layers))}; give a pattern of one" if layers else "none; label code with fm.layer"
             raise PlacementError(f"placement pattern {pattern!r} matches no layer; layers are: {known}")
         elif all(layer in chosen for layer in hit):
             raise PlacementError(shadowed(asked, {layer: chosen[layer][0] for layer in hit}))

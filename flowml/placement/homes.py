@@ -74,7 +74,9 @@ def _chosen(homes: int | tuple[str, ...], workers: Sequence[str], replicas: int)
     for pattern in homes:
         hit = [worker for worker in workers if is_home((pattern,), worker)]
         if not hit:
-            raise PlacementError(f"homes names {pattern!r}, which matches no worker; there are: {named(workers)}")
+            raise PlacementError(
+                f"homes names {pattern!r}, which matches no worker; there are: {named(workers)}; name one of them"
+            )
         found.update(hit)
     if len(found) == len(workers):
         raise PlacementError(

@@ -263,8 +263,9 @@ def _check_entry(pattern: str, policy: object, paths: tuple[str, ...], untrained
         )
     if not any(_matches(pattern, path) for path in paths):
         below = any(path.startswith(f"{pattern}/") for path in paths)
-        fix = f"; give {pattern + '/*'!r} for those of layer {pattern!r}" if below else ""
-        raise PolicyError(f"policies[{pattern!r}] matches no parameter; there are: {named(paths) or 'none'}{fix}")
+        anew = "give a pattern of one of them" if paths else "leave it out"
+        fix = f"give {pattern + '/*'!r} for those of layer {pattern!r}" if below else anew
+        raise PolicyError(f"policies[{pattern!r}] matches no parameter; there are: {named(paths) or 'none'}; {fix}")
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -41,7 +41,10 @@ class Partition:
         for name in ("start_s", "end_s"):
             object.__setattr__(self, name, checks.number("Partition", name, getattr(self, name)))
         if self.end_s <= self.start_s:
-            raise SimulationError(f"Partition: end_s={self.end_s} is not after start_s={self.start_s}")
+            raise SimulationError(
+                f"Partition: end_s={self.end_s} is not after start_s={self.start_s}; give a later end_s, or an earlier "
+                "start_s"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,10 @@ class Disorder:
         if self.end_s != math.inf:
             object.__setattr__(self, "end_s", checks.number("Disorder", "end_s", self.end_s))
         if self.end_s <= self.start_s:
-            raise SimulationError(f"Disorder: end_s={self.end_s} is not after start_s={self.start_s}")
+            raise SimulationError(
+                f"Disorder: end_s={self.end_s} is not after start_s={self.start_s}; give a later end_s, or an earlier "
+                "start_s"
+            )
 
 
 Fault = Crash | Partition | Disorder

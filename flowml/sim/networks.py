@@ -153,7 +153,7 @@ class Regions:
         Raises:
             TraceError: if a line cannot be read or a pair is there twice; the text names the line and column.
         """
-        return Regions.parse(tables.text_of(Path(path)), Path(path).name, delay=delay)
+        return Regions.parse(tables.text_of(Path(path)), str(Path(path)), delay=delay)
 
     @staticmethod
     def parse(text: str, name: str = "regions", *, delay: Delay = "round trip") -> Regions:
@@ -172,7 +172,10 @@ class Regions:
         for line, row in tables.read(text, name, columns):
             pair = (row["a"], row["b"])
             if pair in found:
-                raise TraceError(f"{name}, line {line}, column 'b': the link of {pair[0]} and {pair[1]} is there twice")
+                raise TraceError(
+                    f"{name}, line {line}, column 'b': the link of {pair[0]} and {pair[1]} is there twice; "
+                    "leave one of the two lines out"
+                )
             latency_s = row["round_trip_or_delay_ms"] * (5e-4 if delay == "round trip" else 1e-3)
             found[pair] = (latency_s, row["gbit_per_s"] * 1e9 / 8)
         return Regions(found)
@@ -232,7 +235,10 @@ class Sites(NetworkModel):
         for a in used:
             for b in used:
                 if a != b and regions.link(a, b) is None:
-                    raise SimulationError(f"Sites: the table has no link from {one_line(a)} to {one_line(b)}")
+                    raise SimulationError(
+                        f"Sites: the table has no link from {one_line(a)} to {one_line(b)}; add it, or "
+                        "leave one of the two out of members"
+                    )
 
     def link(self, a: int, b: int) -> Link:
         here, there = self.site(a), self.site(b)

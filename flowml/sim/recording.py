@@ -242,6 +242,7 @@ def _topological(before: Sequence[set[int]], first: Sequence[Operation]) -> list
         stuck = first[next(unit for unit, count in enumerate(missing) if count)]
         raise TraceError(
             f"step {stuck.step}, line {stuck.line}, column 'start_ts': {stuck.kind} of worker {stuck.worker} waits for "
-            f"itself, through operations of its partners; its start or that of a partner is wrong"
+            f"itself, through operations of its partners; its start or that of a partner is wrong, so correct it or "
+            "leave this step out"
         )
     return order

@@ -62,15 +62,24 @@ class Numbered(NamedTuple):
     values: Row
 
 
+AGAIN = "so copy or download it again"
+"""What to do with a file that is damaged or cut short."""
+
+
+def unread(file: Path, error: OSError) -> str:
+    """The message about a file that cannot be opened."""
+    return f"{file} cannot be read: {error.strerror}; give the path of a file that is there and that you may read"
+
+
 def text_of(file: Path) -> str:
-    """The text of a file. Raises TraceError if it cannot be read."""
+    """The text of a file. Raises TraceError, which names the path as given, if it cannot be read."""
     try:
         return file.read_text()
     except OSError as error:
-        raise TraceError(f"{file.name} cannot be read: {error.strerror}") from None
+        raise TraceError(unread(file, error)) from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise TraceError(f"{file.name}, line {line}: the bytes there are not text; the file is damaged") from None
+        raise TraceError(f"{file}, line {line}: the bytes there are not text; the file is damaged, {AGAIN}") from None
 
 
 def json_of(file: Path) -> Any:
@@ -79,7 +88,7 @@ def json_of(file: Path) -> Any:
         return json.loads(text_of(file))
     except json.JSONDecodeError as error:
         raise TraceError(
-            f"{file.name}, line {error.lineno}, column {error.colno}: {error.msg}; the file is damaged or cut short"
+            f"{file}, line {error.lineno}, column {error.colno}: {error.msg}; the file is damaged or cut short, {AGAIN}"
         ) from None
 
 
@@ -94,7 +103,7 @@ def read(text: str, name: str, columns: Mapping[str, Column]) -> list[Numbered]:
         header = [title.strip() for title in next(lines, [])]
         fields = [(lines.line_num, line) for line in lines if line]
     except csv.Error as error:
-        raise TraceError(f"{name}, line {lines.line_num}: {error}; the file is damaged") from None
+        raise TraceError(f"{name}, line {lines.line_num}: {error}; the file is damaged, {AGAIN}") from None
     return check(header, fields, name, columns)
 
 
@@ -105,7 +114,7 @@ def check(
     _check_header(header, name, columns)
     rows = [_row(fields, line, header, name, columns) for line, fields in lines]
     if not rows:
-        raise TraceError(f"{name}, line 2: there is no row after the header; the file is cut short")
+        raise TraceError(f"{name}, line 2: there is no row after the header; the file is cut short, {AGAIN}")
     return rows
 
 
@@ -113,16 +122,22 @@ def _check_header(header: Sequence[str], name: str, columns: Mapping[str, Column
     for title in columns:
         if title not in header:
             there = ", ".join(map(one_line, header)) or "none"
-            raise TraceError(f"{name}, line 1: column {title!r} is missing; the columns there are {there}")
+            raise TraceError(
+                f"{name}, line 1: column {title!r} is missing; the columns there are {there}; "
+                "add it, or name one of them so"
+            )
 
 
 def _row(fields: Sequence[str], line: int, header: Sequence[str], name: str, columns: Mapping[str, Column]) -> Numbered:
     if len(fields) < len(header):
         missing = header[len(fields)]
-        raise TraceError(f"{name}, line {line}: column {missing!r} is missing; the line is cut short or damaged")
+        raise TraceError(
+            f"{name}, line {line}: column {missing!r} is missing; the line is cut short or damaged, {AGAIN}"
+        )
     if len(fields) > len(header):
         raise TraceError(
-            f"{name}, line {line}: {len(fields)} fields in {len(header)} columns, so they cannot be told apart"
+            f"{name}, line {line}: {len(fields)} fields in {len(header)} columns, so they cannot be told apart; "
+            "give each line a field for each column, and put fields with a comma in quotes"
         )
     found: Row = {}
     for title, field in zip(header, fields, strict=True):

@@ -90,8 +90,8 @@ def read_operations(path: str | PathLike[str]) -> list[Operation]:
     """
     file = Path(path)
     if file.suffix == ".parquet":
-        return _operations(tables.check(*_parquet(file), file.name, _COLUMNS), file.name)
-    return parse_operations(tables.text_of(file), file.name)
+        return _operations(tables.check(*_parquet(file), str(file), _COLUMNS), str(file))
+    return parse_operations(tables.text_of(file), str(file))
 
 
 def parse_operations(text: str, name: str) -> list[Operation]:
@@ -104,18 +104,20 @@ def _parquet(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise TraceError(
-            f"reading {file.name} needs pyarrow; install it (pip install 'flowml[traces]') or save the table as CSV"
+            f"reading {file} needs pyarrow; install it (pip install 'flowml[traces]') or save the table as CSV"
         ) from None
     try:
         opened = file.open("rb")
     except OSError as error:
-        raise TraceError(f"{file.name} cannot be read: {error.strerror}") from None
+        raise TraceError(tables.unread(file, error)) from None
     try:
         with opened:
             table = parquet.read_table(opened).to_pydict()
     except (ArrowException, OSError) as error:
         first = str(error).partition("\n")[0]
-        raise TraceError(f"{file.name} is not a whole Parquet file, or is damaged: {one_line(first)}") from None
+        raise TraceError(
+            f"{file} is not a whole Parquet file, or is damaged, {tables.AGAIN} ({one_line(first)})"
+        ) from None
     lines = enumerate(zip(*table.values(), strict=True), start=2)
     return list(table), [(line, ["" if v is None else str(v) for v in values]) for line, values in lines]
 
@@ -146,7 +148,7 @@ def _operation(row: _Row, name: str) -> Operation:
     if row.mc > 0:
         raise TraceError(
             f"{name}, line {row.line}, column 'mc': {row.mc} is the second part of a worker's model or a later one; "
-            f"interleaved pipelines cannot be replayed"
+            f"interleaved pipelines cannot be replayed, so give a job of one part a worker (mc of at most 0)"
         )
     end_s = row.start_ts + row.duration
     return Operation(row.step, row.rank, row.dp_rank, row.stage, kind, row.start_ts, end_s, transfer, row.line)
@@ -168,7 +170,8 @@ def _check_workers(rows: Iterable[_Row], name: str) -> None:
         if key in seen:
             raise TraceError(
                 f"{name}, line {row.line}, column 'seq_id': {one_line(row.optype)} {row.seq_id} of worker {row.rank} "
-                f"in step {row.step} is there twice"
+                f"in step {row.step} is there twice; "
+                "leave one of them out"
             )
         seen.add(key)
 
@@ -191,7 +194,7 @@ def _check_partners(rows: Sequence[_Row], operations: Sequence[Operation], name:
             raise TraceError(
                 f"{name}, line {row.line}, column 'optype': {row.optype} {row.seq_id} of worker {row.rank} in step "
                 f"{row.step} has {len(members) - 1} of its {sizes[together] - 1} partners; the file is cut short, or "
-                f"lines are missing"
+                f"lines are missing, {tables.AGAIN}"
             )
 
 
@@ -214,7 +217,8 @@ def _check_whole(rows: Sequence[_Row], name: str) -> None:
             if missing:
                 raise TraceError(
                     f"{name}, line {rows[-1].line} or before, column 'optype': {missing[0]} of worker {rank} in step "
-                    f"{step} is missing; the file is cut short, or lines are missing"
+                    f"{step} is missing; the file is cut short, or lines are missing, "
+                    f"{tables.AGAIN}"
                 )
 
 
@@ -239,9 +243,12 @@ def read_compute_times(path: str | PathLike[str]) -> tuple[tuple[float, ...], ..
         lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
         times = _times_by_worker(workers, lanes, [e for e in events if e.get("cat") in _BUSY])
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise TraceError(f"{file.name} is not a trace that flowml wrote") from None
+        raise TraceError(
+            f"{file} is not a trace that flowml wrote; give a file of `flowml trace` or cluster.trace, or a recorded "
+            "job as .csv or .parquet"
+        ) from None
     if not times:
-        raise TraceError(f"{file.name} has no task; record a block in which the cluster computes")
+        raise TraceError(f"{file} has no task; record a block in which the cluster computes")
     return times
 
 

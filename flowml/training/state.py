@@ -97,7 +97,8 @@ def rules_of(given: Mapping[str, Rule] | None, paths: Sequence[str], dtypes: Seq
             raise TypeError(f"state_rules has the pattern {pattern!r}; give patterns of paths as text")
         choice(f"state_rules[{pattern!r}]", rule, get_args(Rule))
         if not any(fnmatchcase(path, pattern) for path in paths):
-            raise ValueError(f"state_rules[{pattern!r}] matches no state; there is: {named(paths) or 'none'}")
+            anew = "give a pattern of one of them" if paths else "leave it out"
+            raise ValueError(f"state_rules[{pattern!r}] matches no state; there is: {named(paths) or 'none'}; {anew}")
     found: list[Rule] = []
     for path, dtype in zip(paths, dtypes, strict=True):
         floating, key = jnp.issubdtype(dtype, jnp.inexact), jnp.issubdtype(dtype, jax.dtypes.prng_key)

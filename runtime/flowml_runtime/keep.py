@@ -73,7 +73,8 @@ class Keep:
             hit = {i for i, path in names.items() if fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}/*")}
             if not hit:
                 raise ValueError(
-                    f"{name}: keep={pattern!r} matches no output; the outputs are {named(list(names.values()))}"
+                    f"{name}: keep={pattern!r} matches no output; the outputs are {named(list(names.values()))}; "
+                    "give a pattern of one"
                 )
             kept |= hit
         return frozenset(kept)

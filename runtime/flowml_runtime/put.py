@@ -81,7 +81,9 @@ def placed(paths: Sequence[str], devices: Sequence[Device], placement: Any, verb
         device = _name(wanted, devices, f"{verb}: pattern {pattern!r}")
         hit = [i for i, path in enumerate(paths) if _matches(path, str(pattern))]
         if not hit:
-            raise PlacementError(f"{verb}: pattern {pattern!r} matches no leaf; leaves are {named(paths)}")
+            raise PlacementError(
+                f"{verb}: pattern {pattern!r} matches no leaf; leaves are {named(paths)}; give a pattern of one"
+            )
         if pattern != "*" and all(i in found for i in hit):
             raise PlacementError(shadowed(f"{verb}: pattern {pattern!r}", {paths[i]: found[i][0] for i in hit}))
         for i in hit:

@@ -77,7 +77,11 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "an end before its start": (
         lambda: S.Disorder(start_s=5, end_s=1),
-        r"Disorder: end_s=1.0 is not after start_s=5.0",
+        r"Disorder: end_s=1.0 is not after start_s=5.0; give a later end_s, or an earlier start_s",
+    ),
+    "a partition that ends before its start": (
+        lambda: S.Partition([0], 3, 1),
+        r"Partition: end_s=1.0 is not after start_s=3.0; give a later end_s, or an earlier start_s",
     ),
     "one fault": (
         lambda: fm.SimulatedCluster(2, S.Constant(1), NETWORK, faults=S.Crash(0, 1)),  # pyright: ignore[reportArgumentType]

@@ -91,6 +91,13 @@ def test_churn_that_makes_no_sense_says_why_in_one_line(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("read", [fm.sim.Churn.from_spot, fm.sim.Regions.read, fm.sim.Recording.read, fm.sim.Recorded])
+def test_a_file_that_is_not_there_is_named_with_its_folder(read: Callable[[Path], object], tmp_path: Path) -> None:
+    file = tmp_path / "none.csv"
+    with pytest.raises(fm.TraceError, match=f"^{file} cannot be read: No such file or directory; give the path"):
+        read(file)
+
+
 def test_a_record_that_is_cut_short_names_the_line_and_column(tmp_path: Path) -> None:
     file = tmp_path / "spot.json"
     file.write_text(json.dumps(record(4, 3, 2), indent=1))
@@ -98,7 +105,7 @@ def test_a_record_that_is_cut_short_names_the_line_and_column(tmp_path: Path) ->
     text = file.read_text()
     for length in range(len(text)):
         file.write_text(text[:length])
-        with pytest.raises(fm.TraceError, match=r"spot.json, line \d+, column \d+: "):
+        with pytest.raises(fm.TraceError, match=r"spot.json, line \d+, column \d+: .* so copy or download it again"):
             fm.sim.Churn.from_spot(file)
 
 

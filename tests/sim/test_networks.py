@@ -89,7 +89,7 @@ NONSENSE: dict[str, tuple[Callable[[], object], str]] = {
     "unknown driver": (lambda: fm.sim.Sites(regions(), ["North"], driver="West"), "it has North, South, East"),
     "unlinked": (
         lambda: fm.sim.Sites({("a", "b"): (0, 1), ("b", "c"): (0, 1)}, ["a", "c"]),
-        "the table has no link from a to c",
+        "the table has no link from a to c; add it, or leave one of the two out of members",
     ),
     "nobody": (lambda: fm.sim.Sites(regions(), []), "members is empty"),
     "number": (lambda: fm.sim.Sites(regions(), [1]), "members has 1, which is not the name"),  # type: ignore[list-item]
