@@ -58,3 +58,9 @@ def _item_bytes(dtype: str) -> int:
     if dtype == "float0":
         return 1
     return dtype_of(dtype).itemsize
+
+
+def unheard() -> np.errstate:
+    """NumPy is silent about infinity minus infinity in the block. Whether values are finite is asked where they are
+    sent and applied, and not by warnings, which would come from a thread of the library."""
+    return np.errstate(invalid="ignore")

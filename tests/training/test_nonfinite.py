@@ -239,3 +239,49 @@ def test_who_made_it_is_named_and_each_layer_counts_it(threads_cluster: fm.Clust
         assert all(counts == {number: 1} for counts in ledger.nonfinite.values())
     else:  # any replica may take the portion, and another a copy of it
         assert all(replica < 4 for replica in ledger.nonfinite["b"])
+
+
+HARSH: dict[str, Any] = {
+    "top-k with feedback": fm.Policy(filters=(fm.filters.top_k(1).with_error_feedback(),)),
+    "random-k of all together": fm.Policy(
+        topology=fm.AllReduce(), filters=(fm.filters.random_k(1).with_error_feedback(),)
+    ),
+    "top-k of all together": fm.Policy(topology=fm.AllReduce(), filters=(fm.filters.top_k(1),)),
+    "a ring": fm.policies.ring(),
+    "coded": fm.policies.coded(1),
+}
+
+
+@pytest.mark.parametrize("on", ["refuse", "apply"])
+@pytest.mark.parametrize("simulated", [False, True], ids=["threads", "simulated"])
+@pytest.mark.parametrize("kind", HARSH)
+def test_numpy_says_nothing_about_infinities_that_are_added(
+    threads_cluster: fm.Cluster, kind: str, simulated: bool, on: Any
+) -> None:
+    """One replica has infinity where the other has minus infinity, and both have losses of the kind."""
+    data = {"g": np.ones((16, 8), np.float32)}
+    data["g"][4:6], data["g"][6:8] = np.inf, -np.inf
+    cluster = fm.SimulatedCluster(2, fm.sim.Constant(0.1), fm.sim.Network(1e-3, 1e8)) if simulated else threads_cluster
+    trainer = fm.Trainer(
+        lambda p, b: jnp.mean(b["g"] @ p["w"]),
+        optax.sgd(0.1),
+        cluster=cluster,
+        replicas=2,
+        policies=HARSH[kind],
+        on_nonfinite=on,
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = trainer.fit({"w": jnp.zeros((8, 2))}, data, batch_size=4, steps=4, shuffle=False, progress=False)
+    assert [str(w.message) for w in told if not issubclass(w.category, fm.FlowmlWarning)] == []
+    assert bool(found.ledger.nonfinite) == (on == "refuse"), "what is applied is not left out, and does not count"
+
+
+@pytest.mark.parametrize("simulated", [False, True], ids=["threads", "simulated"])
+@pytest.mark.parametrize("policy", [fm.Policy(), fm.policies.local_sgd(2)], ids=["home", "own"])
+def test_the_error_names_the_layer(threads_cluster: fm.Cluster, policy: Any, simulated: bool) -> None:
+    cluster: Any = (
+        fm.SimulatedCluster(2, fm.sim.Constant(0.1), fm.sim.Network(1e-3, 1e8)) if simulated else threads_cluster
+    )
+    with pytest.raises(fm.WorkerError, match=rf"worker:\d failed during training in 'store b.*' at step {BAD_STEP}: "):
+        fit(cluster, policies=policy, on_nonfinite="raise")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flowml.arrays import ArraySpec
+from flowml.arrays import ArraySpec, unheard
 from flowml.errors import PolicyError
 from flowml.policy.filters.base import Array, Context, EncodingError, Filter, Form, Run, State, on_numpy, wide
 
@@ -109,10 +109,12 @@ def encode(chain: Chain, value: Array, state: State, context: Context) -> tuple[
     total = wide(value)
     if RESIDUAL in state:
         kept = state[RESIDUAL]
-        total = total + (kept if share == 1 else kept * total.dtype.type(share))
+        with unheard():
+            total = total + (kept if share == 1 else kept * total.dtype.type(share))
     context = context._replace(feedback=True)
     wire, after, decoded = _encode(chain, 0, total.astype(form.dtype, copy=False), form, "", state, context, True)
-    return wire, {**after, RESIDUAL: total - wide(decoded)}
+    with unheard():
+        return wire, {**after, RESIDUAL: total - wide(decoded)}
 
 
 def rebuilt(chain: Chain, value: Array, state: State, context: Context) -> tuple[list[Array], State, Array]:

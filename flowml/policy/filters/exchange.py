@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flowml.arrays import ArraySpec, dtype_of
+from flowml.arrays import ArraySpec, dtype_of, unheard
 from flowml.policy.filters.base import Array, Context, EncodingError, Form, State, on_numpy, wide
 from flowml.policy.filters.chain import Chain, compares, decode, encode, remembers, wire_forms
 from flowml.policy.filters.sums import is_additive
@@ -95,7 +95,8 @@ class Exchange:
             if slot[0] != _SOUND:
                 raise EncodingError(f"a slot begins with {slot[0]}, which says nothing")
             arrays = [wide(array) for array in self._decoded(slot)]
-            sums = arrays if sums is None else [a + b for a, b in zip(sums, arrays, strict=True)]
+            with unheard():
+                sums = arrays if sums is None else [a + b for a, b in zip(sums, arrays, strict=True)]
         if sums is None:
             raise EncodingError("no slot has anything")
         return [a.astype(form.dtype, copy=False) for a, form in zip(sums, self._given, strict=True)]

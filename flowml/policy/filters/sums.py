@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from flowml.arrays import ArraySpec
+from flowml.arrays import ArraySpec, unheard
 from flowml.policy.filters.base import Added, Array, Context, Form, State, wide
 from flowml.policy.filters.chain import RESIDUAL, Chain, encoded_by
 
@@ -50,12 +50,14 @@ def add_up(chain: Chain, value: Array, state: State, context: Context) -> Summin
     given = total = wide(value)
     if first.feedback:
         if RESIDUAL in state:
-            total = total + state[RESIDUAL] * total.dtype.type(first.feedback)
+            with unheard():
+                total = total + state[RESIDUAL] * total.dtype.type(first.feedback)
         given, context = total, context._replace(feedback=True)
     added: Added = yield from first.add_up(given.astype(value.dtype, copy=False), state.get(_STATE), context)
     after = {} if added.state is None else {_STATE: added.state}
     if first.feedback:
-        after[RESIDUAL] = total - wide(added.own())
+        with unheard():
+            after[RESIDUAL] = total - wide(added.own())
     return added.total(), after
 
 

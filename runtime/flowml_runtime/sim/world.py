@@ -316,7 +316,7 @@ class World:
         if node.start.on_nonfinite == "raise":
             terms = self.terms.stores[store]
             error = FlowmlError(sentence(self.layout.names[store], terms, replicas, verb, weight=weight))
-            self.fail(node, node.start.run + clock, error)
+            self.fail(node, node.start.run + clock, error, f"store {self.layout.names[store]}")
             return
         ids: dict[str, Any] = {**node.ids, "store": store, "clock": clock}
         self.send(node.name, DRIVER, wire.NonFinite(**ids, replicas=replicas, weight=weight))

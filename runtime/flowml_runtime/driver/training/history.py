@@ -19,6 +19,7 @@ import jax
 import msgspec
 import numpy as np
 
+from flowml.arrays import unheard
 from flowml.plan import Training
 from flowml.training.buckets import layers_of
 from flowml.training.step import Metrics
@@ -322,7 +323,8 @@ class History:
         values: list[Any] = [v if c is None else v * c for v, c in ((u.values[slot], u.coefficient) for u in units)]
         values = values or [np.zeros(self._shapes.get(slot, ()))]
         wide = np.result_type(values[0].dtype, np.float64) if values[0].dtype.kind in "fc" else values[0].dtype
-        return np.sum(values, axis=0, dtype=wide)
+        with unheard():
+            return np.sum(values, axis=0, dtype=wide)
 
     def _aux(self, units: Sequence[_Unit], weight: float) -> list[np.ndarray]:
         metrics = self._metrics

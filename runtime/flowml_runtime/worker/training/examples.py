@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from flowml.arrays import unheard
 from flowml.data import epoch_order
 from flowml.plan import Plan
 from flowml.splits import Shuffle
@@ -121,4 +122,5 @@ def over_microbatches(values: Sequence[Array], coded: Sequence[Piece] = ()) -> n
         scaled = [piece.coefficient * a for piece, a in zip(coded, arrays, strict=True)]
         return np.asarray(np.sum(scaled, axis=0, dtype=np.float64))
     wide = {"b": np.int64, "i": np.int64, "u": np.uint64}.get(kind, np.float32 if dtype.itemsize < 4 else dtype)
-    return np.sum([a.astype(wide, copy=False) for a in arrays], axis=0, dtype=wide)
+    with unheard():
+        return np.sum([a.astype(wide, copy=False) for a in arrays], axis=0, dtype=wide)

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from flowml.arrays import unheard
 from flowml.errors import DeadlineError, FlowmlError, UnsupportedError, WorkerLostError
 from flowml.plan import ArraySpec
 from flowml_runtime import service, wire
@@ -199,12 +200,13 @@ def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def add(operands: Sequence[Buffer], target: Buffer, wide: np.dtype[Any]) -> None:
     """Write the sum of `operands`, added in this order in `wide`, to `target`."""
     first, second, *others = operands
-    if target.dtype == wide and all(o.dtype == wide for o in operands):
-        total = np.add(first, second, out=target)
-    else:
-        total = np.add(first.astype(wide, copy=False), second.astype(wide, copy=False))
-    for other in others:
-        np.add(total, other.astype(wide, copy=False), out=total)
+    with unheard():
+        if target.dtype == wide and all(o.dtype == wide for o in operands):
+            total = np.add(first, second, out=target)
+        else:
+            total = np.add(first.astype(wide, copy=False), second.astype(wide, copy=False))
+        for other in others:
+            np.add(total, other.astype(wide, copy=False), out=total)
     if total is not target:
         target[...] = total  # the only rounding
 
