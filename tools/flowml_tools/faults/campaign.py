@@ -146,7 +146,7 @@ def check_rest(world: World) -> None:
         else {
             handle: who
             for history in world.histories.values()
-            for who, handle in history.given()
+            for who, handle, _ in history.given()
             if handle in world.simulation.payloads and not world.is_dead(who)
         }
     )

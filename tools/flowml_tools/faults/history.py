@@ -142,11 +142,11 @@ class History:
     rhythm: Rhythm | None = None
     """When snapshots are taken; None: never."""
 
-    def given(self) -> Iterator[tuple[str, int]]:
-        """The workers that got payloads, and the numbers of these."""
+    def given(self) -> Iterator[tuple[str, int, object]]:
+        """The workers that got payloads, the numbers of these, and the messages that brought them."""
         for f in self.facts:
             if isinstance(f, Turn) and f.who != DRIVER and isinstance(f.event, actions.Received) and f.event.handle:
-                yield f.who, f.event.handle
+                yield f.who, f.event.handle, f.event.message
 
     def story(self) -> tuple[str, ...]:
         """The events in sentences, without those that only passed values on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from flowml.plan import Training
 from flowml.sim import AT_ONCE, Homes, Network, NetworkModel
 from flowml_runtime import wire
-from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training import actions, driver, ledger
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save
 from flowml_runtime.protocol.training.terms import ReplicaLost
@@ -125,6 +125,27 @@ class _Counted(network.Wires):
             history.facts[place] = replace(fact, nbytes=about.nbytes)
 
 
+class Payloads(dict[int, Any]):
+    """The values of handles. Each is taken once: it is applied, forwarded, read or freed."""
+
+    def __init__(self, histories: Mapping[int, History]) -> None:
+        super().__init__()
+        self._histories = histories
+
+    def pop(self, handle: int, *default: Any) -> Any:
+        ensure(default or handle in self, f"{self._of(handle)} is used again, or after it was freed")
+        return super().pop(handle, *default)
+
+    def _of(self, handle: int) -> str:
+        for history in self._histories.values():
+            for who, given, message in history.given():
+                if given == handle:
+                    about = ((name, getattr(message, name, None)) for name in ("replica", "store", "clock"))
+                    told = ", ".join(f"{name} {value}" for name, value in about if value is not None)
+                    return f"{type(message).__name__} ({told}) at {who}"
+        return f"payload {handle}, which came just now,"
+
+
 @dataclass
 class World:
     """The driver, the simulated workers by name, and what was seen of the run."""
@@ -185,6 +206,9 @@ class World:
         self._wires.rng, self._wires.twice = self.rng, self.twice
         self.simulation.wires, self.simulation.backlog = self._wires, Backlog(self._wires.waiting)
         self.nodes = self.simulation.nodes
+        self.simulation.payloads = Payloads(self.histories)
+        for node in self.nodes.values():
+            node.payloads = self.simulation.payloads
         self._runs: dict[int, world.World] = {}
         self.simulation.of_run = self._of_run
 
