@@ -47,10 +47,11 @@ class Sum(Value, frozen=True, tag=True):
 
 
 class StalenessScaled(Value, frozen=True, tag=True):
-    """Like the mean, but a contribution that missed σ versions counts `rate / σ` (Gupta et al., Rudra, 2016).
+    """Like the mean, but a contribution that is σ versions late counts `rate / σ` (Gupta et al., Rudra, 2016).
 
-    σ is the number of versions between the one that the replica read and the one that the contribution makes, so a
-    fresh contribution has σ = 1 and counts `rate`.
+    σ is the number of versions that the home made between the read of the replica and the update with its
+    contribution, and at least 1. A fresh contribution (no version in between) and one that missed a single version
+    both count `rate`, one that missed two counts `rate / 2`.
 
     Raises:
         PolicyError: for a rate that is not a positive number.
