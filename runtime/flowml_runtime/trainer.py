@@ -103,8 +103,7 @@ class Trainer:
             for that layer and step, warns, and counts it in `result.ledger`; where replicas add gradients up, all of
             them leave out the sum. Such a loss is left out of the history's mean and counted too, with a warning if its
             gradients are finite and applied. `"raise"` ends the fit at the first such gradient or loss with
-            WorkerError. `"apply"` applies the gradient, and such a loss is in the mean; nothing is left out, so nothing
-            is counted, and gradients are not even looked at.
+            WorkerError. `"apply"` applies the gradient and counts none, and such a loss is in the mean.
         has_state: whether the loss takes and returns the state of a model, such as batch statistics. Each leaf stays on
             the stage that computes it; a microbatch takes what the one before it has left.
         state_rules: state path pattern -> how the values of replicas are joined at the end of a fit: `"mean"` (the
