@@ -321,10 +321,10 @@ def as_apply(value: object, knob: str = "apply", kinds: tuple[type, ...] = APPLI
     found = _NAMED.get(value, value) if isinstance(value, str) else value
     if type(found) not in kinds:
         if hasattr(value, "init") and hasattr(value, "update"):
-            raise PolicyError(f"{knob}=... is an optax optimizer, not an apply; give {knob}=flowml.Outer(optimizer)")
+            raise PolicyError(f"{knob}=... is an optax optimizer, not an apply; give {knob}=fm.Outer(optimizer)")
         if isinstance(value, type) and value in kinds:
             raise wrong_kind(knob, value, kinds)
-        others = ", ".join(f"flowml.{k.__name__}" for k in kinds if k not in (Mean, Sum))
+        others = ", ".join(f"fm.{k.__name__}" for k in kinds if k not in (Mean, Sum))
         raise PolicyError(f"{knob}={value!r} is not available; give {knob}='mean', {knob}='sum', or one of {others}")
     return found
 

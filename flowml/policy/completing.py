@@ -59,7 +59,7 @@ def _check_coded(policy: Policy) -> None:
 def check_speculating(policy: Policy) -> None:
     """Check that the portions of a batch can be computed by any replica, and twice."""
     if not isinstance(policy.topology, ParameterServer):
-        why = "a home takes the first result of each portion; use topology=flowml.ParameterServer()"
+        why = "a home takes the first result of each portion; use topology=fm.ParameterServer()"
     elif policy.staleness:
         why = "the portions of a batch must be of the same parameters, whoever computes them; leave staleness out"
     elif policy.every != Every():
@@ -97,9 +97,7 @@ def check_arriving(policy: Policy) -> None:
     if policy.epoch_share is not None:
         if not policy.staleness:
             why = "replicas that take work when they are free do not run the same steps"
-            raise PolicyError(
-                f"{quorum} of an epoch with staleness=0 is not sound: {why}; give staleness=flowml.UNBOUNDED"
-            )
+            raise PolicyError(f"{quorum} of an epoch with staleness=0 is not sound: {why}; give staleness=fm.UNBOUNDED")
         return
     if not isinstance(quorum, Quorum) or quorum.of != "replicas" or quorum.limit_s < math.inf:
         raise PolicyError(

@@ -252,7 +252,7 @@ def check_batch(policies: Iterable[Policy], examples: int) -> None:
 def _check_entry(pattern: str, policy: object, paths: tuple[str, ...], untrained: Sequence[str]) -> None:
     if not isinstance(policy, Policy):
         name = getattr(policy, "__name__", "")
-        fix = f"call {name}(…)" if callable(policy) and name else "give a flowml.Policy or one of flowml.policies"
+        fix = f"call {name}(…)" if callable(policy) and name else "give an fm.Policy or one of fm.policies"
         raise PolicyError(f"policies[{pattern!r}] is {name or repr(policy)}, of type {type(policy).__name__}; {fix}")
     fixed = [path for path in untrained if _matches(pattern, path)]
     if fixed and not any(_matches(pattern, path) for path in paths):

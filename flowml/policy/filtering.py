@@ -59,13 +59,13 @@ def _check_pushed(policy: Policy) -> None:
         raise PolicyError(
             f"topology={policy.topology!r} with {filtered} is not sound: what replicas exchange among themselves has "
             f"the same size at each step, and {_why_not_exchanged(policy.filters)}; use filters with a size of their "
-            "own, such as top_k(0.1) or quantise(8), or topology=flowml.ParameterServer(), whose homes decode what "
+            "own, such as top_k(0.1) or quantise(8), or topology=fm.ParameterServer(), whose homes decode what "
             "each sends"
         )
     if policy.shared:
         raise PolicyError(
             f"topology=SharedMemory() with {filtered} is not sound: nothing is sent that a filter could make smaller; "
-            "leave filters out, or use topology=flowml.ParameterServer()"
+            "leave filters out, or use topology=fm.ParameterServer()"
         )
     lossy = [f for f in policy.filters if not f.lossless]
     if policy.tracked:
@@ -76,12 +76,12 @@ def _check_pushed(policy: Policy) -> None:
     if isinstance(policy.payload, Weights) and lossy:
         raise PolicyError(
             f"payload={policy.payload!r} with {filtered} is not sound: a parameter that a filter leaves out would be "
-            "averaged as 0; use payload=flowml.Delta(), or lossless filters such as compress()"
+            "averaged as 0; use payload=fm.Delta(), or lossless filters such as compress()"
         )
     if kind != "Gradient" and any(isinstance(f, KKT) for f in lossy):
         raise PolicyError(
             f"payload={policy.payload!r} with {filtered} is not sound: the condition of kkt() is on gradients; use "
-            "significance(), or payload=flowml.Gradient()"
+            "significance(), or payload=fm.Gradient()"
         )
 
 
@@ -156,7 +156,7 @@ def _check_factors(lossy: Sequence[Filter], filtered: str) -> None:
             )
         else:
             continue
-        raise PolicyError(f"payload=Factors() with {filtered} is not sound: {why}, or use payload=flowml.Gradient()")
+        raise PolicyError(f"payload=Factors() with {filtered} is not sound: {why}, or use payload=fm.Gradient()")
 
 
 def _check_published(policy: Policy) -> None:
@@ -165,6 +165,6 @@ def _check_published(policy: Policy) -> None:
         raise PolicyError(
             f"topology={policy.topology!r} with pull_filters=({', '.join(map(str, policy.pull_filters))},) is not "
             "sound: no home publishes parameters to other workers; leave pull_filters out, or use "
-            "topology=flowml.ParameterServer()"
+            "topology=fm.ParameterServer()"
         )
     check_differences(policy.pull_filters, "pull_filters")

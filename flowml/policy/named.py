@@ -154,7 +154,7 @@ def deadline(
     share: float, grace: float | Literal["adaptive"] = "adaptive", **overrides: Unpack[_Waiting]
 ) -> algebra.Policy:
     """A share of the replicas completes a clock, after a grace time for the others: seconds, or learnt."""
-    _some("deadline", share, "Policy(quorum=flowml.Deadline(limit_s=2.0)), which waits for all so long at most")
+    _some("deadline", share, "Policy(quorum=fm.Deadline(limit_s=2.0)), which waits for all so long at most")
     return algebra.Policy(quorum=algebra.Deadline(share, grace), **overrides)
 
 
@@ -403,7 +403,7 @@ def gaia(
     if topology.sites == 1 or (isinstance(topology.sites, tuple) and len(topology.sites) == 1):
         raise PolicyError(
             f"gaia(sites={sites!r}): sites send each other what changes, and one has no other to send to; give 2 sites "
-            "or more, or flowml.policies.all_reduce() for the replicas of one site"
+            "or more, or fm.policies.all_reduce() for the replicas of one site"
         )
     significant = (filters.significance(threshold),)
     return algebra.Policy(topology, staleness, payload=algebra.Delta(), filters=significant, apply=apply)
@@ -480,7 +480,7 @@ __all__ = [
     "skeleton",
 ]
 
-worded(globals(), __all__, PolicyError, "flowml.policies")
+worded(globals(), __all__, PolicyError, "fm.policies")
 
 
 def __dir__() -> list[str]:

@@ -131,5 +131,5 @@ def only_share(name: str, value: object, other: str) -> None:
     if whole(value) is not None:
         raise PolicyError(
             f"{name}({value}): give a share of the elements in (0, 1], such as 0.01, or 1.0 for all; a number of "
-            f"elements is flowml.Policy(filters=(flowml.filters.{other}({value}).with_error_feedback(),))"
+            f"elements is fm.Policy(filters=(fm.filters.{other}({value}).with_error_feedback(),))"
         )

@@ -117,7 +117,7 @@ def _check_mirrored(policy: Policy) -> None:
     if not isinstance(remote.graph, CompleteGraph):
         raise PolicyError(
             f"{topology} is not sound: a change reaches only the neighbours of its sender, and those it does not reach "
-            "would never have it; give graph='complete', or payload=flowml.Weights()"
+            "would never have it; give graph='complete', or payload=fm.Weights()"
         )
     if policy.payload != Delta() or not isinstance(policy.apply, Mean | Sum):
         raise PolicyError(
@@ -151,20 +151,20 @@ def _check_sited(policy: Policy) -> None:
         raise PolicyError(
             f"{topology} with quorum={quorum} is not sound: the contribution of a site is a sum over its replicas, and "
             "a code and copies of portions are about what each replica has computed; give a Quorum of sites, or use "
-            "topology=flowml.ParameterServer()"
+            "topology=fm.ParameterServer()"
         )
     if quorum.cuts and inside is None:
         raise PolicyError(
             f"{topology} with quorum={quorum} is not sound: the contribution of a site is a sum over its replicas, "
-            "which does not say how many microbatches each has computed; give Hierarchy(local=flowml."
-            "ParameterServer(), quorum=flowml.Quorum()), with which the leader counts them"
+            "which does not say how many microbatches each has computed; give Hierarchy(local=fm."
+            "ParameterServer(), quorum=fm.Quorum()), with which the leader counts them"
         )
     if inside is not None:
         _check_site_quorum(policy, inside, topology)
     elif not (quorum.waits_for_all or isinstance(quorum.late, Fold)):
         raise PolicyError(
             f"{topology} with quorum={quorum} is not sound: a replica whose site is left out would stop its step, for "
-            "which the others of its site wait; give local=flowml.ParameterServer(), with which the leader decides for "
+            "which the others of its site wait; give local=fm.ParameterServer(), with which the leader decides for "
             "its site, or late='fold', or leave quorum out"
         )
     if isinstance(policy.payload, Factors):
@@ -189,7 +189,7 @@ def _check_site_quorum(policy: Policy, inside: Quorum | Deadline, topology: str)
         raise PolicyError(
             f"{topology} with staleness={policy.staleness} is not sound: a replica learns with the decision about the "
             "sites whether its step counts, and contributions that are applied as they arrive have none; give "
-            "quorum=flowml.Quorum() too, which waits for all sites"
+            "quorum=fm.Quorum() too, which waits for all sites"
         )
 
 
@@ -211,19 +211,19 @@ def _check_summed(policy: Policy, payload: str) -> None:
     if isinstance(policy.topology, Hierarchy):
         raise PolicyError(
             f"{topology} with {payload} is not sound: what sites add up has to count by the replicas of each, and a "
-            "sum of changes does not know them; use a Hierarchy with remote=flowml.ParameterServer() or "
-            "flowml.Gossip('complete'), or payload=Gradient(), or topology=flowml.AllReduce(), with which each replica "
+            "sum of changes does not know them; use a Hierarchy with remote=fm.ParameterServer() or "
+            "fm.Gossip('complete'), or payload=Gradient(), or topology=fm.AllReduce(), with which each replica "
             "has parameters of its own"
         )
     if isinstance(kind, Consensus | Distill):
         raise PolicyError(
             f"{topology} with apply={policy.apply!r} is not sound: it needs what each replica sends, and a sum has "
-            "only all of it together; use topology=flowml.ParameterServer()"
+            "only all of it together; use topology=fm.ParameterServer()"
         )
     if policy.quorum != Quorum():
         raise PolicyError(
             f"{topology} with {payload} and quorum={policy.quorum} is not sound: changes of unequal numbers of "
-            "examples count alike in a sum; leave quorum out, or use topology=flowml.ParameterServer()"
+            "examples count alike in a sum; leave quorum out, or use topology=fm.ParameterServer()"
         )
 
 

@@ -297,21 +297,21 @@ class Policy(Value, frozen=True):
 
 def _staleness(staleness: object) -> float:
     """The bound as an int, or UNBOUNDED."""
-    value = number(staleness, "staleness={!r}: give a number of clocks, or flowml.UNBOUNDED")
+    value = number(staleness, "staleness={!r}: give a number of clocks, or fm.UNBOUNDED")
     if value < 0:
         raise PolicyError(f"staleness={value}: a read cannot be newer than now; 0 is synchronous")
     if value == UNBOUNDED:
         return UNBOUNDED
     if value != int(value):
-        raise PolicyError(f"staleness={value}: clocks are whole, so the bound is an int or flowml.UNBOUNDED")
+        raise PolicyError(f"staleness={value}: clocks are whole, so the bound is an int or fm.UNBOUNDED")
     if value > MOST:
-        raise PolicyError(f"staleness={value}: give less than 2**53 clocks, or flowml.UNBOUNDED")
+        raise PolicyError(f"staleness={value}: give less than 2**53 clocks, or fm.UNBOUNDED")
     return int(value)
 
 
 def _filters(name: str, filters: Sequence[object]) -> tuple[Filter, ...]:
     if isinstance(filters, str) or not isinstance(filters, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PolicyError(f"{name}={filters}: give a tuple of filters, such as (flowml.filters.top_k(0.01),)")
+        raise PolicyError(f"{name}={filters}: give a tuple of filters, such as (fm.filters.top_k(0.01),)")
     return check_chain(tuple(filters))
 
 
@@ -360,12 +360,12 @@ def _check_shared(policy: Policy) -> None:
         raise PolicyError(
             f"topology=SharedMemory() with quorum={policy.quorum} and staleness={policy.staleness} is not sound: each "
             "update is made at once and seen by the next read, so no replica waits for another and none is late; leave "
-            "quorum and staleness out, or use topology=flowml.ParameterServer()"
+            "quorum and staleness out, or use topology=fm.ParameterServer()"
         )
     if not isinstance(policy.payload, Gradient):
         raise PolicyError(
             f"topology=SharedMemory() with payload={policy.payload!r} is not sound: replicas share the parameters, and "
-            "send nothing; use payload=Gradient(), or topology=flowml.ParameterServer()"
+            "send nothing; use payload=Gradient(), or topology=fm.ParameterServer()"
         )
     if policy.every.pull != policy.every.push:
         raise PolicyError(
@@ -381,15 +381,15 @@ def _check_collective(policy: Policy) -> None:
         raise PolicyError(
             f"{topology} with staleness=UNBOUNDED is not sound: each sum waits for all replicas, and the gradients of "
             "those that run ahead would pile up without bound; give a finite staleness, such as 1, with which replicas "
-            "compute while they add up, or use topology=flowml.ParameterServer()"
+            "compute while they add up, or use topology=fm.ParameterServer()"
         )
     if policy.quorum != Quorum(1.0) and not cutting(policy.quorum):
         raise PolicyError(
             f"{topology} with quorum={policy.quorum} is not sound: a sum over all replicas takes the gradient of each, "
-            "so none can be left out; leave quorum out, or use topology=flowml.ParameterServer()"
+            "so none can be left out; leave quorum out, or use topology=fm.ParameterServer()"
         )
     if isinstance(policy.payload, Factors):
         raise PolicyError(
             f"{topology} with payload=Factors() is not sound: the factors of different replicas cannot be added up "
-            "without forming the products they stand for; use payload=Gradient(), or topology=flowml.ParameterServer()"
+            "without forming the products they stand for; use payload=Gradient(), or topology=fm.ParameterServer()"
         )

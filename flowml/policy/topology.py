@@ -207,12 +207,12 @@ def _check_local(local: Topology) -> None:
         if local.local != AllReduce() or local.remote != Ring():
             raise PolicyError(
                 f"Hierarchy(local={local!r}): inside a site, a hierarchy is a way to add up gradients; give "
-                "local=flowml.Hierarchy(), which adds up inside each machine and then between them"
+                "local=fm.Hierarchy(), which adds up inside each machine and then between them"
             )
     elif isinstance(local, SharedMemory):
         raise PolicyError(
             f"Hierarchy(local={local!r}) is not sound: replicas that share memory update it at any time, so there is "
-            "no step at whose end the site has one gradient to send; give local=flowml.AllReduce(), which adds up "
+            "no step at whose end the site has one gradient to send; give local=fm.AllReduce(), which adds up "
             "directly between the replicas of one machine"
         )
     elif type(local) not in INSIDE:
@@ -225,12 +225,12 @@ def _check_gossips(hierarchy: Hierarchy, local: Gossip) -> None:
     if not isinstance(remote, Gossip):
         raise PolicyError(
             f"{given} is not sound: replicas of a site have parameters of their own, so the gradient of none stands "
-            f"for all; give remote=flowml.Gossip('complete', every={2 * local.every}), with which sites average "
-            "parameters, or local=flowml.AllReduce()"
+            f"for all; give remote=fm.Gossip('complete', every={2 * local.every}), with which sites average "
+            "parameters, or local=fm.AllReduce()"
         )
     if isinstance(local.graph, NestedGraph) or isinstance(remote.graph, NestedGraph):
         raise PolicyError(
-            f"{given}: a graph of sites nests two graphs of replicas; give local=flowml.Gossip('ring'), or another by "
+            f"{given}: a graph of sites nests two graphs of replicas; give local=fm.Gossip('ring'), or another by "
             "its name"
         )
     if hierarchy.sites is None:
@@ -274,7 +274,7 @@ def _check_inside(local: Topology, quorum: Quorum | Deadline) -> None:
     if not isinstance(local, ParameterServer):
         raise PolicyError(
             f"{given} is not sound: replicas that add up gradients among themselves take the gradient of each, so none "
-            "can be left out; give local=flowml.ParameterServer(), with which the leader of the site gathers them"
+            "can be left out; give local=fm.ParameterServer(), with which the leader of the site gathers them"
         )
 
 
@@ -282,14 +282,14 @@ def _check_remote(remote: Topology) -> None:
     if isinstance(remote, SharedMemory):
         raise PolicyError(
             f"Hierarchy(remote={remote!r}) is not sound: sites are on different workers, which share no memory; give "
-            "remote=flowml.ParameterServer() with staleness=flowml.UNBOUNDED, which applies what arrives at once"
+            "remote=fm.ParameterServer() with staleness=fm.UNBOUNDED, which applies what arrives at once"
         )
     if type(remote) not in TOPOLOGIES:
         raise wrong_kind("remote", remote, BETWEEN)
     if type(remote) not in BETWEEN:
         raise PolicyError(
-            f"Hierarchy(remote={remote!r}): between sites give flowml.ParameterServer(), flowml.Ring(), "
-            "flowml.AllReduce(), flowml.Tree() or flowml.Gossip(); a hierarchy of more levels is nested in `local`"
+            f"Hierarchy(remote={remote!r}): between sites give fm.ParameterServer(), fm.Ring(), "
+            "fm.AllReduce(), fm.Tree() or fm.Gossip(); a hierarchy of more levels is nested in `local`"
         )
 
 

@@ -110,8 +110,8 @@ def _fields(kind: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]
 
 
 def example(kind: type) -> str:
-    """How a value of a class is written: `flowml.Ring()`, `flowml.Quorum(0.75)`."""
-    return f"flowml.{kind.__name__}({_ARGUMENTS.get(kind.__name__, '')})"
+    """How a value of a class is written: `fm.Ring()`, `fm.Quorum(0.75)`."""
+    return f"fm.{kind.__name__}({_ARGUMENTS.get(kind.__name__, '')})"
 
 
 def wrong_kind(knob: str, value: object, kinds: Sequence[type]) -> PolicyError:
@@ -119,7 +119,7 @@ def wrong_kind(knob: str, value: object, kinds: Sequence[type]) -> PolicyError:
     if isinstance(value, type) and value in kinds:
         return PolicyError(f"{knob}={value.__name__} is a class; give a value of it, as {knob}={example(value)}")
     if knob == "quorum" and isinstance(value, int | float):
-        return PolicyError(f"quorum={value!r} is not known; give quorum=flowml.Quorum({value!r})")
+        return PolicyError(f"quorum={value!r} is not known; give quorum=fm.Quorum({value!r})")
     meant = str(value).replace("_", "").replace("-", "").replace(" ", "").lower() if isinstance(value, str) else ""
     known = " or ".join(map(example, sorted(kinds, key=lambda kind: kind.__name__.lower() != meant)))
     return PolicyError(f"{knob}={value!r} is not known; give {knob}={known}")

@@ -80,9 +80,9 @@ def test_descriptions(kind: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (lambda: make(apply="prox"), "apply='mean', apply='sum', or one of flowml.StalenessScaled"),
-        (lambda: make(apply=Mix), "is a class; give a value of it, as apply=flowml.Mix"),
-        (lambda: make(apply=optax.sgd(0.1)), "flowml.Outer"),
+        (lambda: make(apply="prox"), "apply='mean', apply='sum', or one of fm.StalenessScaled"),
+        (lambda: make(apply=Mix), "is a class; give a value of it, as apply=fm.Mix"),
+        (lambda: make(apply=optax.sgd(0.1)), "fm.Outer"),
         (lambda: StalenessScaled(0), r"StalenessScaled\(rate=0\): .* above 0"),
         (lambda: StalenessScaled(math.nan), "above 0"),
         (lambda: StalenessScaled(True), "above 0"),
@@ -135,5 +135,5 @@ def test_scales_and_coefficients() -> None:
 
 
 def test_an_optimizer_is_told_where_it_belongs() -> None:
-    with pytest.raises(PolicyError, match=r"give apply=flowml\.Outer\(optimizer\)"):
+    with pytest.raises(PolicyError, match=r"give apply=fm\.Outer\(optimizer\)"):
         make(apply=optax.sgd(0.1))

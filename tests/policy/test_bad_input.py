@@ -122,10 +122,10 @@ def test_the_nearest_argument_is_named() -> None:
 
 def test_the_nearest_name_is_named() -> None:
     for module, wrong, right in (
-        (fm, "Quorom", "flowml.Quorum"),
-        (fm.filters, "topk", "flowml.filters.top_k"),
-        (fm.sim, "Paretto", "flowml.sim.Pareto"),
-        (fm.policies, "local_sdg", "flowml.policies.local_sgd"),
+        (fm, "Quorom", "fm.Quorum"),
+        (fm.filters, "topk", "fm.filters.top_k"),
+        (fm.sim, "Paretto", "fm.sim.Pareto"),
+        (fm.policies, "local_sdg", "fm.policies.local_sgd"),
     ):
         with pytest.raises(AttributeError, match=rf"has no attribute '{wrong}'; did you mean {right}\?$"):
             getattr(module, wrong)

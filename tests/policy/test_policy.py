@@ -73,9 +73,9 @@ make_quorum: Any = Quorum
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: make_policy(topology="ring"), "flowml.ParameterServer"),
-        (lambda: make_policy(payload="weights"), "flowml.Gradient.. or flowml.Factors"),
-        (lambda: make_policy(quorum=0.75), "flowml.Quorum"),
+        (lambda: make_policy(topology="ring"), "fm.ParameterServer"),
+        (lambda: make_policy(payload="weights"), "fm.Gradient.. or fm.Factors"),
+        (lambda: make_policy(quorum=0.75), "fm.Quorum"),
     ],
 )
 def test_what_a_knob_does_not_have_says_what_it_has(make: Callable[[], object], reason: str) -> None:
@@ -89,15 +89,15 @@ def test_what_a_knob_does_not_have_says_what_it_has(make: Callable[[], object], 
     [
         (
             lambda: make_policy(apply="prox"),
-            "apply='prox' is not available; give apply='mean', apply='sum', or one of flowml.StalenessScaled, "
-            "flowml.Outer, flowml.Mix, flowml.Consensus, flowml.Vote, flowml.Distill, flowml.Prox",
+            "apply='prox' is not available; give apply='mean', apply='sum', or one of fm.StalenessScaled, "
+            "fm.Outer, fm.Mix, fm.Consensus, fm.Vote, fm.Distill, fm.Prox",
         ),
-        (lambda: make_policy(filters=5), "filters=5: give a tuple of filters, such as (flowml.filters.top_k(0.01),)"),
+        (lambda: make_policy(filters=5), "filters=5: give a tuple of filters, such as (fm.filters.top_k(0.01),)"),
         (
             lambda: make_policy(topology="ring"),
-            "topology='ring' is not known; give topology=flowml.Ring() or flowml.ParameterServer() or "
-            "flowml.AllReduce() or flowml.Tree() or flowml.Hierarchy(local, remote) or flowml.Gossip() or "
-            "flowml.SharedMemory()",
+            "topology='ring' is not known; give topology=fm.Ring() or fm.ParameterServer() or "
+            "fm.AllReduce() or fm.Tree() or fm.Hierarchy(local, remote) or fm.Gossip() or "
+            "fm.SharedMemory()",
         ),
     ],
 )

@@ -125,9 +125,9 @@ def test_an_outer_optimizer_does_not_travel() -> None:
         ),
         (
             lambda: Policy(topology=AllReduce(), payload=Delta(), apply=Consensus(0.1)),
-            "use topology=flowml.ParameterServer",
+            "use topology=fm.ParameterServer",
         ),
-        (lambda: Policy(topology=SITES, payload=Delta()), "a Hierarchy with remote=flowml.ParameterServer"),
+        (lambda: Policy(topology=SITES, payload=Delta()), "a Hierarchy with remote=fm.ParameterServer"),
         (lambda: Policy(quorum=Coded(1), payload=Delta(), every=4), "use payload=Gradient"),
         (lambda: Policy(quorum=Quorum(0.75), payload=Weights(), apply=Mix(0.1), every=4), "leave quorum out"),
         (lambda: Policy(quorum=Quorum(0.75, late="fold"), payload=Weights(), every=4), "or late='drop'"),

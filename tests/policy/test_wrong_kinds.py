@@ -12,17 +12,17 @@ import flowml as fm
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "a class": (
         lambda: fm.Policy(payload=fm.Delta),
-        "payload=Delta is a class; give a value of it, as payload=flowml.Delta()",
+        "payload=Delta is a class; give a value of it, as payload=fm.Delta()",
     ),
-    "a class of an apply": (lambda: fm.Policy(apply=fm.Outer), "as apply=flowml.Outer(optimizer)"),
+    "a class of an apply": (lambda: fm.Policy(apply=fm.Outer), "as apply=fm.Outer(optimizer)"),
     "a class of a site": (lambda: fm.Hierarchy(fm.Ring, fm.Ring()), "local=Ring is a class; give a value of it"),
     "a class between sites": (lambda: fm.Hierarchy(fm.Ring(), fm.Tree), "remote=Tree is a class; give a value of it"),
-    "a number": (lambda: fm.Policy(quorum=0.75), "quorum=0.75 is not known; give quorum=flowml.Quorum(0.75)"),
+    "a number": (lambda: fm.Policy(quorum=0.75), "quorum=0.75 is not known; give quorum=fm.Quorum(0.75)"),
     "a name": (
         lambda: fm.Policy(topology="all_reduce"),
-        "'all_reduce' is not known; give topology=flowml.AllReduce() or flowml.P",
+        "'all_reduce' is not known; give topology=fm.AllReduce() or fm.P",
     ),
-    "an unknown name": (lambda: fm.Policy(quorum="most"), "quorum=flowml.Quorum(0.75) or flowml.Deadline(0.75)"),
+    "an unknown name": (lambda: fm.Policy(quorum="most"), "quorum=fm.Quorum(0.75) or fm.Deadline(0.75)"),
     "a function": (
         lambda: fm.Policy(filters=(fm.filters.top_k,)),
         "not a filter, but a function that makes one; call it",
@@ -45,7 +45,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a missing argument": (
         fm.Mix,  # called without arguments
-        "Mix needs pull=; give flowml.Mix(0.1)",
+        "Mix needs pull=; give fm.Mix(0.1)",
     ),
     "a filter of a code": (
         lambda: fm.Policy(quorum=fm.Coded(1), filters=(fm.filters.top_k(0.1),)),

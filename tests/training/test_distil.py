@@ -175,7 +175,7 @@ def test_the_policy_is_told_and_its_clocks_are_simulated_without_arithmetic() ->
         (lambda: distil(loss=3), r"Distill\(loss=3\): give a function loss\(outputs, targets\)"),
         (lambda: fm.Distill("f", TRANSFER, 1, optax.sgd(1.0)), r"give a function predict\(params, inputs\)"),
         (lambda: fm.Policy(apply=distil()), r"the outputs of whole models are averaged.*use payload=Weights\(\)"),
-        (lambda: fm.Policy(payload=fm.Weights(), apply=distil(), topology=fm.Ring()), "use topology=flowml.Param"),
+        (lambda: fm.Policy(payload=fm.Weights(), apply=distil(), topology=fm.Ring()), "use topology=fm.Param"),
         (lambda: fm.Policy(payload=fm.Weights(), apply=distil(), topology=fm.Gossip()), "is not sound"),
     ],
 )

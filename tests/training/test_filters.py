@@ -195,7 +195,7 @@ def test_digits_are_learnt_from_one_percent(kind: str, request: pytest.FixtureRe
             lambda: fm.Policy(topology=fm.Tree(2), filters=(fm.filters.top_k(0.1), fm.filters.key_cache())),
             r"what key_cache\(\) sends has a meaning only with what it has sent before",
         ),
-        (lambda: fm.Policy(payload=fm.Factors(), filters=(fm.filters.top_k(0.1),)), "payload=flowml.Gradient"),
+        (lambda: fm.Policy(payload=fm.Factors(), filters=(fm.filters.top_k(0.1),)), "payload=fm.Gradient"),
         (lambda: fm.Policy(filters=(fm.filters.quantise(8), fm.filters.top_k(0.1))), "has no effect"),
         (lambda: fm.Policy(filters=fm.filters.top_k(0.1)), "give a tuple of filters"),
         (lambda: fm.Policy(filters=("zip",)), "is not a filter"),

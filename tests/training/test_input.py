@@ -75,7 +75,7 @@ def test_layouts_and_lengths(
 POLICIES: list[tuple[dict[str, Any], str]] = [
     ({"conv*": fm.Policy()}, r"policies\['conv\*'\] matches no parameter; there are: fc0/bias, fc0/kernel"),
     ({"fc0": fm.Policy()}, r"there are: fc0/bias, .*; give 'fc0/\*' for those of layer 'fc0'"),
-    ({"fc*": "sync"}, r"policies\['fc\*'\] is 'sync', of type str; give a flowml.Policy or one of flowml.policies"),
+    ({"fc*": "sync"}, r"policies\['fc\*'\] is 'sync', of type str; give an fm.Policy or one of fm.policies"),
 ]
 
 

@@ -236,7 +236,7 @@ def check_chain(filters: Sequence[object]) -> tuple[Filter, ...]:
         if callable(value) and not isinstance(value, Filter) and (name := getattr(value, "__name__", "")):
             raise PolicyError(f"filters: {name} is not a filter, but a function that makes one; call it, as {name}(…)")
         if not isinstance(value, Filter):
-            raise PolicyError(f"filters: {value!r} is not a filter; give those of flowml.filters, such as top_k(0.01)")
+            raise PolicyError(f"filters: {value!r} is not a filter; give those of fm.filters, such as top_k(0.01)")
         _check_place(value, chain, roles)
         chain.append(value)
         roles = (roles - {value.takes} if value.takes else set()) | value.gives

@@ -68,7 +68,7 @@ class SimulatedCluster:
         for name, value, kind in kinds:
             if not isinstance(value, kind):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise SimulationError(
-                    f"SimulatedCluster({name}={value!r}) is of type {type(value).__name__}; give a model of flowml.sim"
+                    f"SimulatedCluster({name}={value!r}) is of type {type(value).__name__}; give a model of fm.sim"
                 )
         network.check(workers)
         compute.check(workers)
