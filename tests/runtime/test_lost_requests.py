@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from flowml.errors import FlowmlError, WorkerLostError
-from flowml.plan import ArraySpec
+from flowml.instructions import Feed, Free, Keep, Run
+from flowml.plan import ArraySpec, Output, Plan
 from flowml_runtime import wire
 from flowml_runtime.driver import loading, tracing
 from flowml_runtime.driver.remote import Kind
@@ -28,7 +29,7 @@ from flowml_runtime.driver.training.kept import KeptFit
 from flowml_runtime.environment import checkpoints
 from flowml_runtime.links.prober import Prober
 from tests.network import Network
-from tests.plans import VECTOR, W0, W1, chain
+from tests.plans import VECTOR, W0, W1, PlanBuilder, chain
 
 TIMES = 10
 DEADLINE_S, PATIENCE_S = 0.1, 60.0
@@ -51,6 +52,34 @@ def called(network: Network, path: Path) -> Any:
 def kept(network: Network, path: Path) -> Any:
     remotes = brought(network)
     return [np.asarray(x) for x in network.session.held.recall(remotes)]
+
+
+def kept_call(network: Network, path: Path) -> Any:
+    """Two calls: what the first keeps is fed to the second. Both are recalled, and dropped."""
+    handle = network.session.load(keeping())
+    try:
+        remotes = network.session.submit(handle, [X]).result(timeout=60)
+        remotes += network.session.submit(handle, remotes).result(timeout=60)
+        found = [np.asarray(x) for x in network.session.held.recall(remotes)]
+        for remote in remotes:
+            remote.delete()
+        return found
+    finally:
+        network.session.unload(handle)
+
+
+def kept_dropped(network: Network, path: Path) -> Any:
+    found = kept_call(network, path)
+    network.session.held.close()  # waits until the workers are told
+    return found
+
+
+def keeping() -> Plan:
+    """x -> x + 1 on one device, which keeps it."""
+    build = PlanBuilder("keeping")
+    add = build.xla("add", lambda x: (x + 1,), [VECTOR], [VECTOR])
+    build.program(W0, Feed((0,), (0,)), Run(add, (0,), (1,)), Free((0,)), Keep((0,), (1,), 0), Free((1,)))
+    return build.build([VECTOR], [Output(VECTOR, "keep", 0, stays=True, device=W0, name="x")])
 
 
 def dropped(network: Network, path: Path) -> Any:
@@ -147,6 +176,9 @@ def value(kind: str) -> Callable[[wire.Wire], bool]:
 
 
 METHODS = {
+    "kept feed": Method(value("feed"), value("fetch"), kept_call),
+    "kept recall": Method(of(wire.Recall), of(wire.Recalled), kept_call, again=True),
+    "kept drop": Method(of(wire.Drop), None, kept_dropped, again=True),
     "load": Method(of(wire.LoadPlan), of(wire.Loaded), called),
     "unload": Method(of(wire.Unload), None, called, again=True),
     "step": Method(value("feed"), value("fetch"), called),
