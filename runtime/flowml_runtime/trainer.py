@@ -202,7 +202,7 @@ class Trainer:
         progress: bool | None = None,
         checkpoint: Checkpoint | None = None,
         resume: Literal["auto"] | None = None,
-        on_loss: OnLoss = "raise",
+        on_loss: OnLoss | None = None,
         min_replicas: int | None = None,
         replicate: int = 0,
         replicas: Literal["elastic"] | None = None,
@@ -230,8 +230,8 @@ class Trainer:
             checkpoint: where and how often to write snapshots, from which a later fit goes on.
             resume: `"auto"` goes on from the newest complete snapshot of `checkpoint`, or begins if there is none.
                 Epochs, steps and the ledger are those of the whole fit; the history begins with the first new step.
-            on_loss: what to do when a worker is lost. `"raise"` ends the fit. `"replace"` starts it again and goes on
-                from the newest snapshot, in the driver; `"shrink"` goes on with the others.
+            on_loss: what to do when a worker is lost. `"raise"`, the default, ends the fit. `"replace"` starts it again
+                and goes on from the newest snapshot, in the driver; `"shrink"` goes on with the others.
             min_replicas: the fewest replicas with which `"shrink"` goes on, and `"elastic"` begins and goes on.
             replicate: copies of each worker's state, so that fits that go on do no step again that callbacks have seen.
             replicas: `"elastic"` means `on_loss="shrink"`, and also takes in replicas as their workers join.

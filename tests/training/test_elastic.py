@@ -193,8 +193,9 @@ def test_what_cannot_be(threads: fm.Cluster) -> None:
             steps=1,
             replicas="many",  # type: ignore[arg-type]
         )
-    with pytest.raises(ValueError, match="leave on_loss out"):
-        fit(threads, {}, on_loss="replace")
+    for on_loss in ("replace", "raise"):
+        with pytest.raises(ValueError, match=f"on_loss='{on_loss}': an elastic fit .*; leave on_loss out$"):
+            fit(threads, {}, on_loss=on_loss)
     with pytest.raises(ValueError, match="min_replicas=5 can never be met: the Trainer has 4 replicas"):
         fit(threads, {}, min_replicas=5)
     with pytest.raises(fm.WorkerLostError, match=r"the fit needs 4 \(min_replicas=\); give a smaller min_replicas$"):

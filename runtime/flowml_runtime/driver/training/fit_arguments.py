@@ -63,7 +63,7 @@ class Asked:
         progress: bool | None,
         validation: tuple[Any, int | None],
         saving: tuple[Checkpoint | None, Literal["auto"] | None],
-        losses: tuple[OnLoss, int | None, int, Literal["elastic"] | None],
+        losses: tuple[OnLoss | None, int | None, int, Literal["elastic"] | None],
     ) -> Asked:
         """`size` is batch size, epochs, steps, seed, shuffle and last; `validation` is validation and validate_every;
         `saving` is checkpoint and resume; `losses` is on_loss, min_replicas, replicate and replicas. Raises ValueError
@@ -95,16 +95,20 @@ def _shuffle(given: object) -> Shuffle:
 
 
 def _lasts(
-    on_loss: OnLoss, least: int | None, copies: int, replicas: Literal["elastic"] | None
+    on_loss: OnLoss | None, least: int | None, copies: int, replicas: Literal["elastic"] | None
 ) -> tuple[OnLoss, int, bool, int]:
     """What a fit does about lost workers, with how many replicas it goes on, whether others may join, and the copies of
     each worker's state."""
-    choice("on_loss", on_loss, get_args(OnLoss))
+    if on_loss is not None:
+        choice("on_loss", on_loss, get_args(OnLoss))
     if replicas not in (None, "elastic"):
         raise ValueError(f"replicas={replicas!r}: give 'elastic', or leave it out; the Trainer has their number")
-    if replicas == "elastic" and on_loss == "replace":
-        raise ValueError("replicas='elastic' goes on without lost workers until others join; leave on_loss out")
-    on_loss = "shrink" if replicas == "elastic" else on_loss
+    if replicas == "elastic" and on_loss in ("replace", "raise"):
+        raise ValueError(
+            f"replicas='elastic' with on_loss={on_loss!r}: an elastic fit goes on without lost workers until others "
+            "join; leave on_loss out"
+        )
+    on_loss = on_loss or ("shrink" if replicas == "elastic" else "raise")
     if least is not None and on_loss != "shrink":
         raise ValueError(
             "min_replicas is for replicas='elastic' or on_loss='shrink'; give one of them, or leave min_replicas out"
