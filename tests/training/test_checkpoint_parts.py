@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import flowml as fm
@@ -246,3 +247,30 @@ def test_whichever_change_on_the_disk_of_a_worker_or_the_driver_fails_a_checkpoi
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 20, "so many changes were tried"
+
+
+def test_a_folder_that_a_late_worker_keeps_from_being_removed_goes_with_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker writes while the folder is removed: it is there again after that."""
+    late, remove = checkpoints.offered(tmp_path), checkpoints.shutil.rmtree
+    token = checkpoints.invite(late)
+
+    def refilled(path: Path, **options: Any) -> None:
+        remove(path, **options)
+        path.mkdir()
+        checkpoints.write_arrays(path / "part1.bin", {"x": np.arange(3)})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.shutil, "rmtree", refilled)
+        checkpoints.withdraw(late)
+    assert late.exists()
+    assert checkpoints.write_invited(late, "part2.bin", token, {"x": np.arange(3)}) is None, "no longer invited"
+    waiting, whole = checkpoints.offered(tmp_path), checkpoints.offered(tmp_path)
+    checkpoints.complete(whole, b"{}", [], 1, 1)
+    assert not late.exists()
+    assert waiting.exists(), "workers may still write there"
+    checkpoints.withdraw(waiting)
+    waiting.mkdir()
+    checkpoints.remove_withdrawn(tmp_path)  # at the end of a fit
+    assert not list(tmp_path.glob(".offered-*"))

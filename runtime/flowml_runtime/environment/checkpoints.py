@@ -49,6 +49,8 @@ _FILE = re.compile(r"[a-z]+\d*\.bin")
 _UNFINISHED = re.compile(r"\.(?:writing|offered|damaged)-\d{12}-(\d+)")
 LAST = ".last-"
 _offers = count()
+_open: set[Path] = set()
+"""The folders that this process has offered, of snapshots that may still become complete."""
 WORKERS = "workers"
 """Who has a lock, in place of a driver: workers that complete a last checkpoint. They have it for a moment."""
 PATIENCE_S = 10.0
@@ -108,12 +110,32 @@ def writing(directory: Path, step: int) -> Generator[Path]:
 
 
 def offered(directory: Path) -> Path:
-    """A folder into which workers write files of a snapshot. The caller removes it, or makes it `complete`."""
+    """A folder into which workers write files of a snapshot. The caller has it `withdrawn`, or makes it `complete`."""
     directory.mkdir(parents=True, exist_ok=True)
     folder = directory / f".offered-{next(_offers):012d}-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    _open.add(folder)
+    try:
+        folder.mkdir()
+    except BaseException:
+        _open.discard(folder)
+        raise
     return folder
+
+
+def withdraw(folder: Path) -> None:
+    """Remove a folder that was `offered`. What a worker writes there meanwhile may keep it from being removed; then
+    `remove_withdrawn` does, or the next snapshot."""
+    _open.discard(folder)
+    (folder / TOKEN).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_withdrawn(directory: Path) -> None:
+    """Remove the folders that this process has withdrawn, and that are there all the same."""
+    for path in directory.resolve().glob(f".offered-*-{os.getpid()}"):
+        if path not in _open:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def part_of(worker: str) -> str:
@@ -126,6 +148,7 @@ def complete(folder: Path, content: bytes, entries: Sequence[Entry], keep: int, 
     there. Of the first, the name has the step."""
     directory, number = folder.parent, int(folder.name.split("-")[1]) if step is None else step
     target = named(folder, number, content, entries)
+    _open.discard(folder)
     _remove(directory, keep)
     return target
 
@@ -430,6 +453,7 @@ def set_aside(directory: Path, after: int) -> None:
 def _remove(directory: Path, keep: int) -> None:
     """Remove the snapshots before the newest `keep`, and what killed processes have left."""
     remove_old(directory, keep)
+    remove_withdrawn(directory)
     for path in directory.iterdir():
         found = _UNFINISHED.fullmatch(path.name)
         dead = found is not None and (path.name.startswith(".damaged") or not Path(f"/proc/{found[1]}").exists())

@@ -12,7 +12,6 @@ writes them. The driver in turn looks at each file for the bytes that its worker
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -109,7 +108,7 @@ class Parts:
     def remove(self) -> None:
         """The snapshot is not completed."""
         self._session.unregister(self.token)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        checkpoints.withdraw(self.folder)
 
     def _wait(self) -> None:
         """Wait for the workers. A disk may take any time, and the loss of a worker ends the wait."""

@@ -22,6 +22,7 @@ from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.training.parts import Parts
 from flowml_runtime.driver.training.snapshots import Snapshot
 from flowml_runtime.driver.training.training_session import TrainingSession
+from flowml_runtime.environment import checkpoints
 from flowml_runtime.protocol.training.snapshot import Offer
 
 MOST_FOLDERS = 2
@@ -105,6 +106,7 @@ class Writer:
         for parts in (*self._used.values(), *([self._ready] if self._ready else [])):
             parts.remove()
         self._used, self._ready = {}, None
+        checkpoints.remove_withdrawn(self._checkpoint.directory)
 
     def take_wrong(self) -> list[str]:
         """Why snapshots could not be written, in words, once."""
