@@ -84,10 +84,11 @@ def _explain_class(kind: Any, error: type[Exception]) -> None:
 
 
 def missing(module: str, names: Sequence[str], name: str) -> AttributeError:
-    """The error for a name that a module does not have, with the nearest that it has."""
+    """The error for a name that a module does not have, with the nearest that it has, as users write it."""
+    written = module.replace("flowml", "fm", 1)
     near = get_close_matches(name, names, 1)
     return AttributeError(
-        f"module {module!r} has no attribute {name!r}{f'; did you mean {module}.{near[0]}?' if near else ''}"
+        f"module {module!r} has no attribute {name!r}{f'; did you mean {written}.{near[0]}?' if near else ''}"
     )
 
 

@@ -480,7 +480,7 @@ __all__ = [
     "skeleton",
 ]
 
-worded(globals(), __all__, PolicyError, "fm.policies")
+worded(globals(), __all__, PolicyError, "flowml.policies")
 
 
 def __dir__() -> list[str]:

@@ -58,7 +58,7 @@ __all__ = [
     "Straggler",
 ]
 
-worded(globals(), __all__, SimulationError, "fm.sim")
+worded(globals(), __all__, SimulationError, "flowml.sim")
 
 
 def __dir__() -> list[str]:

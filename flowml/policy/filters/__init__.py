@@ -135,7 +135,7 @@ __all__ = [
 ]
 """The names of `flowml.filters`. The rest is for the compiler and the runtime."""
 
-worded(globals(), __all__, PolicyError, "fm.filters")
+worded(globals(), __all__, PolicyError, "flowml.filters")
 
 
 def __dir__() -> list[str]:
