@@ -8,6 +8,7 @@ import json
 import msgspec
 
 from flowml_runtime import wire
+from flowml_runtime.wire.base import Message
 
 KNOWN = (12, "f30e573f998a9229")
 """The number of the protocol, and the layout of the messages that it stands for."""
@@ -15,13 +16,13 @@ KNOWN = (12, "f30e573f998a9229")
 
 def layout() -> str:
     """A digest of the names, fields and types of all messages. The words about them are not in it."""
-    kinds, waiting = set[type](), [wire.base.Message]
+    kinds, waiting = set[type](), [Message]
     while waiting:
         kind = waiting.pop()
         kinds.add(kind)
         waiting += kind.__subclasses__()
     ours = sorted((k for k in kinds if k.__module__.startswith("flowml_runtime.wire")), key=lambda k: k.__qualname__)
-    _, schemas = msgspec.json.schema_components([k for k in ours if k is not wire.base.Message])
+    _, schemas = msgspec.json.schema_components([k for k in ours if k is not Message])
     return hashlib.sha256(json.dumps(_without_words(schemas), sort_keys=True).encode()).hexdigest()[:16]
 
 
