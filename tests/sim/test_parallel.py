@@ -14,6 +14,8 @@ import optax
 import pytest
 
 import flowml as fm
+from flowml_runtime.sim.partition import firsts
+from flowml_runtime.sim.world import Layout
 
 SITES = fm.Hierarchy(fm.ParameterServer(), fm.ParameterServer(), 3, fm.Quorum(0.75))
 POLICIES: dict[str, Any] = {
@@ -183,3 +185,16 @@ def test_an_interrupt_of_the_whole_group_ends_only_the_driver(others: set[int]) 
 
     assert known(fit(3, callbacks=[stop])) == known(fit(1))
     assert len(interrupted) == 2
+
+
+def test_shares_are_even_by_the_work_in_them() -> None:
+    """The home, to which all replicas push, and the driver are in two processes. The first worker is the home."""
+    workers = 1000
+    models = fm.sim.LogNormal(0.1, 0.3), fm.sim.Network(1e-3, 1e9)
+    cluster = fm.SimulatedCluster(workers, *models, arithmetic=False)
+    trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, replicas=workers)
+    plan = trainer.plan(PARAMS, {"x": np.zeros((workers, 4), np.float32)})
+    numbers = {f"worker:{i}": i for i in range(workers)}
+    (first, second), four = firsts(Layout.of(plan), numbers, 2), firsts(Layout.of(plan), numbers, 4)
+    assert first == 0 and 500 < second < 900, "the driver takes more than the home"
+    assert len(four) == 4 and four[1] < four[2] - four[1], "the share with the home has fewer workers"

@@ -53,6 +53,8 @@ class Clock:
         """The labels of the events that are not hashed yet."""
         self._times: list[float] = []
         """The times of these events, each once for all events of its group."""
+        self._numbers: list[int] = []
+        """The numbers of these groups."""
         self._firsts: list[int] = []
         """The place in `_labels` of the first event of each of these times."""
         self._most: float = _FLUSH
@@ -81,9 +83,20 @@ class Clock:
         self._scheduled = number = self._scheduled + 1
         heappush(self._heap, (when, number, group))
 
+    def numbered(self) -> int:
+        """The next number, for an event that another clock has. No later event joins a group that is before it."""
+        self._last = -1.0
+        self._scheduled = number = self._scheduled + 1
+        return number
+
     def put_all(self, when: float, number: int, group: _Group) -> None:
         """Let a group of events happen at the time `when`. Those of one time happen in the order of their numbers."""
         heappush(self._heap, (when, number, group))
+
+    @property
+    def place(self) -> tuple[float, int]:
+        """The time of the event that happens now, and the number of its group."""
+        return self.now, self._numbers[-1] if self._numbers else 0
 
     def clear(self) -> None:
         """Forget all that has not happened."""
@@ -125,9 +138,10 @@ class Clock:
                 continue
             if len(labels) >= self._most:
                 self._flush()
-            self.now, _, self._group = heappop(heap)
+            self.now, number, self._group = heappop(heap)
             self._rest = iter(self._group)
             self._times.append(self.now)
+            self._numbers.append(number)
             self._firsts.append(len(labels))
 
     def run(self, limit: int) -> None:
@@ -142,12 +156,14 @@ class Clock:
         self._flush()
         return "".join(f"{part:016x}" for part in self._sums)
 
-    def counted(self, last: float) -> tuple[int, tuple[int, int]]:
-        """The number of events until the time `last`, inclusive, and what the hash has of them. Later ones are
+    def counted(self, last: float, number: int) -> tuple[int, tuple[int, int]]:
+        """The number of events until the `place` of another clock, and what the hash has of them. Later ones are
         forgotten. They are all of the newest window."""
         kept = bisect_right(self._times, last)
+        while kept and self._times[kept - 1] == last and self._numbers[kept - 1] > number:
+            kept -= 1
         if kept < len(self._times):
-            del self._labels[self._firsts[kept] :], self._times[kept:], self._firsts[kept:]
+            del self._labels[self._firsts[kept] :], self._times[kept:], self._firsts[kept:], self._numbers[kept:]
         self._flush()
         first, second = self._sums
         return self._hashed, (first, second)
@@ -166,3 +182,4 @@ class Clock:
         self._hashed += count
         self._labels.clear()
         self._times, self._firsts = self._times[-1:], [0] * bool(self._times)
+        self._numbers = self._numbers[-1:]

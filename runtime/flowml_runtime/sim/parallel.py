@@ -5,7 +5,7 @@ t on sends messages that arrive at t + L or later. So each process lets its even
 without word of the others; then they exchange messages (Chandy and Misra, 1979). Windows here are half as long. So a
 process need not have what others sent in the window before, only in the one before that, and waits less for them.
 
-Process 0 is that of the driver, with the first of the workers. It forks the others when a run begins, so that they
+Process 0 is that of the driver, with the last of the workers. It forks the others when a run begins, so that they
 have the plan without a copy, and ends them with the run. They compute nothing with JAX: only runs without arithmetic
 are divided. `partition` says which runs are, and how.
 """
@@ -32,7 +32,7 @@ from flowml_runtime.sim.world import World
 Make = Callable[[Clock, Here, Callable[..., None]], World]
 """Makes the workers of one process. The last argument takes messages to the driver."""
 
-_Order = tuple[int, float, dict[tuple[int, int], bytes]]
+_Order = tuple[int, float, list[bytes]]
 """A window to let happen, as in `Here.open`."""
 _Answer = tuple[float, dict[int, Mail]]
 """At the end of a window: as `Here.take`."""
@@ -96,7 +96,7 @@ class Team:
         numbers: Mapping[str, int],
         lookahead: float,
     ) -> None:
-        """`firsts` are the numbers of the first workers of the processes. `lookahead` is L."""
+        """`firsts` are the numbers of the first workers of the shares. `lookahead` is L."""
         self._lookahead = lookahead
         self._window = 0
         self._owed = 0
@@ -142,13 +142,13 @@ class Team:
 
     def _exchange(self) -> bool:
         own = self._here.take()
-        mail: list[dict[tuple[int, int], bytes]] = [{} for _ in range(len(self._lines) + 1)]
+        mail: list[list[bytes]] = [[] for _ in range(len(self._lines) + 1)]
         answers = self._answers() if self._owed == 2 else []  # at first there is nothing to do in the others
         least, flying = self._flying, math.inf
-        for source, (first, found) in enumerate([own, *answers]):
+        for first, found in (own, *answers):
             least = min(least, first)
             for to, (arrives, data) in found.items():
-                mail[to][self._window - (source > 0), source] = data
+                mail[to].append(data)
                 flying = min(flying, arrives if to else math.inf)
         if least == math.inf:
             return False
@@ -165,7 +165,7 @@ class Team:
         self._owed -= 1
         return [self._receive(number) for number in range(len(self._lines))]
 
-    def _send(self, line: _Line, order: _Order | float) -> None:
+    def _send(self, line: _Line, order: _Order | tuple[float, int]) -> None:
         try:
             line.send(order)
         except OSError:
@@ -193,7 +193,7 @@ class Team:
             while self._owed:
                 self._answers()
             for line in self._lines:
-                self._send(line, self._clock.now)
+                self._send(line, self._clock.place)
             for number in range(len(self._lines)):
                 self._clock.add(*self._receive(number))
         finally:
@@ -223,13 +223,13 @@ def _serve(line: _Line, make: Make, here: Here) -> NoReturn:
         world = make(clock, here, to_driver)
         here.join(world.numbers, world.nodes, to_driver)
         while True:
-            order: _Order | float = line.receive()  # no deadline: the process ends with process 0
-            if isinstance(order, tuple):
+            order: _Order | tuple[float, int] = line.receive()  # no deadline: the process ends with process 0
+            if len(order) == 3:
                 here.open(*order)
                 clock.go_on(_always)
                 line.send(here.take())
             else:
-                line.send(clock.counted(order))
+                line.send(clock.counted(*order))
     except (EOFError, OSError):
         os._exit(0)
     except BaseException as error:

@@ -1,18 +1,18 @@
 """Divides the workers of a simulation among processes (`parallel`), and says which simulations are not divided.
 
 Each process has neighbours, by their numbers. Where a policy has sites, none is divided, so that few messages cross.
-The process of the driver has fewer workers than the others, because it has the driver and most homes.
+A home to which all replicas push is mostly that of the first worker. It is not in the process of the driver, which has
+the last workers: what workers send to both would make that the slower one. Shares are even by the work that is in them.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import threading
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from flowml.sim import Fault, Network, NetworkModel, Sites
 from flowml_runtime.sim.world import Layout
@@ -21,8 +21,10 @@ DIVIDED = 4000
 """From so many workers on a simulation is divided by itself. With fewer it is over before that pays."""
 MOST = 4
 """The most processes of such a simulation."""
-_DRIVER, _HOMES = 0.31, 0.33
+_DRIVER, _HOMES = 0.7, 0.3
 """The work of the driver, and of homes to which all replicas push, as shares of that of all workers."""
+_LEAST = 0.02
+"""The least share of the workers for the process of the driver."""
 
 
 def processes(layout: Layout) -> int:
@@ -59,15 +61,21 @@ def lookahead(network: NetworkModel) -> float | None:
 
 
 def firsts(layout: Layout, numbers: Mapping[str, int], count: int) -> list[int]:
-    """The number of the first worker of each process. There are fewer processes if there are not enough workers."""
+    """The numbers of the first workers of the shares, in order; there are fewer if there are not enough workers. The
+    process of the driver has the last share (`post.Here`)."""
     workers = sorted(numbers[worker] for worker in layout.places.workers)
     marks = _marks(layout, numbers) or workers[1:]
-    driver = _DRIVER + _HOMES * any(not store.relayed for store in layout.terms.stores)
-    each = (1 + driver) / count
+    pushed_to = [i for i, store in enumerate(layout.terms.stores) if not store.relayed]
+    homes = sorted(numbers[home] for store in pushed_to for home in layout.places.homes[store])
+    work = [1 / len(workers)] * len(workers)
+    for home in homes:
+        work[bisect_left(workers, home)] += _HOMES / len(homes)
+    sums = list(accumulate(work))
+    each = (sums[-1] + _DRIVER) / count
     found = [0]
-    for process in range(count - 1):
-        share = max(each - driver, 0.02) + process * each
-        at = bisect_left(marks, workers[min(math.ceil(share * len(workers)), len(workers) - 1)])
+    for share in range(1, count):
+        end = min(each * share, sums[-1] - _LEAST)
+        at = bisect_left(marks, workers[bisect_left(sums, end)])
         if at < len(marks) and marks[at] > found[-1]:
             found.append(marks[at])
     return found

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _RECEIVE, _TELL, _NEWS, _EDGE, _DRIVER = range(5)
 _BITS = 40
-"""The events that a process schedules in a window have numbers of so many bits."""
+"""The events that a process schedules in a window have numbers of so many bits, above which is that of the window."""
 
 Mail = tuple[float, bytes]
 """What goes from one process to another after a window, and when the first of it arrives."""
@@ -75,12 +75,13 @@ class Nodes(dict[str, "Node"]):
 
 
 class _Sent(msgspec.Struct, array_like=True):
-    """A message, and the labels of the events of its arrival at `when`.
+    """A message, and the labels of the events of its arrival at `when`. `number` is that which its sender's clock gave.
 
     `value` is None, the number of NaNs in it, or pickled.
     """
 
     when: float
+    number: int
     kind: int
     peer: str
     message: wire.Wire | None
@@ -96,10 +97,12 @@ _decode = msgspec.msgpack.Decoder(list[_Sent]).decode
 class _Outbox:
     """What goes to one other process."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbered: Callable[[], int]) -> None:
+        """`numbered` is that of the clock of this process."""
+        self._numbered = numbered
         self._sent: list[_Sent] = []
         self._last: tuple[Any, ...] = ()
-        self._held: list[tuple[float, int, tuple[Any, ...]]] = []
+        self._held: list[tuple[float, int, int, tuple[Any, ...]]] = []
         """Versions on their way, until their sending begins: a newer one may replace them before."""
 
     def put(self, when: float, label: int, act: Act, args: tuple[Any, ...]) -> None:
@@ -107,29 +110,29 @@ class _Outbox:
         if args is self._last and self._sent[-1].when == when:
             self._sent[-1].labels.append(label)
             return
-        kind = _KINDS[act]
+        kind, number = _KINDS[act], self._numbered()
         if kind == _NEWS:
-            self._held.append((when, label, args))
+            self._held.append((when, number, label, args))
             return
         self._last = args
         if kind == _TELL:
             event: Received = args[0]
-            sent = _Sent(when, kind, event.peer, cast("wire.Wire", event.message), None, [label])
+            sent = _Sent(when, number, kind, event.peer, cast("wire.Wire", event.message), None, [label])
         elif kind == _EDGE:
-            sent = _Sent(when, kind, "", None, _packed(args[1]), [label], args[0])
+            sent = _Sent(when, number, kind, "", None, _packed(args[1]), [label], args[0])
         else:
-            sent = _Sent(when, kind, args[0], args[1], _packed(args[2]), [label])
+            sent = _Sent(when, number, kind, args[0], args[1], _packed(args[2]), [label])
         self._sent.append(sent)
 
     def take(self, until: float) -> tuple[float, Mail | None]:
         """All that has begun before `until`, and when the first of it arrives, or of the rest begins."""
-        least, rest = math.inf, list[tuple[float, int, tuple[Any, ...]]]()
-        for when, label, (peer, news) in self._held:
+        least, rest = math.inf, list[tuple[float, int, int, tuple[Any, ...]]]()
+        for when, number, label, (peer, news) in self._held:
             if news.begins >= until:
-                rest.append((when, label, (peer, news)))
+                rest.append((when, number, label, (peer, news)))
                 least = min(least, news.begins)
             else:
-                self._sent.append(_Sent(when, _RECEIVE, peer, news.message, _packed(news.value), [label]))
+                self._sent.append(_Sent(when, number, _RECEIVE, peer, news.message, _packed(news.value), [label]))
         self._held = rest
         if not self._sent:
             return least, None
@@ -152,14 +155,16 @@ def _unpacked(value: int | bytes | None) -> Value:
 
 
 class Here:
-    """One of the processes of a simulation: `index` of those that begin with the workers of these numbers."""
+    """One of the processes of a simulation, `index`. The shares of the workers begin with these numbers, and the first
+    process, which has the driver, has the last of them."""
 
     def __init__(self, clock: Clock, index: int, firsts: Sequence[int], numbers: Mapping[str, int]) -> None:
         self.clock = clock
         self.index = index
         self._firsts = firsts
+        self._share = len(firsts) - 1 - index
         self._numbers = numbers
-        self._outboxes = [_Outbox() for _ in firsts]
+        self._outboxes = [_Outbox(clock.numbered) for _ in firsts]
         self._puts: list[Put] = [clock.put if n == index else outbox.put for n, outbox in enumerate(self._outboxes)]
         self._names: list[str] = []
         self._receivers: Mapping[str, Node] = {}
@@ -176,14 +181,14 @@ class Here:
     def workers(self, count: int) -> range:
         """The numbers of the workers in this process, of `count` in all."""
         ends = [*self._firsts[1:], count]
-        return range(self._firsts[self.index], ends[self.index])
+        return range(self._firsts[self._share], ends[self._share])
 
     def put_for(self, number: int) -> Put:
         """What schedules an arrival at a worker, or at the driver, which is in process 0."""
         return self._puts[self._process(number)]
 
     def _process(self, number: int) -> int:
-        return bisect_right(self._firsts, max(number, 0)) - 1
+        return len(self._firsts) - bisect_right(self._firsts, number) if number >= 0 else 0
 
     def take(self) -> tuple[float, dict[int, Mail]]:
         """At the end of a window, what goes to other processes, and when the first event after it may happen."""
@@ -195,15 +200,14 @@ class Here:
                 found[process] = mail
         return least, found
 
-    def open(self, window: int, until: float, arrived: Mapping[tuple[int, int], bytes]) -> None:
-        """Begin a window with what has arrived: (window, process) -> what that has sent in that window. Events of one
-        time happen in the order of the windows in which they were scheduled, and then of the processes."""
+    def open(self, window: int, until: float, arrived: Sequence[bytes]) -> None:
+        """Begin a window with what has arrived. Events of one time happen in the order of the windows in which they
+        were scheduled, then of the shares of workers, and then as they were scheduled there."""
         count, clock = len(self._firsts), self.clock
-        for (sent_in, process), data in arrived.items():
-            number = (sent_in * count + process) << _BITS
-            for n, sent in enumerate(_decode(data)):
-                clock.put_all(sent.when, number + n, self._events(sent))
-        clock.open(until, (window * count + self.index) << _BITS)
+        for data in arrived:
+            for sent in _decode(data):
+                clock.put_all(sent.when, sent.number, self._events(sent))
+        clock.open(until, (window * count + self._share) << _BITS)
 
     def _events(self, sent: _Sent) -> list[tuple[int, Act, tuple[Any, ...]]]:
         kind, labels = sent.kind, sent.labels
