@@ -305,7 +305,8 @@ class TrainingDriver:
             return [] if handle is None else [Release(handle, self.number)]
         match event:
             case Received():
-                return [*self._receive(event), *self._hear(event.message)]
+                actions = self._receive(event)
+                return [*actions, *self._hear(event.message)] if self._snapshots.silent else actions
             case Begin():
                 return self._begin()
             case StepFailed(message):
@@ -443,7 +444,7 @@ class TrainingDriver:
 
     def _hear(self, message: Any) -> Sequence[Action]:
         """Note that a replica runs that held a snapshot up."""
-        replica = getattr(message, "replica", None) if self._snapshots.silent else None
+        replica = getattr(message, "replica", None)
         return () if replica is None else self._snapshots.hear(self._ids(), replica, self.ledger.newest)
 
     def _grant(self, ask: wire.Ask) -> list[Action]:

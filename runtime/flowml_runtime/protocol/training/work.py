@@ -223,6 +223,10 @@ class WorkQueue:
             return None
         while len(self._rows) <= clock:
             self._draw_row()
+        first = self._rows[clock]
+        if self._next[replica] == clock and first != _APART:  # nearly always; it takes a third of the time of the rest
+            self._next[replica] = clock + 1
+            return self._work.item(first + replica)
         found = self._take_reserved(replica, clock + 1)
         mine = found.pop()[1] if found and found[-1][0] == clock else None
         for _, item in found:
