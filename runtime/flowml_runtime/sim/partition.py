@@ -21,7 +21,7 @@ DIVIDED = 4000
 """From so many workers on a simulation is divided by itself. With fewer it is over before that pays."""
 MOST = 4
 """The most processes of such a simulation."""
-_DRIVER, _HOMES = 0.7, 0.3
+_DRIVER, _HOMES = 0.55, 0.3
 """The work of the driver, and of homes to which all replicas push, as shares of that of all workers."""
 _LEAST = 0.02
 """The least share of the workers for the process of the driver."""
