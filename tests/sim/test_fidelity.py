@@ -8,12 +8,14 @@ fidelity` compares step times, with the goal of 10 %.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import optax
 import pytest
 
 import flowml as fm
+from flowml_runtime.protocol.training.summary import Summary
 from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
 
 REPLICAS, STEPS = 4, 6
@@ -56,7 +58,7 @@ def test_a_simulated_fit_does_what_a_real_one_does(threads_cluster: fm.Cluster, 
     policy, delays = METHODS[method], MACHINES[model]
     real, virtual = fit(threads_cluster, policy, delays), simulated(policy, delays)
     assert_same((real.params, real.opt_state), (virtual.params, virtual.opt_state))
-    assert real.ledger == virtual.ledger
+    same_ledgers(real.ledger, virtual.ledger)
     if method == "gradient coding":  # whether a late replica is told in time not to push is left to the machine
         assert published(real) == published(virtual)
         return
@@ -64,6 +66,12 @@ def test_a_simulated_fit_does_what_a_real_one_does(threads_cluster: fm.Cluster, 
     assert real.staleness == virtual.staleness
     assert virtual.virtual_seconds is not None
     assert real.seconds >= virtual.virtual_seconds * 0.999, "no real pause is shorter than its delay"
+
+
+def same_ledgers(real: Summary, virtual: Summary) -> None:
+    """Equal; what error feedback kept is added up in the order of arrival, so to rounding."""
+    assert real.kept == pytest.approx(virtual.kept, rel=1e-6)
+    assert replace(real, kept={}) == replace(virtual, kept={})
 
 
 def published(result: fm.TrainingResult) -> dict[str, int]:
@@ -76,4 +84,4 @@ def test_backup_workers_leave_out_the_same_replica(threads_cluster: fm.Cluster) 
     real, virtual = fit(threads_cluster, policy, delays), simulated(policy, delays)
     assert_same(real.params, virtual.params)
     assert [tally.used for tally in real.ledger.replicas] == [STEPS, STEPS, STEPS, 0]
-    assert real.ledger == virtual.ledger
+    same_ledgers(real.ledger, virtual.ledger)
