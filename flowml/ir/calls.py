@@ -114,9 +114,18 @@ class Call:
 
 
 def bind(
-    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], static: Static, name: str = "function"
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    static: Static,
+    name: str = "function",
+    *,
+    in_place: bool = True,
 ) -> Call:
-    """Turn a call into one with arrays only. Raises ValueError for a static argument that cannot be hashed."""
+    """Turn a call into one with arrays only. Raises ValueError for a static argument that cannot be hashed.
+
+    Without `in_place` nnx objects are pytrees that the call leaves as they are, as under `jax.jit`.
+    """
     placed = {i % len(args): args[i % len(args)] for i in static.argnums if -len(args) <= i < len(args)}
     named = {n: kwargs[n] for n in kwargs if n in static.argnames}
     placed = dict(sorted(placed.items()))
@@ -125,7 +134,7 @@ def bind(
         tuple(a for i, a in enumerate(args) if i not in placed),
         {n: v for n, v in kwargs.items() if n not in named},
     )
-    objects = Objects.of(given)
+    objects = Objects.of(given) if in_place else None
     if objects is not None:
         given = objects.given
     leaves, tree = tree_flatten(given)

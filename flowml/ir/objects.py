@@ -89,6 +89,12 @@ def is_object(value: Any) -> bool:
     return isinstance(value, tuple(k for k in kinds if isinstance(k, type)))
 
 
+def _is_state(value: Any) -> bool:
+    """Whether this is what `nnx.split` gives. Its variables are values of a pytree, which a call leaves as they are."""
+    state = _known("flax.nnx", "State")
+    return isinstance(state, type) and isinstance(value, state)
+
+
 @dataclass(frozen=True)
 class Objects:
     """The nnx objects of a call. An object that is passed twice, or shared by two others, is stored once."""
@@ -106,7 +112,7 @@ class Objects:
         """The objects among the arguments; None if there are none."""
         if "flax.nnx" not in sys.modules:
             return None
-        parts, tree = tree_flatten(arguments, is_leaf=is_object)
+        parts, tree = tree_flatten(arguments, is_leaf=lambda value: is_object(value) or _is_state(value))
         places = tuple(i for i, part in enumerate(parts) if is_object(part))
         if not places:
             return None

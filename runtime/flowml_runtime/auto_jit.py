@@ -216,7 +216,7 @@ def auto_jit(
 
     def made(jitted: Any, options: dict[str, Any]) -> AutoJit:
         shared: dict[str, Any] = {name: options.get(name) for name in _SHARED}
-        program = Dataflow(jitted.__wrapped__, cluster=cluster, placement="auto", keep="auto", **shared)
+        program = Dataflow(jitted.__wrapped__, cluster=cluster, placement="auto", keep="auto", in_place=False, **shared)
         record.functions.append(AutoJit(jitted, program, now_s))
         return record.functions[-1]
 

@@ -123,6 +123,7 @@ class Dataflow(Generic[P, R]):
         donate_argnames: str | Sequence[str] | None = None,
         keep: Any = None,
         effects: EffectsChoice = "run",
+        in_place: bool = True,
         now_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         if not callable(fn):
@@ -132,6 +133,7 @@ class Dataflow(Generic[P, R]):
         self._donate = static_of(fn, donate_argnums, donate_argnames, "donate")
         self._keep = Keep.of(keep)
         self._effects = EffectsOption(effects)
+        self._in_place = in_place
         self.chained = False
         update_wrapper(self, fn)
         self._fn = fn
@@ -261,7 +263,7 @@ class Dataflow(Generic[P, R]):
         Raises TypeError for an argument that is not an array, ValueError for a static one that has no hash.
         """
         args, kwargs = without_futures(args), without_futures(kwargs)
-        call = bind(self._fn, args, kwargs, self._static, self._name)
+        call = bind(self._fn, args, kwargs, self._static, self._name, in_place=self._in_place)
         leaves, tree = tree_flatten((call.args, call.kwargs))
         try:
             signatures = tuple([signature(leaf) for leaf in leaves])

@@ -88,3 +88,22 @@ def test_objects_that_are_not_returned_come_back(threads_cluster: fm.Cluster) ->
     state = nnx.state(both[0], nnx.Param)
     assert not any(isinstance(leaf, fm.Remote) for leaf in jax.tree.leaves(state))
     same(state, plain()[0])
+
+
+def test_a_state_of_split_is_a_pytree_that_a_call_leaves_as_it_is() -> None:
+    graph, state = nnx.split(Model(nnx.Rngs(0)))
+
+    def forward(state: Any, x: Any) -> Any:
+        model = nnx.merge(graph, state)
+        y = jnp.sum(model(x))
+        return nnx.split(model)[1], y
+
+    expected = jax.jit(forward)(state, BATCH["x"])
+    with fm.Cluster.threads(workers=2) as cluster:
+        for keep in (None, 0):
+            program = fm.dataflow(forward, cluster=cluster, keep=keep)
+            for _ in range(2):
+                after, y = program(state, BATCH["x"])
+                np.testing.assert_allclose(y, expected[1], rtol=1e-5)
+                assert int(after["drop"]["rngs"]["count"][...]) == 1
+    assert int(state["drop"]["rngs"]["count"][...]) == 0

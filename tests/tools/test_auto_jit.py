@@ -155,6 +155,25 @@ def test_flax_objects_are_updated_by_steps_on_the_cluster(cluster: fm.Cluster, g
     assert other == "<lambda>: 1 on the cluster (arguments are on the cluster)"
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_jit_leaves_flax_objects_and_states_as_they_are(cluster: fm.Cluster, split: bool) -> None:
+    """`jax.jit`, unlike `nnx.jit`, takes them as pytrees."""
+    model, (_, x) = Layers(nnx.Rngs(0)), start()
+    graph, state = nnx.split(model)
+
+    def sample(given: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean((nnx.merge(graph, given) if split else given)(x) ** 2)
+
+    given = state if split else model
+    expected = float(jax.jit(sample)(given, x))
+    jitted, record = under(cluster, Clock(2e-3, 1e-3), sample)
+    assert [float(jitted(given, x)) for _ in range(2 * TRIAL + 1)] == pytest.approx(
+        [expected] * (2 * TRIAL + 1), rel=1e-5
+    )
+    assert "on the cluster" in record.lines()[0]
+    assert int(model.drop.rngs.count[...]) == int(state["drop"]["rngs"]["count"][...]) == 0
+
+
 @pytest.mark.parametrize("donate", ["none", "all-except-first"])
 def test_equinox_modules_run_on_the_cluster(cluster: fm.Cluster, donate: Any) -> None:
     def update(x: jax.Array, model: eqx.nn.MLP, *, rate: float) -> tuple[eqx.nn.MLP, jax.Array]:
