@@ -289,6 +289,23 @@ def test_an_exception_whose_result_nobody_uses_ends_the_call(threads_cluster: fm
         program(X + 1)
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_call_that_returns_its_argument_ends_after_its_effects(threads_cluster: fm.Cluster, ordered: bool) -> None:
+    def fail(v: Any) -> None:
+        raise ValueError(f"no {v}")
+
+    def fn(x: jax.Array) -> tuple[jax.Array, float]:
+        io_callback(fail, None, x[0], ordered=ordered)
+        return x, 1.0
+
+    with fm.Cluster.local(workers=1, allow_python=True) as processes:
+        for cluster in (threads_cluster, processes):
+            program = fm.dataflow(fn, cluster=cluster)
+            for _ in range(3):
+                with pytest.raises(fm.WorkerError, match=r"^ValueError: no "):
+                    program(X)
+
+
 def test_equinox_error_if_raises_the_users_message(
     threads_cluster: fm.Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:

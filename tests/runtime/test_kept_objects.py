@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def test_objects_that_are_not_returned_come_back(threads_cluster: fm.Cluster) ->
 
 
 def test_a_state_of_split_is_a_pytree_that_a_call_leaves_as_it_is() -> None:
-    graph, state = nnx.split(Model(nnx.Rngs(0)))
+    graph, state = cast(tuple[Any, Any], nnx.split(Model(nnx.Rngs(0))))
 
     def forward(state: Any, x: Any) -> Any:
         model = nnx.merge(graph, state)

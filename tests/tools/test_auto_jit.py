@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -159,7 +159,7 @@ def test_flax_objects_are_updated_by_steps_on_the_cluster(cluster: fm.Cluster, g
 def test_jit_leaves_flax_objects_and_states_as_they_are(cluster: fm.Cluster, split: bool) -> None:
     """`jax.jit`, unlike `nnx.jit`, takes them as pytrees."""
     model, (_, x) = Layers(nnx.Rngs(0)), start()
-    graph, state = nnx.split(model)
+    graph, state = cast(tuple[Any, Any], nnx.split(model))
 
     def sample(given: Any, x: jax.Array) -> jax.Array:
         return jnp.mean((nnx.merge(graph, given) if split else given)(x) ** 2)
@@ -171,7 +171,8 @@ def test_jit_leaves_flax_objects_and_states_as_they_are(cluster: fm.Cluster, spl
         [expected] * (2 * TRIAL + 1), rel=1e-5
     )
     assert "on the cluster" in record.lines()[0]
-    assert int(model.drop.rngs.count[...]) == int(state["drop"]["rngs"]["count"][...]) == 0
+    drop: Any = model.drop
+    assert int(drop.rngs.count[...]) == int(state["drop"]["rngs"]["count"][...]) == 0
 
 
 @pytest.mark.parametrize("donate", ["none", "all-except-first"])

@@ -93,7 +93,7 @@ class LoadedPlan:
     captures: Captures = field(default_factory=dict[tuple[str, int], Remote], repr=False)
     """The large arrays that the function closes over, on the devices that read them. They stay while this is loaded."""
     waits: bool = field(default=True, repr=False)
-    """Whether a call waits for outputs that it fetches."""
+    """Whether a call waits for outputs that it fetches, or for its effects."""
 
     @property
     def direct(self) -> Callable[[Sequence[Any]], Sequence[Array]] | None:
@@ -174,8 +174,16 @@ def loaded(
         overwrites=plan.donated,
         unread=frozenset(plan.donated) - {s for port in ports for s in port.slots},
         captures=captures,
-        waits=any(o.kind == "fetch" for o in plan.outputs) or not plan.outputs,
+        waits=_waits(plan),
     )
+
+
+def _waits(plan: Plan) -> bool:
+    """Whether a call waits: for outputs that it fetches, or for its effects, unless outputs that stay tell of them."""
+    if any(o.kind == "fetch" for o in plan.outputs) or not plan.outputs:
+        return True
+    stays = any(o.kind == "keep" for o in plan.outputs)
+    return not stays and any(type(i) is Fetch for program in plan.programs for i in program.instructions)
 
 
 def _kinds(plan: Plan) -> tuple[Kind, ...]:
