@@ -69,7 +69,7 @@ def test_the_arithmetic_is_the_same() -> None:
         (lambda: fm.sim.Homes(bytes_per_s=0), r"Homes: bytes_per_s=0 makes no sense; give a finite number above 0"),
         (
             lambda: fm.SimulatedCluster(1, fm.sim.Constant(0.1), IDLE, homes=0.1),  # pyright: ignore
-            r"SimulatedCluster\(homes=0\.1\) is of type float; give a model of flowml\.sim",
+            r"SimulatedCluster\(homes=0\.1\) is of type float; give a model of fm.sim",
         ),
     ],
 )

@@ -217,7 +217,7 @@ def test_a_source_that_is_no_array_is_not_read_for_its_data() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"compute": 0.1}, r"compute=0.1\) is of type float; give a model of flowml.sim"),
+        ({"compute": 0.1}, r"compute=0.1\) is of type float; give a model of fm.sim"),
         ({"network": fm.sim.Constant(1)}, r"network=Constant\(s=1.0\)\) is of type Constant"),
         (
             {"network": fm.sim.Sites({("a", "b"): (0.1, 1e6)}, ["a", "b"])},
