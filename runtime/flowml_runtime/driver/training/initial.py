@@ -63,7 +63,8 @@ def _first_difference(given: Any, expected: Any) -> str:
     """The first leaf that one of two trees of other structures has and the other has not, in words."""
     (got, want) = ([path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)] for tree in (given, expected))
     for has, lacks, one, other in ((want, got, "it lacks", "has"), (got, want, "it has", "lacks")):
-        missing = next((name for name in has if name not in set(lacks)), None)
+        known = set(lacks)
+        missing = next((name for name in has if name not in known), None)
         if missing is not None:
             return f"{one} the leaf {missing!r}, which the state of this one {other}"
     kinds = type(given).__name__, type(expected).__name__
