@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -20,6 +21,7 @@ import flowml as fm
 from flowml.errors import ClusterError, DeadlineError, WorkerError, WorkerLostError
 from flowml_runtime import wire
 from flowml_runtime.driver.loaded_plan import LoadedPlan
+from flowml_runtime.driver.session import Session
 from flowml_runtime.launch.launched import LaunchedCluster
 from tests.conftest import wait_until
 from tests.network import Network
@@ -143,7 +145,7 @@ def test_a_worker_that_leaves_while_its_plan_is_loaded_again_is_lost_and_not_unk
         session = network.session
         handle = session.load(chain())
         told = wire.Unreachable(
-            plan_id=handle.plan_id, worker="worker:0", peer="worker:1", reason="its connection broke"
+            plan_id=handle.plan_id, worker="worker:0", peer="worker:1", reason="its connection broke", heard=True
         )
         session.on_message("worker:0", told, [])
         unload = session.unload
@@ -156,6 +158,38 @@ def test_a_worker_that_leaves_while_its_plan_is_loaded_again_is_lost_and_not_unk
         again = session.reload(handle)
         with pytest.raises(WorkerLostError, match=r"worker:1 was lost.*worker:0 cannot reach it: its connection broke"):
             session.submit(again, [X])
+
+
+def report(plan_id: str, worker: str, peer: str) -> wire.Unreachable:
+    return wire.Unreachable(plan_id=plan_id, worker=worker, peer=peer, reason="its connection broke")
+
+
+def refused(session: Session, handle: LoadedPlan) -> bool:
+    try:
+        session.submit(handle, [X]).result(timeout=30)
+    except WorkerLostError:
+        return True
+    return False
+
+
+def test_what_a_worker_says_that_hears_nobody_counts_for_nothing() -> None:
+    """Only the way to worker:0 is cut: it says that it cannot reach worker:1, and the driver hears that."""
+    with Network() as network:
+        session = network.session
+        handle = session.load(chain())
+        plan_id = handle.plan_id
+        reach, asked = network.receivers["worker:0"], list[wire.Wire]()
+        network.receivers["worker:0"] = lambda _, message, __: asked.append(message)
+        session.on_message("worker:0", report(plan_id, "worker:0", "worker:1"), [])
+        assert asked == [report(plan_id, "worker:0", "worker:1")], "it is asked whether it hears anybody"
+        network.receivers["worker:0"] = reach
+        assert not session.submit(handle, [X]).exception(timeout=30), "both take part until one of them is found lost"
+        session.on_message("worker:1", report(plan_id, "worker:1", "worker:0"), [])
+        wait_until(lambda: refused(session, handle), "worker:1 answers that it hears the driver")
+        again = msgspec.structs.replace(report(plan_id, "worker:0", "worker:1"), heard=True)
+        session.on_message("worker:0", again, [])
+        with pytest.raises(WorkerLostError, match=r"worker:0 was lost.*worker:1 cannot reach it"):
+            session.submit(handle, [X])
 
 
 def test_a_submit_that_waits_for_room_is_woken_by_the_loss() -> None:

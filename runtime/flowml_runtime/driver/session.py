@@ -31,6 +31,7 @@ from flowml_runtime.driver.remote import Remote
 from flowml_runtime.driver.residents import MAX_PROGRAMS, Residents
 from flowml_runtime.driver.steps import unloaded
 from flowml_runtime.driver.turns import Turns
+from flowml_runtime.driver.unreachable import Reports, unreachable
 from flowml_runtime.environment.forks import check_owner, is_foreign, this_process
 from flowml_runtime.execution.device_thread import Deadlines
 from flowml_runtime.execution.faults import (
@@ -39,7 +40,6 @@ from flowml_runtime.execution.faults import (
     one_line,
     step_cancelled,
     step_error,
-    unreachable,
     worker_lost,
 )
 from flowml_runtime.execution.future import Future
@@ -105,6 +105,7 @@ class Session:
         self._loading: dict[str, Loading] = {}
         self._plans: dict[str, LoadedPlan] = {}
         self._handlers: dict[str, PlanHandler] = {}
+        self._reports = Reports(self.tell, endpoint.settle)
         self._local: dict[str, LocalWorker] = {}
         self._told: set[str] = set()
         """The warnings of plans."""
@@ -298,7 +299,7 @@ class Session:
                 if lost and step is not None:  # the loss was reported meanwhile, and fails the step with the advice
                     return future
                 raise
-            told = self._lost(handle.plan, begun, error.worker or "a worker", str(error)) if lost else error
+            told = worker_lost(handle.plan, begun, error.worker or "", str(error), self.remedy) if lost else error
             self._fail_step(handle, begun, told, one_line(error))
             if lost or isinstance(error, DeadlineError):
                 return future
@@ -341,6 +342,7 @@ class Session:
         """Stop calling the handler of `plan_id`."""
         with self._lock:
             self._handlers.pop(plan_id, None)
+        self._reports.forget(plan_id)
 
     def tell(self, worker: str, message: wire.Wire) -> None:
         """Send to a worker. Does nothing if the worker is lost, because `on_lost` reports that."""
@@ -355,6 +357,7 @@ class Session:
             if self._plans.pop(handle.plan_id, None) is None:
                 return
         self._deadlines.forget(handle)
+        self._reports.forget(handle.plan_id)
         handle.steps.stop(unloaded)
         handle.local = None  # it keeps the executable
         self._broadcast(handle.workers, wire.Unload(plan_id=handle.plan_id))
@@ -389,8 +392,8 @@ class Session:
         if isinstance(message, wire.Recalled | wire.Written | wire.FileRead):
             self.held.on_message(message, arrays)
             return
-        if isinstance(message, wire.Unreachable):
-            self.endpoint.settle(message.peer)  # a peer that died may have sent all of a step before
+        if isinstance(message, wire.Unreachable) and not self._reports.counts(peer, message):
+            return
         plan_id = getattr(message, "plan_id", "")
         handler = self._handlers.get(plan_id)
         if handler is not None:
@@ -468,7 +471,7 @@ class Session:
         The others may have all of its values already. The workers that still need one report their steps as failed.
         """
         slots = {slot for slot, device in handle.sources.items() if worker_of(device) == peer}
-        self._stop(handle, lambda step: self._lost(handle.plan, step, peer, reason), reason, slots)
+        self._stop(handle, lambda step: worker_lost(handle.plan, step, peer, reason, self.remedy), reason, slots)
 
     def _stop(
         self,
@@ -491,9 +494,6 @@ class Session:
                 self.endpoint.send(worker, message, (), TELL_S)
             except (WorkerLostError, TimeoutError):
                 continue  # a worker that takes no message is lost soon; its own deadlines end the step without it
-
-    def _lost(self, plan: Plan, step: int, worker: str, reason: str) -> WorkerLostError:
-        return worker_lost(plan, step, worker, reason, self.remedy)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -89,10 +89,6 @@ def worker_lost(plan: Plan, step: int, worker: str, reason: str, remedy: str) ->
     )
 
 
-def unreachable(message: wire.Unreachable) -> str:
-    return f"{message.worker} cannot reach it: {message.reason}"
-
-
 def load_failed(plan: Plan, message: wire.Failed) -> WorkerError:
     return WorkerError(
         f"{message.worker} cannot load plan {plan.name!r}: {message.error}",

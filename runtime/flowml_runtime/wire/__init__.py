@@ -388,11 +388,15 @@ class Failed(PlanMessage, frozen=True):
 
 
 class Unreachable(PlanMessage, frozen=True):
-    """A worker to the driver of a plan: its connection to another worker of that plan has ended permanently."""
+    """A worker to the driver of a plan: its connection to another worker of that plan has ended permanently.
+
+    The driver sends it back, and the worker answers with `heard`, because one that hears nobody may be what is lost.
+    """
 
     worker: Name
     peer: Name
     reason: Text
+    heard: bool = False
 
 
 class Trace(PlanMessage, frozen=True):

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from flowml.devices import worker_of
@@ -161,6 +162,8 @@ class Worker:
                 self._accept(peer, message, arrays)
             case wire.StepCheck():
                 self._check_step(peer, message)
+            case wire.Unreachable():
+                self._tell(peer, msgspec.structs.replace(message, heard=True))
             case wire.Trace():
                 self._trace(peer, message)
             case wire.Probe() | wire.Probed():
