@@ -194,6 +194,10 @@ def of(kind: type[wire.Wire]) -> Asked:
     return lambda message: isinstance(message, kind)
 
 
+def asks_spare(message: wire.Wire) -> bool:
+    return isinstance(message, wire.Replace) and message.after > 0
+
+
 METHODS = {
     "join": Method(of(wire.Join), of(wire.Welcome), joins),
     "join and see": Method(of(wire.Join), of(wire.Members), joins),
@@ -201,6 +205,7 @@ METHODS = {
     "leave": Method(of(wire.Leave), None, leaves),
     "notice": Method(of(wire.Notice), of(wire.Members), gives_notice),
     "exited": Method(of(wire.Exited), of(wire.Members), exits, timeout_s=0.6),
+    "replace": Method(lambda m: isinstance(m, wire.Replace) and not m.after, asks_spare, replaced),
     "take a place": Method(lambda m: isinstance(m, wire.Join) and m.worker == "worker:0", of(wire.Welcome), replaced),
 }
 CELLS = [
