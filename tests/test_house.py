@@ -140,6 +140,29 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
         _ = fm.Ringg
 
 
+def test_every_public_name_that_errors_and_documents_advise_exists() -> None:
+    import flowml as fm
+
+    def exists(dotted: str) -> bool:
+        found: object = fm
+        for part in dotted.split("."):
+            if not (isinstance(found, type) or hasattr(found, "__path__") or hasattr(found, "__spec__")):
+                return True  # an attribute of an object
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+
+    pages = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").rglob("*.md")]
+    advised = {
+        (relative(f), name)
+        for f in (*SOURCES, *(ROOT / "examples").rglob("*.py"), *pages)
+        for name in re.findall(r"(?<![\w.])fm\.([A-Za-z_][\w.]*\w|[A-Za-z_]\w*)", f.read_text())
+    }
+    assert len(advised) > 500
+    assert sorted((f, name) for f, name in advised if not exists(name)) == []
+
+
 def test_files_and_functions_stay_small() -> None:
     long_files = {relative(f): n for f in SOURCES if (n := len(f.read_text().splitlines())) > MAX_FILE_LINES}
     assert long_files == {}

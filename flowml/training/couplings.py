@@ -74,7 +74,7 @@ def policy_of_value(policies: Iterable[Policy]) -> Policy:
         raise PolicyError(
             f"the optimizer wants the value of the loss (value=), and with {first.describe()!r} it goes the way of the "
             "gradients that are applied on arrival, whose filters would change it; leave filters out, or give a policy "
-            "whose layers commit clock by clock, such as fm.policies.bounded_staleness(2)"
+            "whose layers commit clock by clock, such as fm.policies.ssp(2)"
         )
     return first
 
@@ -116,16 +116,21 @@ def together(use: Use) -> list[tuple[list[int], str]]:
     return found
 
 
-def across_clocks(use: Use, names: Sequence[str]) -> list[str]:
-    """Notes for layers that the optimizer couples and that share no clock."""
+def across_clocks(uses: Iterable[Use], names: Sequence[str]) -> list[str]:
+    """Notes for layers that an optimizer couples and that share no clock. `names` are the layers of the leaves."""
+    coupled_leaves: dict[int, list[list[list[int]]]] = {}
+    """The optimizer -> for each of its groups, the leaves that are coupled wherever it runs."""
+    for use in uses:
+        groups = coupled_leaves.setdefault(id(use.slices), [[] for _ in use.slices.groups])
+        for sets, more in zip(groups, use.groups(), strict=True):
+            sets += more
     notes: dict[str, None] = {}
-    for group in use.groups():
-        if len(group) > 1:
-            sets = " and ".join(named(tuple(dict.fromkeys(names[leaf] for leaf in leaves))) for leaves in group)
-            what = (
-                f"the optimizer couples {sets}, which share no clock; what couples them, such as a norm, is computed "
-            )
-            notes[f"{what}for each of these groups alone, as if the others were 0"] = None
+    for group in (sets for groups in coupled_leaves.values() for sets in groups if len(sets) > 1):
+        layers = " and ".join(named(tuple(dict.fromkeys(names[leaf] for leaf in leaves))) for leaves in group)
+        notes[
+            f"the optimizer couples {layers}, which share no clock; what couples them, such as a norm, is computed for "
+            "each of these groups alone, as if the others were 0"
+        ] = None
     return list(notes)
 
 

@@ -102,7 +102,7 @@ class StorePlanner:
     def _coupling_notes(self) -> list[str]:
         """Layers that the optimizer couples across clocks."""
         layers = list(map(layer_of, self.paths))
-        return [note for use, _ in self.optimizers.uses(self._of_leaves) for note in across_clocks(use, layers)]
+        return across_clocks((use for use, _ in self.optimizers.uses(self._of_leaves)), layers)
 
     def _shared_homes(self) -> list[str]:
         """Say which layers share a home because of the optimizer."""

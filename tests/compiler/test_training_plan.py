@@ -123,6 +123,16 @@ def test_layers_of_a_lone_device_share_a_home_anyway() -> None:
     assert not any("share a home" in note for note in plan.notes)
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [fm.policies.asynchronous(), fm.policies.local_sgd(2), fm.policies.ssp(1), fm.policies.diloco(2)],
+    ids=lambda policy: policy.describe(),
+)
+def test_layers_that_are_clipped_alone_because_of_their_rule_are_named(policy: fm.Policy) -> None:
+    with pytest.warns(fm.FlowmlWarning, match=r"the optimizer couples (l0 and l1, l2, l3|l1, l2, l3 and l0), which"):
+        compiled(replicas=2, optimizer=CLIPPED, policies={"l0*": policy})
+
+
 def test_coupled_layers_of_several_clocks_are_coupled_apart() -> None:
     with pytest.warns(fm.FlowmlWarning, match="the optimizer couples l0 and l1, l2, l3, which share no clock"):
         plan = compiled(replicas=2, optimizer=CLIPPED, policies={"l0*": fm.policies.every(2)})
