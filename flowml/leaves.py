@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 ARRAYS_ALONE = (
     "give arrays alone: with equinox `arrays, rest = eqx.partition(state, eqx.is_array)`, and "
@@ -34,6 +35,15 @@ def why_no_array(value: Any, fix: str = "") -> str:
     if not any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_)):
         return f"has dtype {dtype}, which is not numeric; encode it as numbers, such as indices, or leave it out"
     return ""
+
+
+def check_untraced(what: str, value: Any, function: str) -> None:
+    """Raise TypeError for a value that another transformation traces, of which `function` needs the value."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{what} is traced by another JAX transformation, and {function}() needs its values; call {function}() "
+            "outside of jit, grad and vmap"
+        )
 
 
 def check_array(what: str, value: Any) -> None:

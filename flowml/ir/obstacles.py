@@ -62,7 +62,12 @@ def _place(equation: Any, inside: tuple[str, ...]) -> str:
 
 def _obstacle(aval: Any) -> str:
     """Why a value cannot be part of a dataflow graph, and the fix; "" if it can."""
-    if not hasattr(aval, "shape") or not hasattr(aval, "dtype") or hasattr(aval, "inner_aval"):
+    if hasattr(aval, "inner_aval"):
+        return (
+            "is a jax Ref, which no worker can write to; make the Ref inside the function, or pass its value ref[...], "
+            "and write back what is returned"
+        )
+    if not hasattr(aval, "shape") or not hasattr(aval, "dtype"):
         return f"is of type {type(aval).__name__}, which is not an array; keep it out of the dataflow function"
     if jnp.issubdtype(aval.dtype, jax.dtypes.extended) and str(aval.dtype)[4:-1] not in KEY_WORDS:
         known = ", ".join(KEY_IMPLEMENTATIONS.values())

@@ -419,6 +419,27 @@ def test_handles_of_another_or_a_closed_cluster_are_refused(
             program(1.0)
 
 
+def test_put_refuses_a_value_that_another_transformation_traces(threads_cluster: fm.Cluster) -> None:
+    with pytest.raises(
+        TypeError, match=r"fm.put: leaf 'x' is traced .*; call fm.put\(\) outside of jit, grad and vmap"
+    ):
+        jax.jit(lambda x: fm.put({"x": x}, threads_cluster)["x"] + 1)(1.0)
+
+
+def test_a_handle_without_arguments_is_an_error_and_nothing_else() -> None:
+    with pytest.raises(TypeError, match="missing 3 required"):  # its finalizer raises nothing, which would be a warning
+        fm.Remote()  # pyright: ignore[reportCallIssue]
+    gc.collect()
+
+
+def test_a_future_that_a_function_closes_over_is_an_error_that_says_what_to_do(threads_cluster: fm.Cluster) -> None:
+    double = fm.dataflow(lambda x: x * 2, cluster=threads_cluster)
+    future = double.submit(1.0)
+    with pytest.raises(TypeError, match=r"a Future is not an array; take its result\(\) first, or pass the Future"):
+        fm.dataflow(lambda x: x + future, cluster=threads_cluster)(1.0)
+    assert fm.dataflow(lambda x, y: x + y, cluster=threads_cluster)(1.0, future) == 3
+
+
 def test_put_refuses_what_it_cannot_place(threads_cluster: fm.Cluster) -> None:
     with pytest.raises(TypeError, match="put: leaf 'a' is of type object"):
         fm.put({"a": object()}, threads_cluster)

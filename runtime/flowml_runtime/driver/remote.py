@@ -158,7 +158,10 @@ class Remote(jax.Array):
         """For the runtime: what the worker calls the value."""
 
     def __del__(self) -> None:
-        batch = self._batch
+        try:
+            batch = self._batch
+        except AttributeError:  # it was not made: its arguments were wrong
+            return
         if batch.owner is not None and self._index not in batch.gone:
             batch.owner.freed(batch, (self._index,))
 

@@ -70,6 +70,13 @@ class Future(Generic[T]):
                     self._finish = None
         return cast(T, self._value)
 
+    def __jax_array__(self) -> Any:
+        """Raises TypeError: JAX asks for the array where a future is an operand."""
+        raise TypeError(
+            f"{self.name}: a Future is not an array; take its result() first, or pass the Future to a program as an "
+            "argument, which then takes the values where they are"
+        )
+
     def as_argument(self) -> T:
         """The result for another call, which itself waits for what the result's handles stand for."""
         at_once = self.at_once

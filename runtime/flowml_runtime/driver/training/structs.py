@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from flowml.ir._jax import path_name
-from flowml.leaves import why_no_array
+from flowml.leaves import check_untraced, why_no_array
 
 _NOT_TRAINED = "keep what is not trained out of the tree (in equinox: eqx.partition(model, eqx.is_inexact_array))"
 
@@ -38,10 +37,9 @@ def structs_of(params: Any, state: Any) -> tuple[Any, Any]:
 def check_values(tree: Any, kind: str) -> None:
     """Raise TypeError for a leaf without values: a struct, or a value that another transformation traces."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, Tracer):
-            raise TypeError(
-                f"{kind} {path_name(path)!r} is traced by another JAX transformation, and fit() needs its values; call "
-                "fit() outside of jit, grad and vmap"
-            )
+        name = f"{kind} {path_name(path)!r}"
+        check_untraced(name, leaf, "fit")
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(f"{kind} {path_name(path)!r} is a jax.ShapeDtypeStruct without values; give an array")
+            raise TypeError(f"{name} is a jax.ShapeDtypeStruct without values; give an array")
+        if isinstance(leaf, str | bytes):
+            raise TypeError(f"{name} is the text {leaf!r}; give numbers, or leave it out")
