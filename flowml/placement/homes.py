@@ -75,7 +75,8 @@ def _chosen(homes: int | tuple[str, ...], workers: Sequence[str], replicas: int)
         hit = [worker for worker in workers if is_home((pattern,), worker)]
         if not hit:
             raise PlacementError(
-                f"homes names {pattern!r}, which matches no worker; there are: {named(workers)}; name one of them"
+                f"homes names {pattern!r}, which matches no worker; there are: {named(workers)}; name one of them, or "
+                "start the one that was lost"
             )
         found.update(hit)
     if len(found) == len(workers):
