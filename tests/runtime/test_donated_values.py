@@ -15,6 +15,7 @@ from flowml.errors import ClusterError
 from flowml_runtime.driver.remote import Remote
 from flowml_runtime.driver.steps import Steps
 from flowml_runtime.execution.kept import value_of
+from flowml_runtime.execution.step_program import StepFault
 from tests.conftest import wait_until
 
 SIDE = 64
@@ -57,6 +58,46 @@ def test_values_of_one_call_may_be_donated_apart(cluster: fm.Cluster) -> None:
     assert held(cluster) == 2 * nbytes  # the donated values are not freed twice
     del c, result
     wait_until(lambda: held(cluster) == 0, "everything is freed")
+
+
+def failing(x: Any) -> Any:
+    def fail(v: Any) -> Any:
+        raise ZeroDivisionError("no such quotient")
+
+    return jax.pure_callback(fail, jax.ShapeDtypeStruct(x.shape, x.dtype), x) * 2
+
+
+@pytest.mark.parametrize("keep", [0, None])
+def test_a_value_that_was_donated_to_a_failed_call_names_the_failure(cluster: fm.Cluster, keep: int | None) -> None:
+    program = fm.dataflow(failing, cluster=cluster, keep=keep, donate_argnums=0)
+    value: Any = fm.put(np.ones(3, np.float32), cluster)
+    with pytest.raises(fm.FlowmlError, match="no such quotient"):
+        np.asarray(program(value))
+    with pytest.raises(
+        ClusterError, match=r"was donated to step \d+ of failing at .*, which failed; begin again.*quotient"
+    ):
+        value.fetch()
+    with pytest.raises(ClusterError, match="which failed; begin again from values that you have fetched or saved"):
+        program(value)
+    assert "which failed" in repr(value)
+
+
+def test_a_value_that_a_failed_call_on_this_thread_took_names_the_failure(cluster: fm.Cluster) -> None:
+    program = fm.dataflow(lambda x: x * 2, cluster=cluster, keep=0, donate_argnums=0)
+    value: Any = program(fm.put(np.ones(3, np.float32), cluster))
+    value.fetch()  # it is there, so that the next call need not wait
+    ((_, known),) = program.programs_on(cluster).items()
+    assert known.handle is not None and known.handle.local is not None
+    with pytest.MonkeyPatch.context() as patch:
+
+        def keep(*_: Any) -> Any:
+            raise StepFault("task0") from ZeroDivisionError("no such quotient")
+
+        patch.setattr(known.handle.local, "keep", keep)
+        with pytest.raises(fm.FlowmlError, match="no such quotient"):
+            program(value)
+    with pytest.raises(ClusterError, match=r"which failed; begin again from .* no such quotient"):
+        value.fetch()
 
 
 def test_a_kept_state_is_overwritten_in_place_and_equals_jit(cluster: fm.Cluster) -> None:

@@ -10,16 +10,17 @@ from itertools import compress
 from operator import not_
 from typing import Any
 
-from flowml.callers import calling_line
 from flowml.devices import worker_of
 from flowml.instructions import Fetch, Keep
 from flowml.plan import ArraySpec, Plan
 from flowml_runtime import wire
 from flowml_runtime.driver.call_io import Feeder, Restorer
 from flowml_runtime.driver.captures import Captures
+from flowml_runtime.driver.donation import Donation
 from flowml_runtime.driver.holdings import bytes_on_devices
 from flowml_runtime.driver.remote import Kind, Remote
 from flowml_runtime.driver.steps import Steps
+from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.inline import LocalStep
 from flowml_runtime.execution.programs import Array, feed_slots
 
@@ -111,17 +112,18 @@ class LoadedPlan:
             self.grown = taken, adds
         return adds
 
-    def donate(self, call: str, buffers: Sequence[Any]) -> None:
-        """The handles that a call was given to overwrite can no longer be used."""
+    def donate(self, call: str, buffers: Sequence[Any], future: Future[Any] | None = None) -> Donation | None:
+        """The handles that a call was given to overwrite can no longer be used. `future` is that of the call."""
         taken = [buffers[i] for i in self.overwrites if type(buffers[i]) is Remote]
         if not taken:
-            return
-        why = f"was donated to {call} at {calling_line()}; use what that call returned"
+            return None
+        why = Donation(call, future)
         if self.unread:
             unread = [buffers[i] for i in self.unread if type(buffers[i]) is Remote]
             Remote.give_up_all(unread, why, told=False)
             taken = [buffers[i] for i in self.overwrites if i not in self.unread and type(buffers[i]) is Remote]
         Remote.give_up_all(taken, why, told=True)
+        return why
 
 
 def check_donations(handle: LoadedPlan, buffers: Sequence[Any]) -> str:

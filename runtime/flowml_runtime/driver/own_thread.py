@@ -36,14 +36,15 @@ def run_kept(
     taken = local.take(names)
     if taken is None:
         return None
+    donation = handle.donate(f"step {step} of {handle.plan.name}", buffers) if handle.overwrites else None
     if kept:
-        kept[0].made_here(local.value)
-    if handle.overwrites:
-        handle.donate(f"step {step} of {handle.plan.name}", buffers)
+        kept[0].made_here(local.value, donation)
     try:
         return local.keep(step, buffers, taken, first)
     except StepFault as fault:
         error = _error(handle, step, fault, remedy)
+        if donation is not None:
+            donation.error = error
         if kept:
             kept[0].fail(error)
         raise error from fault.__cause__

@@ -23,6 +23,7 @@ from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerError,
 from flowml.ir._jax import ArrayImpl, array_type, default_sharding, register_array_like, struct_of
 from flowml.ir.keys import key_dtype
 from flowml.plan import ArraySpec
+from flowml_runtime.driver.donation import Donation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,6 +69,7 @@ class Batch:
         "__weakref__",
         "alive",
         "call",
+        "donation",
         "error",
         "first",
         "future",
@@ -96,7 +98,9 @@ class Batch:
         """Of the call."""
         self.alive = set(range(len(kinds)))
         """The values whose memory has not been freed."""
-        self.gone: dict[int, str] = {}
+        self.donation: Donation | None = None
+        """What the call overwrites, if it ran on its caller's thread."""
+        self.gone: dict[int, str | Donation] = {}
         """Why values can no longer be used."""
         self.lost: Mapping[str, str] = {}
         """Lost worker -> reason."""
@@ -109,13 +113,19 @@ class Batch:
         self.future = future
         future.when_done(self._settle)
 
-    def give_up(self, indices: Sequence[int], why: str) -> None:
+    def fail(self, error: BaseException) -> None:
+        """The call that should have made the values failed. Its first error counts."""
+        self.error = self.error or error
+        if self.donation is not None:
+            self.donation.error = self.error
+
+    def give_up(self, indices: Sequence[int], why: str | Donation) -> None:
         """These values can no longer be used. `why` follows the name of a value in errors."""
         self.gone.update(dict.fromkeys(indices, why))
         if self.owner is not None:
             self.owner.freed(self, indices)
 
-    def used_up(self, indices: Sequence[int], why: str) -> None:
+    def used_up(self, indices: Sequence[int], why: str | Donation) -> None:
         """A call overwrites these values. Their worker forgets them by itself."""
         self.gone.update(dict.fromkeys(indices, why))
         if self.owner is not None:
@@ -244,7 +254,7 @@ class Remote(jax.Array):
             try:
                 jax.block_until_ready(batch.here(self.number))
             except Exception as error:
-                batch.error = batch.error or error
+                batch.fail(error)
         self.check(None)
 
     def check(self, owner: Owner | None) -> Owner:
@@ -258,7 +268,8 @@ class Remote(jax.Array):
         if owner is not None and owner is not batch.owner:
             raise ClusterError(f"{what} is on another cluster; pass its value: fetch() brings it here")
         if self._index in batch.gone:
-            raise ClusterError(f"{what} {batch.gone[self._index]}")
+            gone = batch.gone[self._index]
+            raise ClusterError(f"{what} {gone}") from (gone.failure if isinstance(gone, Donation) else None)
         if self.kind.worker in batch.lost:
             reason = batch.lost[self.kind.worker]
             raise WorkerLostError(
@@ -274,13 +285,14 @@ class Remote(jax.Array):
         gone = self._index in batch.gone or self.kind.worker in batch.lost
         return batch.owner is not None and batch.error is None and not gone
 
-    def made_here(self, here: Callable[[int], Any]) -> None:
-        """For the runtime: its call ran on its caller's thread, and `here` gives the arrays of its batch by number."""
-        self._batch.here = here
+    def made_here(self, here: Callable[[int], Any], donation: Donation | None) -> None:
+        """For the runtime: its call ran on its caller's thread, and `here` gives the arrays of its batch by number.
+        `donation` is what the call overwrites."""
+        self._batch.here, self._batch.donation = here, donation
 
     def fail(self, error: BaseException) -> None:
         """For the runtime: the call that should have made the values of its batch failed."""
-        self._batch.error = error
+        self._batch.fail(error)
 
     def made_by(self, future: Future[Any]) -> None:
         """For the runtime: the call of this future makes the value, and all values of its batch."""
@@ -294,8 +306,8 @@ class Remote(jax.Array):
                 remote.check(owner)
 
     @staticmethod
-    def give_up_all(remotes: Sequence[Remote], why: str, *, told: bool) -> None:
-        """For the runtime: the values can no longer be used. `why` follows the name of a value in errors.
+    def give_up_all(remotes: Sequence[Remote], why: Donation, *, told: bool) -> None:
+        """For the runtime: the values can no longer be used, because a call overwrites them.
 
         If their workers are `told` by a call that overwrites the values, they get no message.
         """
@@ -311,7 +323,9 @@ class Remote(jax.Array):
     def is_lost(self) -> bool:
         """For the runtime: whether the value cannot be used because a worker was lost."""
         batch = self._batch
-        perished = isinstance(batch.gone.get(self._index), _Perished) or isinstance(batch.error, WorkerLostError)
+        gone = batch.gone.get(self._index)
+        error = gone.failure if isinstance(gone, Donation) else batch.error
+        perished = isinstance(gone, _Perished) or isinstance(error, WorkerLostError)
         return batch.owner is not None and (perished or self.kind.worker in batch.lost)
 
     def why_lost(self) -> str:
@@ -407,7 +421,7 @@ class Remote(jax.Array):
         """Where the value is, or why it cannot be used, in a few words."""
         batch = self._batch
         if self._index in batch.gone:
-            return batch.gone[self._index].partition("; ")[0]
+            return str(batch.gone[self._index]).partition("; ")[0]
         if batch.owner is None:
             return "is gone: its cluster is closed"
         if self.kind.worker in batch.lost:

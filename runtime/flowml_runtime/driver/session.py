@@ -290,7 +290,7 @@ class Session:
                     kept[0].made_by(future)
                 self._feed(handle, step, buffers, first)
             if handle.overwrites:
-                handle.donate(future.name, buffers)
+                handle.donate(future.name, buffers, future)
             return future
         except BaseException as error:  # a Ctrl-C comes at any line; the future finds what had begun by then
             begun = handle.steps.step_of(future)
