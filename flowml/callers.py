@@ -1,4 +1,4 @@
-"""Finds the line of the user's code that called the library, for warnings, and for errors that are raised elsewhere."""
+"""Finds the line of the user's code that called the library or raised, for warnings and errors from elsewhere."""
 
 from __future__ import annotations
 
@@ -24,6 +24,18 @@ def calling_line() -> str:
     if _is_library(frame):
         return "an unknown line"
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+def raising_line(error: BaseException) -> str:
+    """The innermost line that is not the library's and in which `error` was raised: "train.py:12 (main)". "" if there
+    is none."""
+    found, place = "", error.__traceback__
+    while place is not None:
+        frame = place.tb_frame
+        if not _is_library(frame):
+            found = f"{os.path.basename(frame.f_code.co_filename)}:{place.tb_lineno} ({frame.f_code.co_name})"
+        place = place.tb_next
+    return found
 
 
 def _calling() -> tuple[FrameType, int]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flowml.callers import raising_line
 from flowml.disjoint import DisjointSets
-from flowml.errors import UnsupportedError
+from flowml.errors import FlowmlError, UnsupportedError
 from flowml.ir import _jax
 from flowml.ir.graph import Graph, Literal
 from flowml.ir.simplify import drop_dead
@@ -167,7 +169,8 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
     import optax
 
     params = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    state = jax.eval_shape(optimizer.init, params)
+    with _raising("init(params)"):
+        state = jax.eval_shape(optimizer.init, params)
 
     _check_wanted(optimizer, params, state)
 
@@ -186,7 +189,8 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
         _check_updated(optimizer, (params, updates), (state, after))
         return optax.apply_updates(params, updates), after
 
-    graph = drop_dead(trace(update, (params, params, state), {}, name="the optimizer").graph)
+    with _raising("update(updates, state, params)"):
+        graph = drop_dead(trace(update, (params, params, state), {}, name="the optimizer").graph)
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
     specs = tuple(_jax.spec_of(x) for x in jax.tree_util.tree_leaves(params))
     divisible = opened(graph, len(specs))
@@ -200,6 +204,20 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
         param_specs=specs,
         depends=_dependencies(divisible),
     )
+
+
+@contextmanager
+def _raising(call: str) -> Generator[None]:
+    """Add to an error of the user's own code which call of the optimizer it is from, and which line raised it."""
+    try:
+        yield
+    except FlowmlError:
+        raise
+    except Exception as error:
+        line = raising_line(error)
+        if line:
+            error.add_note(f"raised by the optimizer at {line}, while its {call} was traced")
+        raise
 
 
 def _check_wanted(optimizer: Any, params: Any, state: Any) -> None:

@@ -110,6 +110,25 @@ def loss_takes_rng(loss: Callable[..., Any], *, has_state: bool = False) -> bool
     return len(positional) > at and (positional[at].default is inspect.Parameter.empty or positional[at].name == "rng")
 
 
+def _check_signature(loss: Callable[..., Any], name: str, *, has_state: bool) -> None:
+    """Raise TypeError if a loss cannot be called with parameters, state and batch."""
+    given = ("params", "state", "batch") if has_state else ("params", "batch")
+    if loss_takes_rng(loss, has_state=has_state):
+        given = (*given, "rng")
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):  # a builtin
+        return
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        form = "with has_state=True a loss is loss(params, state, batch[, rng])" if has_state else "a loss is "
+        fix = "; leave has_state out if the model has none" if has_state else "loss(params, batch[, rng])"
+        raise TypeError(
+            f"{name}{signature} cannot be called as {name}({', '.join(given)}): {error}; {form}{fix}"
+        ) from None
+
+
 def item_key(seed: Any, item: Any, microbatch: Any, microbatches: int) -> jax.Array:
     """The key for the loss of a work item: `fold_in(key(seed), item)`. With several microbatches, the number of the
     microbatch is folded in too."""
@@ -137,6 +156,7 @@ def step_function(
     """
     _check_parameters(params)
     takes_rng, name = loss_takes_rng(loss, has_state=bool(state)), name_of(loss)
+    _check_signature(loss, name, has_state=bool(state))
     loss = with_state(loss) if state else loss
     has_aux, aux_shape = _check_loss(loss, name, params, batch, takes_rng, state)
     aux_shape = aux_shape[1] if state else aux_shape

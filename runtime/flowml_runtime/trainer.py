@@ -61,7 +61,7 @@ from flowml_runtime.driver.training.result import TrainingResult, result_of, who
 from flowml_runtime.driver.training.resuming import saving_of, writing
 from flowml_runtime.driver.training.saving import Saving
 from flowml_runtime.driver.training.snapshots import Figures, figures
-from flowml_runtime.driver.training.structs import check_values, structs, structs_of
+from flowml_runtime.driver.training.structs import check_state, check_values, structs, structs_of
 from flowml_runtime.driver.training.training_session import TrainingCluster
 from flowml_runtime.driver.training.validation import Validation, joined, loss_metrics, parts
 from flowml_runtime.evaluation import Evaluation
@@ -356,7 +356,7 @@ class Trainer:
                 else "state= is given, and the loss has none; give Trainer(has_state=True), or leave state out"
             )
         if not shapes:
-            check_values(state, "state leaf")
+            check_state(state)
 
     def _options(self, cluster: TrainingCluster, program: Program, asked: Asked) -> FitOptions:
         run = program.reserve(asked.total)

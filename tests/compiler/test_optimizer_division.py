@@ -5,6 +5,7 @@ Nothing is jitted, because most of the time would go into compiling."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -230,6 +231,18 @@ def test_what_cannot_be_divided_stays_together() -> None:
     first, because = slices.together
     assert list(first) == [0, 0, 0, 0, 4, 5]
     assert because == {0: "concatenate"}
+
+
+@pytest.mark.parametrize("call", ["init", "update"])
+def test_an_error_of_the_users_optimizer_has_the_line_that_raised_it(call: str) -> None:
+    def trouble(*_: Any) -> Any:
+        raise ZeroDivisionError("no such rate")
+
+    optimizer = optax.GradientTransformation(**{"init": lambda _: (), "update": lambda g, s, _: (g, s), call: trouble})
+    with pytest.raises(ZeroDivisionError, match="no such rate") as caught:
+        slice_optimizer(optax.chain(optax.scale(1.0), optimizer), params())
+    notes = " ".join(caught.value.__notes__)
+    assert f"raised by the optimizer at {Path(__file__).name}:" in notes and f"(trouble), while its {call}(" in notes
 
 
 def test_loops_over_all_layers_stay_together() -> None:

@@ -233,6 +233,16 @@ def _other_dtype(params: Any, state: Any, batch: Any) -> Any:
     return value, new | {"norm1": new["norm1"] | {"mean": new["norm1"]["mean"].astype(jnp.bfloat16)}}
 
 
+def _stateless(params: Any, batch: Any) -> Any:
+    return jnp.sum(params["fc0"]["kernel"]) + jnp.sum(batch["x"])
+
+
+def test_a_loss_that_takes_no_batch_says_how_it_is_called() -> None:
+    trainer = fm.Trainer(lambda params: params["fc0"]["kernel"].sum(), OPTIMIZER, cluster=simulated(2))
+    with pytest.raises(TypeError, match=r"\(params, batch\): too many .*; a loss is loss\(params, batch\[, rng\]\)"):
+        trainer.fit(params(), SOURCE, batch_size=BATCH, steps=1, progress=False)
+
+
 def test_a_loss_that_wants_state_says_how_it_was_called() -> None:
     trainer = fm.Trainer(loss, OPTIMIZER, cluster=simulated(2))
     with pytest.raises(TypeError, match="string indexing") as caught:
@@ -250,6 +260,11 @@ def test_bad_input_is_refused_with_what_to_do() -> None:
     refused("state_rules\\['nrom\\*'\\] matches no state; there is: ", state_rules={"nrom*": "mean"})()
     refused("'norm0/seen' is int32, which has no mean", state_rules={"*/seen": "mean"})()
     refused("state_rules\\['\\*'\\]", state_rules={"*": "median"})()
+    refused(
+        "cannot be called as _stateless\\(params, state, batch\\): .*; leave has_state out", _stateless, error=TypeError
+    )()
+    refused("state leaf 'n' is of type object, which is not an array", state={"n": object()}, error=TypeError)()
+    refused("state leaf 'n' has dtype datetime64", state={"n": np.zeros(2, "M8[D]")}, error=TypeError)()
     refused("may compute the same examples", replicas=2, policies=fm.policies.coded(1), error=fm.PolicyError)()
 
 

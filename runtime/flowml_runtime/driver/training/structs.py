@@ -21,6 +21,8 @@ def structs(tree: Any, kind: str) -> Any:
         try:
             if isinstance(leaf, jax.Ref | str | type | np.dtype):  # result_type takes the last three for dtypes
                 raise TypeError
+            if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "mM":  # result_type takes dates too
+                raise TypeError
             dtype = jax.dtypes.canonicalize_dtype(jax.dtypes.result_type(leaf), allow_extended_dtype=True)
         except (TypeError, OverflowError):
             raise TypeError(f"{kind} {path_name(path)!r} {why_no_array(leaf, _NOT_TRAINED)}") from None
@@ -43,3 +45,9 @@ def check_values(tree: Any, kind: str) -> None:
             raise TypeError(f"{name} is a jax.ShapeDtypeStruct without values; give an array")
         if isinstance(leaf, str | bytes):
             raise TypeError(f"{name} is the text {leaf!r}; give numbers, or leave it out")
+
+
+def check_state(state: Any) -> None:
+    """Raise TypeError for a leaf of the model's state that is no array of numbers, or has no values."""
+    check_values(state, "state leaf")
+    structs(state, "state leaf")
