@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from flowml.errors import ClusterError, WorkerLostError
 from flowml_runtime import wire
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.launch.launched import LaunchedCluster
+from flowml_runtime.membership.coordinator import CoordinatorHost
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from flowml_runtime.transport.security import TLS, write_token
 from tests.conftest import wait_until
@@ -113,6 +116,25 @@ def test_a_worker_without_its_coordinator_ends_with_a_status_and_one_line(tmp_pa
         assert worker.wait(WAIT_S) == 1
         lines = [line for line in worker.stderr.read().splitlines() if line.startswith("flowml:")]
         assert lines == ["flowml: worker:1 ends: its coordinator was lost: it closed the connection"]
+
+
+def test_a_worker_that_is_started_before_its_coordinator_says_so_and_joins(tmp_path: Path) -> None:
+    """As while a coordinator is started again: its members wait for it, and so does a newcomer."""
+    write_token(tmp_path / "token", TOKEN)
+    with closing(socket.socket()) as kept:
+        kept.bind(("127.0.0.1", 0))  # nobody listens, and nobody else takes the port
+        address = f"127.0.0.1:{kept.getsockname()[1]}"
+        command = ("-m", "flowml_tools.main", "worker", address, "--token-file", str(tmp_path / "token"))
+        worker = program(*command)
+        assert worker.stdout is not None and worker.stderr is not None
+        said = worker.stderr.readline()
+    assert said == (
+        f"flowml: the coordinator at {address} cannot be reached: Connection refused; trying again for up to 10 s\n"
+    )
+    with worker, closing(CoordinatorHost(address, TOKEN, works=lambda _: False)):
+        assert worker.stdout.readline().startswith("joined as worker:0")
+        worker.terminate()
+        assert worker.wait(WAIT_S) == 0
 
 
 LAUNCHER = """

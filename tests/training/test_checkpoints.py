@@ -235,6 +235,9 @@ def test_another_fit_is_refused_with_what_differs(threads_cluster: fm.Cluster, t
         other.resumed()
     with pytest.raises(ValueError, match="needs checkpoint="):
         one.fit(resume="auto")
+    local = case(threads_cluster, tmp_path, fm.policies.diloco(4))  # its replicas have optimizers of their own
+    with pytest.raises(fm.CheckpointError, match=r"belongs to another fit: parameter .* has the policy .*outer here"):
+        local.resumed()
 
 
 def test_another_model_is_refused_leaf_by_leaf(threads_cluster: fm.Cluster, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ SUMMARY = "join a cluster as one more worker"
 DESCRIPTION = """\
 Join the cluster at HOST:PORT as one more worker, and serve it until it ends or Ctrl-C. At SIGTERM, or with --leave from
 anywhere, a worker hands over what it does first, and then ends with status 0. With --spare the worker waits until a fit
-asks for another in the place of a lost worker. It should offer the same --devices.
+asks for another in the place of a lost worker. It should offer the same --devices. A coordinator that is not there is
+tried for 10 s, because it may be started again at the moment.
 """
+PATIENCE_S = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +63,17 @@ def main(arguments: argparse.Namespace) -> int:
         shared_memory=arguments.transport == "auto",
         checksum=arguments.checksum,
         orphan_s=arguments.orphan,
+        patience_s=PATIENCE_S,
         spare=arguments.spare,
         notice_s=arguments.notice,
     )
     heed_notice()
     try:
-        reason = serve(config, joined=lambda name: print(f"joined as {name}; Ctrl-C leaves", flush=True))
+        reason = serve(
+            config,
+            joined=lambda name: print(f"joined as {name}; Ctrl-C leaves", flush=True),
+            waits=lambda why: print(f"flowml: {why}", file=sys.stderr, flush=True),
+        )
     except KeyboardInterrupt:
         return _end(128 + signal.SIGINT)
     except GiveNotice:

@@ -12,7 +12,13 @@ from flowml_runtime.transport.security import TLS, TOKEN_FILE_VARIABLE
 START_ANOTHER = "close this cluster and start another"
 """What to do about a lost worker if the cluster started its workers itself: it cannot start one more."""
 
-_REMEDY = re.compile(rf"; ({START_ANOTHER}|start another with `[^`]*`)(, and continue from the parameters you have)?$")
+FIT_AGAIN = (
+    ', and fit again: on_loss="replace" or "shrink" lets a fit go on by itself, and checkpoint= lets the next one go '
+    'on with resume="auto"'
+)
+"""What to do beside that about a fit that has ended."""
+
+_REMEDY = re.compile(rf"; ({START_ANOTHER}|start another with `[^`]*`)({re.escape(FIT_AGAIN)})?$")
 
 LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
 """What to do about a lost coordinator."""

@@ -12,6 +12,7 @@ is away: nothing can be sent to that incarnation any more. Its successor has a l
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -48,7 +49,10 @@ MOST_PAUSE_S = 60.0
 """As `LONGEST_PAUSE_S`, for another in the place of a lost worker: a process that cannot start is tried more seldom."""
 
 AGAIN_S = 0.25
-"""How long to wait before joining again if the coordinator had too many connections."""
+"""How long to wait before joining again if the coordinator had too many connections, or is away."""
+
+REFUSES = f"cannot be reached: {os.strerror(errno.ECONNREFUSED)}"
+"""The reason if no process listens at an address."""
 
 
 def passing_name() -> str:
@@ -112,9 +116,20 @@ class Membership:
         the pause after that."""
 
     def join(
-        self, name: str, devices: tuple[wire.DeviceInfo, ...] = (), *, python: bool = False, timeout_s: float = 30.0
+        self,
+        name: str,
+        devices: tuple[wire.DeviceInfo, ...] = (),
+        *,
+        python: bool = False,
+        timeout_s: float = 30.0,
+        patience_s: float = 0.0,
+        on_wait: Callable[[str], None] = lambda _: None,
     ) -> str:
-        """Join as `name` ("": any free name) and return the name. Raises ClusterError with the reason for a failure."""
+        """Join as `name` ("": any free name) and return the name. Raises ClusterError with the reason for a failure.
+
+        A coordinator that refuses connections may be started again at the moment: it is tried for `patience_s`, and
+        `on_wait` is called once with the reason.
+        """
         endpoint = self._endpoint
         endpoint.start(self._on_message, self._on_lost)
         endpoint.know({COORDINATOR: self._address})
@@ -129,8 +144,12 @@ class Membership:
             process=wire.Process(machine(), os.getpid()) if machine() else None,
         )
         deadline = time.monotonic() + timeout_s
+        patient, told = time.monotonic() + patience_s, False
         self._ask(join, deadline)
-        while self._may_ask_again() and time.monotonic() + AGAIN_S < deadline:
+        while self._may_ask_again(patient) and time.monotonic() + AGAIN_S < deadline:
+            if self._is_away and patience_s and not told:
+                told = True
+                on_wait(f"the coordinator at {self._address} {REFUSES}; trying again for up to {patience_s:g} s")
             self._over.wait(AGAIN_S)
             self._has_moved()
             with self._changed:
@@ -139,7 +158,8 @@ class Membership:
             endpoint.know({COORDINATOR: self._address})
             self._ask(join, deadline)
         if self._refusal is not None:
-            raise ClusterError(f"the cluster at {self._address} cannot be joined: {self._refusal}")
+            fix = "; see whether its address is right, and start it with `flowml launch`" if self._is_away else ""
+            raise ClusterError(f"the cluster at {self._address} cannot be joined: {self._refusal}{fix}")
         welcome = self._welcome
         if welcome is None:
             raise ClusterError(f"the cluster at {self._address} did not answer within {timeout_s:g} s; is it running?")
@@ -189,10 +209,17 @@ class Membership:
                 self._own = spare
         return self._endpoint.name
 
-    def _may_ask_again(self) -> bool:
-        """Whether the coordinator had too many connections, or another is about to take its place."""
+    def _may_ask_again(self, patient: float) -> bool:
+        """Whether the coordinator had too many connections, or another is about to take its place, or it may be there
+        again until the time `patient`."""
         moves = self._may_move and self._refusal is not None and not self._was_refused
-        return moves or (self._refusal or "").endswith(TURNED_AWAY)
+        comes = self._is_away and time.monotonic() + AGAIN_S < patient
+        return moves or comes or (self._refusal or "").endswith(TURNED_AWAY)
+
+    @property
+    def _is_away(self) -> bool:
+        """Whether no process listened where the coordinator should be."""
+        return not self._was_refused and REFUSES in (self._refusal or "")
 
     def _ask(self, join: wire.Join, deadline: float) -> None:
         """Send the request until the answer and the members are here, or the reason of a failure."""

@@ -33,6 +33,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A folder that the workers of this machine share, where they keep what they compile. "": they share nothing."""
     compile_cache: tuple[tuple[str, str | int | float | bool | None], ...] = ()
     """The settings of JAX's persistent compilation cache: (name, value)."""
+    patience_s: float = 0.0
+    """How long it tries to join while nothing listens where the coordinator should be, which may be started again."""
     spare: bool = False
     """It waits until it is asked to take the place of a lost worker."""
     places: tuple[tuple[str, tuple[int, ...]], ...] = ()

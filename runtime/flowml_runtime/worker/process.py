@@ -45,9 +45,10 @@ def serve(
     config: WorkerConfig,
     joined: Callable[[str], None] = lambda _: None,
     keeps: Callable[[KeptFits], None] = lambda _: None,
+    waits: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Run a worker until the coordinator is lost; returns the reason, or "" if it has left after notice. Calls `joined`
-    with the worker's name, and before that `keeps` with what it keeps of fits.
+    with its name, before that `keeps` with what it keeps of fits, and `waits` with the reason if it cannot join yet.
 
     Raises ClusterError if the cluster cannot be joined. At `GiveNotice` in this thread the worker hands over first; at
     a second one, and after any other exception (SystemExit from a signal handler, KeyboardInterrupt), it leaves the
@@ -88,11 +89,12 @@ def serve(
     try:
         infos = _describe(config, devices)
         if config.spare:
-            name = _take_place(config, membership, hosted, infos, joined)
+            name = _take_place(config, membership, hosted, infos, joined, waits)
             if not name:
                 return hosted.reason
         else:
-            name = membership.join(config.name, infos, python=config.python)
+            patience: dict[str, Any] = {"patience_s": config.patience_s, "on_wait": waits}
+            name = membership.join(config.name, infos, python=config.python, **patience)
         named = {f"{name}/{info.name}": device for info, device in zip(infos, devices, strict=True)}
         hosted.name = name
         own: dict[str, Any] = {"cache": ExecutableCache(turns), "orphan_s": config.orphan_s}
@@ -118,9 +120,10 @@ def _take_place(
     hosted: _Hosted,
     devices: tuple[wire.DeviceInfo, ...],
     joined: Callable[[str], None],
+    waits: Callable[[str], None],
 ) -> str:
     """Wait as a spare for a place, and take it. Returns the worker's name, or "" if the coordinator is lost."""
-    spare = membership.join(config.name or spare_name())
+    spare = membership.join(config.name or spare_name(), patience_s=config.patience_s, on_wait=waits)
     joined(spare)
     while True:
         wait_heeding_signals(hosted.asked)

@@ -36,12 +36,14 @@ def check(snapshot: Snapshot, path: Path | str, training: Training, now: Figures
     """Raise CheckpointError if the snapshot belongs to another fit: it says what differs."""
     differs = list(_figures(snapshot.content.figures, now))
     mine = zip(TREES, (*trees[:2], model.state()), strict=True)
-    leaves = [text for what, tree in mine for text in _leaves(snapshot, what, tree)]
-    leaves += _untrained(snapshot, trees[2])
-    differs += leaves or _policies(snapshot, training)
+    leaves = {what: _leaves(snapshot, what, tree) for what, tree in mine}
+    optimizer = leaves.pop("opt_state")
+    others = [*(text for found in leaves.values() for text in found), *_untrained(snapshot, trees[2])]
+    policies = [] if others else list(_policies(snapshot, training))  # policies have optimizers of their own
+    differs += [*others, *optimizer] if others or not policies else policies
     if not differs:
         return
-    of = "another model or optimizer" if leaves else "another fit"
+    of = "another fit" if policies or not (others or optimizer) else "another model or optimizer"
     raise CheckpointError(
         f"the checkpoint {path} belongs to {of}: {bounded(differs)}; resume with the same arguments, or begin "
         "from the values of fm.restore(path)"

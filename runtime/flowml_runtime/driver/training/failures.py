@@ -14,6 +14,7 @@ from flowml.errors import (
     WorkerLostError,
 )
 from flowml_runtime import wire
+from flowml_runtime.membership.advice import FIT_AGAIN
 
 
 def failed_error(failed: wire.StepFailed, run: int) -> FlowmlError:
@@ -38,14 +39,14 @@ def lost_error(worker: str, reason: str, remedy: str, step: int, unfinished: Seq
     if unfinished is not None:
         names = ", ".join(map(repr, unfinished)) or "what it trained"
         when = f"after the last step, before it had sent its part of the result ({names})"
-    advice = f"{remedy}, and continue from the parameters you have"
+    advice = f"{remedy}{FIT_AGAIN}"
     return WorkerLostError(f"{worker} was lost {when}: {reason}; {advice}", worker=worker, step=step)
 
 
 def closed_error(step: int) -> ClusterError:
     """The error for a cluster that was closed, although no worker was reported lost."""
     return ClusterError(
-        f"the cluster was closed during training at step {step}; start another and continue from the parameters you "
-        "have",
+        f"the cluster was closed during training at step {step}; start another and fit again; with checkpoint= the "
+        'next fit can go on with resume="auto"',
         step=step,
     )
