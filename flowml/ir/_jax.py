@@ -23,7 +23,7 @@ from jax._src import source_info_util, xla_bridge
 from jax._src.interpreters import mlir, pxla
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import linalg
-from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.lib import guard_lib, xla_client  # pyright: ignore[reportPrivateImportUsage]
 from jax.extend import core as jex
 
 from flowml.arrays import ArraySpec
@@ -119,6 +119,25 @@ def under(settings: Iterable[Setting]) -> Generator[None]:
 def exact_types() -> Any:
     """A context in which JAX keeps arrays of 64 bits, independent of the setting of this thread."""
     return jax.enable_x64(True)
+
+
+class explicit_transfers:  # it is used like a function
+    """A context in which the arrays that move count as those of `jax.device_put` and `jax.device_get`: a call of the
+    library moves its arrays on purpose, so `jax.transfer_guard("disallow")` allows it.
+
+    A class, because a call of a small program would notice the time of two generators.
+    """
+
+    __slots__ = ("_before", "_state")
+
+    def __enter__(self) -> None:
+        state: Any = guard_lib.thread_local_state()
+        self._state = state
+        self._before = state.explicit_device_put, state.explicit_device_get
+        state.explicit_device_put = state.explicit_device_get = True
+
+    def __exit__(self, *_: object) -> None:
+        self._state.explicit_device_put, self._state.explicit_device_get = self._before
 
 
 def is_wide(dtype: str) -> bool:

@@ -394,6 +394,26 @@ def test_a_call_that_fails_fails_those_that_read_its_results(threads_cluster: fm
             handle.fetch()
 
 
+@pytest.mark.parametrize("keep", [None, 0])
+@pytest.mark.parametrize("argument", [np.ones((3, 3), np.float32), 2.0], ids=["numpy", "number"])
+def test_calls_move_arrays_on_purpose_under_a_transfer_guard(
+    threads_cluster: fm.Cluster, argument: Any, keep: int | None
+) -> None:
+    """What is fed, fetched and returned, on the caller's thread and on others."""
+
+    def fn(x: Any) -> Any:
+        return x * 2, jnp.sum(x), jax.random.key(1)
+
+    program = fm.dataflow(fn, cluster=threads_cluster, keep=keep)
+    with jax.transfer_guard("disallow"):
+        results = [program(argument), program.submit(argument).result()]
+        doubled = [np.asarray(first) for first, *_ in results]
+        brought = np.asarray(fm.put(np.ones(3, np.float32), threads_cluster))
+    for value in doubled:
+        np.testing.assert_array_equal(value, np.asarray(argument) * 2)
+    np.testing.assert_array_equal(brought, np.ones(3))
+
+
 @pytest.fixture
 def other_cluster() -> Iterator[fm.Cluster]:
     with closing(fm.Cluster.threads(workers=1)) as cluster:

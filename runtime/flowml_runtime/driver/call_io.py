@@ -17,7 +17,7 @@ import jax.api_util
 import jax.numpy as jnp
 import numpy as np
 
-from flowml.ir._jax import array_of, array_type, exact_types, is_wide
+from flowml.ir._jax import array_of, array_type, exact_types, explicit_transfers, is_wide
 from flowml.ir.keys import key_implementation
 from flowml.plan import ArraySpec, Constant, Plan
 from flowml_runtime.driver.remote import Kind, Remote
@@ -129,7 +129,10 @@ class Restorer:
         results: list[Any] = [None] * len(self._outputs)
         for position, slot in self._kept:
             results[position] = kept[slot]
-        with exact_types() if self._wide else nullcontext():  # the thread that takes it may have 64 bits disabled
+        if not self._others:
+            return results
+        wide = exact_types() if self._wide else nullcontext()  # the thread that takes it may have 64 bits disabled
+        with explicit_transfers(), wide:
             for position in self._others:
                 output = self._outputs[position]
                 results[position] = self._result(position, sources[output.kind][output.index])

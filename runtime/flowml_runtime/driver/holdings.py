@@ -19,7 +19,7 @@ import numpy as np
 from flowml.arrays import dtype_of
 from flowml.devices import Device
 from flowml.errors import CheckpointError, ClusterError, DeadlineError, FlowmlError, WorkerLostError
-from flowml.ir._jax import exact_types
+from flowml.ir._jax import exact_types, explicit_transfers
 from flowml.plan import ArraySpec
 from flowml_runtime import service, wire
 from flowml_runtime.driver.call_io import restored
@@ -162,7 +162,7 @@ class Holdings:
                 for i in mine:
                     remotes[i].made()  # the call may have failed meanwhile, and says more
                 raise
-        with exact_types():
+        with explicit_transfers(), exact_types():
             return [
                 restored(found[i], r.kind.spec, own=not isinstance(found[i], jax.Array)) for i, r in enumerate(remotes)
             ]

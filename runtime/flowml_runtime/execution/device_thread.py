@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable
 
+from flowml.ir._jax import explicit_transfers
 from flowml_runtime import service
 
 
@@ -64,7 +65,7 @@ class DeviceThread:
             owner, work = item
             with self._lock:
                 self._running = owner
-            with service.going_on(f"{self._name} could not continue a step"):
+            with service.going_on(f"{self._name} could not continue a step"), explicit_transfers():
                 work()  # the work of one plan must not end the thread of all
             del item, owner, work  # else they keep arrays alive until the next work comes
             with self._lock:

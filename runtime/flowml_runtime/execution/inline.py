@@ -15,6 +15,7 @@ from itertools import compress
 from typing import Any
 
 from flowml.instructions import Feed, Fetch, Free, Run
+from flowml.ir._jax import explicit_transfers
 from flowml.plan import Plan
 from flowml_runtime.execution.kept import Cell, Kept, cells_of, value_of
 from flowml_runtime.execution.programs import (
@@ -132,9 +133,10 @@ class LocalStep:
         return services.outputs
 
     def _run(self, step: int, inputs: Sequence[Array]) -> _LocalServices:
-        given = adopt(inputs, self._device) if self._adopts else inputs
-        services = _LocalServices(given, self._slots, self._device, self._recorder, home=self._home)
-        run_step(self._program, step, services)
+        with explicit_transfers():
+            given = adopt(inputs, self._device) if self._adopts else inputs
+            services = _LocalServices(given, self._slots, self._device, self._recorder, home=self._home)
+            run_step(self._program, step, services)
         return services
 
 

@@ -25,7 +25,8 @@ def filled(init: Callable[[Any], Any], params: Any) -> Any | None:
     found = _values(closed.jaxpr, closed.consts, jax.tree_util.tree_leaves(params))
     if found is None:
         return None
-    arrays = [_array(value, atom.aval) for value, atom in zip(found, closed.jaxpr.outvars, strict=True)]
+    with _jax.explicit_transfers():
+        arrays = [_array(value, atom.aval) for value, atom in zip(found, closed.jaxpr.outvars, strict=True)]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(described), arrays)
 
 
