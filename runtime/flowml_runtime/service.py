@@ -31,6 +31,14 @@ SHORTAGE_S = 0.05
 
 _log = logging.getLogger("flowml")
 
+_first: list[Callable[[], object]] = []
+"""What each thread does first."""
+
+
+def in_each_thread(begin: Callable[[], object]) -> None:
+    """Call `begin()` first on each thread that is started from now on. For state that belongs to a thread."""
+    _first.append(begin)
+
 
 def start(name: str, run: Callable[[], object], failed: Callable[[str], object]) -> threading.Thread:
     """Run `run` on a daemon thread. `failed(reason)` is called on it if that raises anything.
@@ -84,6 +92,8 @@ def end_process(reason: str) -> None:
 
 def _serve(name: str, run: Callable[[], object], failed: Callable[[str], object]) -> None:
     try:
+        for begin in _first:
+            begin()
         run()
     except BaseException as error:
         reason = f"thread {name!r} failed: {named(error)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,20 @@ def test_a_done_callback_and_the_file_of_a_trace(threads_cluster: fm.Cluster, tm
     with pytest.raises(FileNotFoundError), threads_cluster.trace(tmp_path / "no" / "t.json"):
         ran.append(1)
     assert ran == [], "it is said before the work"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [None, fm.policies.asynchronous(), fm.policies.local_sgd(2), fm.policies.ring(), fm.policies.power_sgd(2)],
+    ids=["none", "asynchronous", "local", "ring", "low rank"],
+)
+def test_a_fit_moves_arrays_on_purpose_under_a_transfer_guard_of_all_threads(policy: fm.Policy | None) -> None:
+    before, params, batches = jax.config.jax_transfer_guard, mlp(), data()
+    with closing(fm.Cluster.threads(workers=2)) as cluster:
+        trainer = fm.Trainer(mlp_loss, optax.adam(1e-2), cluster=cluster, replicas=2, policies=policy)
+        jax.config.update("jax_transfer_guard", "disallow")
+        try:
+            result = trainer.fit(params, batches, batch_size=BATCH, steps=2, progress=False)
+        finally:
+            jax.config.update("jax_transfer_guard", before)
+    assert len(result.history) == 2

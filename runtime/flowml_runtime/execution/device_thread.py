@@ -14,6 +14,14 @@ from flowml.ir._jax import explicit_transfers
 from flowml_runtime import service
 
 
+def moves_arrays() -> None:
+    """Say that what this thread moves from now on is moved on purpose, whatever `jax.transfer_guard` says."""
+    explicit_transfers().__enter__()
+
+
+service.in_each_thread(moves_arrays)
+
+
 class DeviceThread:
     """Computes for all plans of one device. Safe to use from any thread."""
 
@@ -65,7 +73,7 @@ class DeviceThread:
             owner, work = item
             with self._lock:
                 self._running = owner
-            with service.going_on(f"{self._name} could not continue a step"), explicit_transfers():
+            with service.going_on(f"{self._name} could not continue a step"):
                 work()  # the work of one plan must not end the thread of all
             del item, owner, work  # else they keep arrays alive until the next work comes
             with self._lock:

@@ -26,7 +26,7 @@ from flowml.errors import FlowmlError, WorkerLostError
 from flowml.placement.links import Link
 from flowml.plan import ArraySpec, Plan
 from flowml_runtime import service, wire
-from flowml_runtime.execution.device_thread import Deadlines, DeviceThread
+from flowml_runtime.execution.device_thread import Deadlines, DeviceThread, moves_arrays
 from flowml_runtime.execution.executor import Executor, may_be_quick, may_run_ahead
 from flowml_runtime.execution.faults import MAX_TEXT, one_line, own_traceback, step_failed
 from flowml_runtime.execution.inline import LocalStep
@@ -151,7 +151,7 @@ class Worker:
         self._deadlines = Deadlines(f"{name}-deadlines")
         self._ending: list[threading.Thread] = []
         """Each closes the handler of a training plan that was unloaded."""
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
+        self._loader = ThreadPoolExecutor(1, f"{name}-load", moves_arrays)
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
         """Process one message. The endpoint calls this on its receiving threads; it returns at once."""
