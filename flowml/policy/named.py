@@ -175,8 +175,14 @@ def drop_compute(seconds: float, **overrides: Unpack[_Waiting]) -> algebra.Polic
 
 
 def compensate(share: float = 0.75, **overrides: Unpack[_Pushing]) -> algebra.Policy:
-    """Late gradients join a later clock (Xu et al., Live Gradient Compensation, 2020). All replicas count alike."""
+    """Late gradients join a later clock (Xu et al., Live Gradient Compensation, 2020). A `share` of the replicas (or
+    their number, from 2) completes a clock, and all replicas count alike."""
     _some("compensate", share, "policies.synchronous()")
+    if whole(share) == 1:
+        raise PolicyError(
+            "compensate(1): a clock would be complete with one replica; give a share below 1, such as 0.75, or a "
+            "number of at least 2"
+        )
     return algebra.Policy(quorum=algebra.Quorum(share, late="fold"), **overrides)
 
 
@@ -197,7 +203,8 @@ def softsync(n: float, scale: bool = True, **overrides: Unpack[_Sending]) -> alg
 
 
 def double_buffer(**overrides: Unpack[_Pushing]) -> algebra.Policy:
-    """A step computes with parameters that are one clock old while the newest are exchanged; no work is lost."""
+    """A step computes while the gradients before it are exchanged, with parameters that are at most one clock old; no
+    work is lost. A step that begins after the exchange reads the newest, so real runs differ in the last digits."""
     return algebra.Policy(staleness=1, quorum=algebra.Quorum(), **overrides)
 
 
@@ -370,6 +377,11 @@ def choco(filters: Sequence[object], pull: float = 0.5, graph: object = "ring", 
     `filters` make of the difference between the parameters and the copy. After each round a replica moves by `pull` of
     the distance between its neighbours' copies and its own. The more filters leave out, the smaller `pull` has to be.
     """
+    if isinstance(filters, Sequence) and not filters:
+        raise PolicyError(
+            "choco(()): it has no filters; give what makes the differences smaller, such as (fm.filters.top_k(0.01),); "
+            "without filters it is gossip()"
+        )
     return algebra.Policy(topology=algebra.Gossip(graph, every, pull), filters=filters)
 
 

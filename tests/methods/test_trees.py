@@ -78,6 +78,15 @@ def test_squared_loss_predicts_numbers(cluster: fm.Cluster) -> None:
     assert np.mean((model.margin(x) - y) ** 2) < 0.25 * np.var(y)
 
 
+@pytest.mark.parametrize("split", ["rows", "features"])
+def test_squared_loss_begins_from_the_mean_of_the_labels(cluster: fm.Cluster, split: Any) -> None:
+    x, _ = examples(features=5)
+    y = 1000 + x[:, 1]
+    model = boost(x, y, cluster, trees=1, depth=2, loss="squared", split=split)
+    assert model.base == pytest.approx(y.mean(), rel=1e-6)
+    assert np.mean((model.margin(x) - y) ** 2) < np.var(y)
+
+
 def test_bad_numbers_say_what_to_give(cluster: fm.Cluster) -> None:
     x, y = examples(features=5)
     with pytest.raises(ValueError, match="vote"):

@@ -100,7 +100,7 @@ RANGES: dict[str, tuple[Callable[..., Any], dict[str, Range]]] = {
     "backup_workers": (fm.policies.backup_workers, {"n": count}),
     "deadline": (lambda share=0.5, grace=1.0: fm.policies.deadline(share, grace), {"share": not_all, "grace": seconds}),
     "drop_compute": (fm.policies.drop_compute, {"seconds": positive}),
-    "compensate": (fm.policies.compensate, {"share": not_all}),
+    "compensate": (fm.policies.compensate, {"share": lambda value: not_all(value) and whole(value) != 1}),
     "softsync": (fm.policies.softsync, {"n": within(1, MOST)}),
     "local_sgd": (fm.policies.local_sgd, {"every": count}),
     "diloco": (

@@ -151,6 +151,16 @@ def test_processes_distil(process_cluster: fm.Cluster) -> None:
     close(fit(process_cluster, policy()), naive_student(naive_members(START, 0, 6, REPLICAS)))
 
 
+@pytest.mark.parametrize("simulated", [True, False], ids=["simulated", "threads"])
+@pytest.mark.parametrize("on_nonfinite", ["refuse", "raise"])
+def test_a_student_that_diverges_ends_the_fit(threads_cluster: fm.Cluster, simulated: bool, on_nonfinite: str) -> None:
+    """No loss of a replica shows it, and after the last step its parameters are the result."""
+    cluster = virtual() if simulated else threads_cluster
+    wild = policy(2, optimizer=optax.sgd(1e6))
+    with pytest.raises(fm.FlowmlError, match=r"the student of layer .* holds NaN or infinity: its training diverged"):
+        fit(cluster, wild, steps=2, on_nonfinite=on_nonfinite)
+
+
 def test_a_late_model_is_left_out_of_the_mean() -> None:
     compute = fm.sim.Straggler(fm.sim.Constant(0.1), 5.0, workers=(1,))
     cluster = fm.SimulatedCluster(2, compute, fm.sim.Network(1e-4, 1e9))

@@ -83,9 +83,11 @@ class Boosted:
     trees: tuple[Tree, ...]
     edges: Floats
     tree_bytes: int
+    base: float = 0.0
+    """What the first tree begins from: the mean of the labels for the squared loss."""
 
     def margin(self, x: Any) -> Floats:
-        """The sum of the trees for each row of `x`: a prediction, or the logit of class 1.
+        """The base and the sum of the trees for each row of `x`: a prediction, or the logit of class 1.
 
         Raises ValueError for rows of another number of features, or what is no number.
         """
@@ -93,7 +95,7 @@ class Boosted:
         if table.ndim != 2 or table.shape[1] != features:
             raise ValueError(f"x has the shape {table.shape}; give rows of the {features} features of the fit")
         binned = _binned(table, self.edges)
-        return np.asarray([tree(binned) for tree in self.trees], np.float64).sum(axis=0)
+        return np.asarray([tree(binned) for tree in self.trees], np.float64).sum(axis=0) + self.base
 
 
 def boost(
@@ -121,6 +123,7 @@ def boost(
         l2: the penalty of values, above 0: without one, a node without examples has no value.
         split: `"rows"` or `"features"`: what each worker has a part of.
         vote: with rows, how many features of each node a worker votes for; None sends all histograms.
+        loss: the first tree begins from 0 for `"logistic"`, and from the mean of the labels for `"squared"`.
 
     Raises:
         TypeError: for an argument of another kind.
@@ -147,12 +150,13 @@ def boost(
     settings = Settings(depth, bins, rate, l2, vote, loss, names)
     edges = np.quantile(table, np.linspace(0, 1, bins + 1)[1:-1], axis=0)
     parts = np.array_split(np.arange(length), workers)
+    base = float(np.float32(labels.mean())) if loss == "squared" else 0.0
     binned = _binned(table, edges)
     if split == "rows":
-        held = [(binned[p], labels[p], np.zeros(len(p), np.float32)) for p in parts]
+        held = [(binned[p], labels[p], np.full(len(p), base, np.float32)) for p in parts]
         grow: Callable[..., Any] = partial(_by_rows, settings)
     else:
-        held = [(binned[:, p], labels, np.zeros(len(labels), np.float32)) for p in parts]
+        held = [(binned[:, p], labels, np.full(len(labels), base, np.float32)) for p in parts]
         grow = partial(_by_features, settings, [int(p[0]) for p in parts])
     program = dataflow(titled("boost", grow), cluster=cluster, keep=0)
     tree_bytes = sum(t.nbytes for t in program.plan(held).transfers if _between_workers(t))
@@ -164,7 +168,7 @@ def boost(
         for _ in range(trees):
             state, (features, cuts, values) = program(state)
             found.append(Tree(_arrays(features), _arrays(cuts), np.asarray(values)))
-    return Boosted(tuple(found), edges, tree_bytes)
+    return Boosted(tuple(found), edges, tree_bytes, base)
 
 
 def _examples(x: Any, y: Any, loss: str) -> tuple[Floats, NDArray[np.float32]]:

@@ -33,7 +33,7 @@ from flowml_runtime.sim.program import At
 from flowml_runtime.sim.stepping import Step
 from flowml_runtime.sim.values import Contributed, Report, Value
 from flowml_runtime.transport.buffers import BufferPool
-from flowml_runtime.worker.training.applying import Given, applied, given_of
+from flowml_runtime.worker.training.applying import Given, applied, check_student, given_of
 from flowml_runtime.worker.training.examples import Fed, beside_batch, of_batch, of_source
 from flowml_runtime.worker.training.exchange.averaging import Averaging
 from flowml_runtime.worker.training.exchange.copies import Copies
@@ -329,6 +329,8 @@ class Arithmetic:
         held = self._held[worker, store]
         taken = self._given(held.spec, given, staleness, full, decays)
         results = applied(held.program, held.spec, [*held.params, *held.state], taken)
+        if self._start.on_nonfinite != "apply":
+            check_student(held.spec, results)
         split = len(held.spec.specs)
         held.params, held.state = list(results[:split]), list(results[split:])
 

@@ -10,9 +10,11 @@ import numpy as np
 
 from flowml.errors import FlowmlError
 from flowml.plan import ArraySpec, StoreSpec
-from flowml.policy.apply import scales
+from flowml.policy import Distill
+from flowml.policy.apply import base_of, scales
 from flowml_runtime.execution.programs import Array, LoadedProgram, aligned_copy, buffer_struct
 from flowml_runtime.transport.arrays import aligned_empty
+from flowml_runtime.worker.training.finite import all_finite
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,16 @@ def applied(
     for first in range(0, len(given), applies.width):
         total = tasks[applies.fold](*total, *_arguments(spec, given[first : first + applies.width], dtype, given[0]))
     return tasks[applies.finish](*values, *total)
+
+
+def check_student(spec: StoreSpec, values: Sequence[Array]) -> None:
+    """Raise FlowmlError if a home has distilled models into one that is not finite. Its training is in the home, so no
+    loss of a replica shows it, and after the last step nothing else would."""
+    if isinstance(base_of(spec.policy.apply), Distill) and not all_finite(values):
+        raise FlowmlError(
+            f"the student of layer {spec.name!r} holds NaN or infinity: its training diverged, or predict returned "
+            "such values; give Distill another optimizer or fewer steps, or Trainer(on_nonfinite='apply') to have it"
+        )
 
 
 def _arguments(spec: StoreSpec, given: Sequence[Given], dtype: str, first: Given) -> list[Array]:

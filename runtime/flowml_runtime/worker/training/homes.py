@@ -22,7 +22,7 @@ from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import host_view
 from flowml_runtime.protocol.training.actions import Apply, Couple, Load, Publish, Release, Return, Uncouple
 from flowml_runtime.protocol.training.terms import RETIRED
-from flowml_runtime.worker.training.applying import Given, Held, applied, given_of
+from flowml_runtime.worker.training.applying import Given, Held, applied, check_student, given_of
 from flowml_runtime.worker.training.coupled import CoupledHomes, Heard
 from flowml_runtime.worker.training.exchange.agreement import Agreement
 from flowml_runtime.worker.training.filtered import Decoder, Encoded
@@ -231,6 +231,8 @@ class Homes:
             results = applied(held.program, held.spec, held.values, given)
             if recorder.on:
                 jax.block_until_ready(results)  # otherwise the recorder would not see the end of the task
+        if self._run.start.on_nonfinite != "apply":
+            check_student(held.spec, results)
         held.values = list(results)
 
     def _couple(
