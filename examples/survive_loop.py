@@ -1,7 +1,8 @@
 """Trains on digits in a loop of its own whose state stays on the workers, kills workers, and goes on by itself.
 
-The state is saved every few steps with `fm.save`. A call during which a worker is lost raises `WorkerLostError`. The
-next call starts the worker again, because the placement names it, and takes the saved state in place of the lost one.
+The state is saved every few steps with `fm.save`. The first call that misses a lost worker raises
+`WorkerLostError`. The next call starts the worker again, because the placement names it, and takes the saved state in
+place of the lost one.
 The steps since the save are lost: the loop goes on until its state has counted enough of them.
 
     python examples/survive_loop.py [--steps 200] [--kills 3] [--seed 0]

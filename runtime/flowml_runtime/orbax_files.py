@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flowml.errors import CheckpointError, UnsupportedError
+from flowml.errors import CheckpointError, UnsupportedError, one_line
 from flowml_runtime.driver.checkpoint import restore
 from flowml_runtime.saved import load
 
@@ -30,8 +30,16 @@ def to_orbax(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Pa
     tree, target = _tree(source), Path(path).resolve()
     if target.exists():
         raise CheckpointError(f"{target} is there already; give the name of a new directory")
-    with _orbax().StandardCheckpointer() as checkpointer:
-        checkpointer.save(target, tree)
+    if not jax.tree_util.tree_leaves(tree):
+        raise CheckpointError(f"{source} holds no array, and Orbax writes no empty checkpoint; save arrays")
+    try:
+        with _orbax().StandardCheckpointer() as checkpointer:
+            checkpointer.save(target, tree)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"Orbax cannot write {target}: {one_line(str(error))}; see whether the directory can be written and no "
+            "array is empty"
+        ) from error
     return target
 
 

@@ -1,9 +1,9 @@
 """Lets a loop with kept values go on after the loss of workers, from the state that `fm.save` has written last.
 
-A call whose arguments are lost takes the saved ones in their place. An argument is known by its structure, shapes and
-dtypes, as the saved tree or as an element of it. All arguments that the saved tree has are taken from there, also those
-that are not lost, because a mixture of two states would be none. A call during which a worker is lost raises the error,
-which says that the next call goes on.
+The first call that misses a lost value raises the error, which says that the next call goes on: what else the caller
+gives, such as a batch, was chosen for the state that is lost. The next call takes the saved values in place of the lost
+ones. An argument is known by its structure, shapes and dtypes, as the saved tree or as an element of it. All arguments
+that the saved tree has are taken from there, also those that are not lost: a mixture of two states would be none.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Restarts(Protocol):
 
 def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Arguments:
     """The arguments of a call that has failed with this error, with saved ones in place of those that were lost before
-    it began. Warns of it. Raises the error if there are none, or if a worker was lost during the call."""
+    it began. Warns of it. Raises the error if there are none, or if the caller has had none of the loss yet."""
     given = [*args, *kwargs.values()]
     remotes = [leaf for leaf in tree_leaves(given) if type(leaf) is Remote]
     during = isinstance(error, WorkerLostError) and error.step is not None
@@ -50,13 +50,14 @@ def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], 
         hint = f"fm.save the state of {name} now and then: then a call goes on from what was saved last"
         raise _with_hint(error, hint) from error
     record, places = found
-    if during:
+    gone = [leaf for i in lost for leaf in tree_leaves(given[i]) if _is_lost(leaf)]
+    if during or not all(leaf.told for leaf in gone):
+        for leaf in gone:
+            leaf.tell()
         hint = f"call {name} again: it goes on from the state saved in {record.path}, on the workers that there are"
         raise _with_hint(error, hint) from error
     values = taken_from(record, {i: (given[i], place) for i, place in places.items()})
-    first = next(leaf for i in lost for leaf in tree_leaves(given[i]) if _is_lost(leaf))
-    why = first.why_lost()
-    warn(f"{why}; {name} goes on from the state saved in {record.path}")
+    warn(f"{gone[0].why_lost()}; {name} goes on from the state saved in {record.path}")
     given = [values.get(i, value) for i, value in enumerate(given)]
     return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
 
@@ -82,7 +83,7 @@ def _is_lost(leaf: Any) -> bool:
 
 def _with_hint(error: FlowmlError, hint: str) -> FlowmlError:
     """The same error with another remedy."""
-    text = without_remedy(str(error))
+    text = without_remedy(str(error)).partition("; begin again from values")[0]
     if not isinstance(error, WorkerLostError):
         return type(error)(f"{text}; {hint}")
     return WorkerLostError(f"{text}; {hint}", worker=error.worker, step=error.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def lose(cluster: fm.Cluster, worker: str) -> None:
     wait_until(lambda: worker not in {d.worker for d in cluster.devices}, "the loss is known", 30)
 
 
+def said(call: Callable[[], object]) -> None:
+    """The first call that misses a lost value raises the error, because its batch was chosen for the lost state."""
+    with pytest.raises(fm.WorkerLostError, match=r"was lost.*; call .* again: it goes on from the state saved in"):
+        call()
+
+
 def run(step: Any, state: Any, times: int) -> Any:
     for _ in range(times):
         state, _ = step(state, 1.0)
@@ -65,6 +72,7 @@ def test_a_worker_that_the_placement_names_is_started_again(tmp_path: Path, lost
         where = fm.save(state, tmp_path)
         state = run(step, state, 2)
         lose(cluster, lost)
+        said(lambda: step(state, 1.0))
         with pytest.warns(fm.FlowmlWarning) as caught:
             state = run(step, state, 1)
         (text,) = [str(w.message) for w in caught]
@@ -81,6 +89,7 @@ def test_without_a_placement_the_remaining_workers_take_over(tmp_path: Path) -> 
         state = run(step, state, 2)
         fm.save((7, state), tmp_path)
         lose(cluster, state["a"].device.partition("/")[0])
+        said(lambda: step(state, 1.0))
         with pytest.warns(fm.FlowmlWarning, match="goes on from the state saved"):
             state = run(step, state, 1)
         assert_is(state, 3)
@@ -113,6 +122,36 @@ def test_a_call_that_loses_a_worker_says_that_the_next_one_goes_on(tmp_path: Pat
         assert_is(state, 3)
 
 
+def test_a_loop_that_loads_the_saved_state_takes_each_batch_once(tmp_path: Path) -> None:
+    """A batch that was chosen for the state that is lost is not applied to the saved one."""
+
+    def count(state: Any, batch: Any) -> Any:
+        with fm.layer("a"):
+            seen = state["a"].at[batch].add(1)
+        with fm.layer("b"):
+            done = state["b"] + 1
+        return {"a": seen, "b": done}, done
+
+    with fm.Cluster.threads(workers=2) as cluster:
+        step = fm.dataflow(count, cluster=cluster, placement=PLACE, keep=0, donate_argnums=0)
+        state: Any = {"a": np.zeros(12, np.int32), "b": np.int32(0)}
+        done, losses = 0, 0
+        while done < 12:
+            if done == 8 and not losses:
+                lose(cluster, "worker:1")
+            try:
+                state, number = step(state, done)
+                done = int(number)
+            except fm.WorkerLostError:
+                cluster.bring_back(cluster.lost)
+                state = fm.load(tmp_path, cluster, PLACE)
+                done, losses = int(state["b"]), losses + 1
+            if done == 5:
+                fm.save(state, tmp_path)
+        assert losses == 1
+        np.testing.assert_array_equal(state["a"], np.ones(12))
+
+
 def test_all_of_a_state_comes_from_one_save(tmp_path: Path) -> None:
     """Of two arguments one is lost. The other is from a later step, and must not go on with the saved one."""
 
@@ -130,6 +169,7 @@ def test_all_of_a_state_comes_from_one_save(tmp_path: Path) -> None:
         a, b, _ = step(a, b, 1.0)
         lose(cluster, "worker:1")
         assert not a.is_lost() and b.is_lost()
+        said(lambda: step(a, b, 1.0))
         with pytest.warns(fm.FlowmlWarning, match="goes on from"):
             a, b, _ = step(a, b, 1.0)
         assert_is({"a": a, "b": b}, 3)
@@ -161,6 +201,7 @@ def test_a_loaded_state_is_a_saved_one(tmp_path: Path) -> None:
         step = fm.dataflow(train_step, cluster=cluster, placement=PLACE, keep=0)
         state = run(step, fm.load(tmp_path, cluster, PLACE, like=first()), 2)
         lose(cluster, "worker:0")
+        said(lambda: step.submit(state, 1.0))
         with pytest.warns(fm.FlowmlWarning, match="goes on from"):
             state = step.submit(state, 1.0).result(60)[0]
         assert_is(state, 1)
@@ -186,6 +227,7 @@ def test_a_loop_of_an_equinox_module_goes_on(tmp_path: Path) -> None:
         fm.save(state, tmp_path)
         state, _ = step(state, x)
         lose(cluster, "worker:1")
+        said(lambda: step(state, x))
         with pytest.warns(fm.FlowmlWarning, match="goes on from the state saved"):
             state, _ = step(state, x)
         assert state[0].activation is model.activation and int(state[1]) == 4

@@ -51,6 +51,20 @@ class Spot:
     counts: Counts | None = field(default=None, kw_only=True)
     """What the numbers of the record count; None: the available machines, and `doubt` says if that looks wrong."""
 
+    def __post_init__(self) -> None:
+        """Raises SimulationError for times that make no sense."""
+        for name, least in (("gap", 0.0), ("notice", -1.0), ("restart", -1.0)):
+            seconds = getattr(self, f"{name}_s")
+            if not least < seconds < math.inf or seconds < 0:
+                raise SimulationError(
+                    f"--spot: {name.upper()}_S={seconds:g}; give seconds {'above 0' if least == 0 else 'of at least 0'}"
+                )
+        if self.notice_s > self.gap_s:
+            raise SimulationError(
+                f"--spot: NOTICE_S={self.notice_s:g} is longer than the interval GAP_S={self.gap_s:g}, after which a "
+                "machine may be gone; give less notice or longer intervals"
+            )
+
     def churn(self, workers: int) -> Churn:
         """The machines of the first intervals. Raises FlowmlError for a record that makes no sense."""
         most = max(recorded_counts(self.path))

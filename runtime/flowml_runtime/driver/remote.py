@@ -79,6 +79,7 @@ class Batch:
         "lost",
         "owner",
         "sizes",
+        "told",
     )
 
     def __init__(self, owner: Owner, first: int, kinds: Sequence[Kind], call: str, sizes: Mapping[str, int]) -> None:
@@ -104,6 +105,8 @@ class Batch:
         """Why values can no longer be used."""
         self.lost: Mapping[str, str] = {}
         """Lost worker -> reason."""
+        self.told = False
+        """Whether the caller has had an error of the loss of values."""
 
     def handles(self) -> list[Remote]:
         return list(map(Remote, repeat(self), range(len(self.kinds)), self.kinds))
@@ -315,6 +318,15 @@ class Remote(jax.Array):
         for batch in batches:
             mine = remotes if len(batches) == 1 else [r for r in remotes if r._batch is batch]
             (batch.used_up if told else batch.give_up)(list(map(_index_of, mine)), why)
+
+    @property
+    def told(self) -> bool:
+        """For the runtime: whether the caller has had an error of the loss of this value or of one beside it."""
+        return self._batch.told
+
+    def tell(self) -> None:
+        """For the runtime: the caller gets an error of its loss now."""
+        self._batch.told = True
 
     def perish(self) -> None:
         """For the runtime: the value was donated to a call during which a worker was lost."""

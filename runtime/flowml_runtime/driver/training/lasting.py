@@ -70,6 +70,8 @@ class Losses:
         """The workers whose replicas are left out."""
         self.survived: list[Loss] = []
         """Those after which the fit went on."""
+        self._at_load: tuple[tuple[str, ...], str, float] | None = None
+        """The workers that were lost while the plan was loaded, why, and how long it took to load it without them."""
         self._cluster = cluster
         self._program = program
         self._least = least
@@ -95,7 +97,17 @@ class Losses:
             self.check_driver(error)
             if self.on_loss == "raise":
                 raise
-            return self.after(error)[0]
+            time = self._program.session.time
+            began = time.now()
+            handle, lost = self.after(error)
+            self._at_load = lost, without_remedy(str(error)), time.now() - began
+            return handle
+
+    def begins(self, step: int) -> None:
+        """The fit begins with this step. Workers may have been lost before."""
+        if self._at_load is not None:
+            lost, why, seconds = self._at_load
+            self.survive(Loss(lost, why, step, step, seconds))
 
     def check_driver(self, error: FlowmlError) -> None:
         """Raise another error than this one of a lost worker if the worker is there, and counts this driver as lost."""
@@ -201,9 +213,10 @@ class Losses:
                 step=error.step,
             ) from error
         if len(left) < self._least:
+            smaller = "a smaller min_replicas" if self._least > 1 else "more replicas, so that some are left"
             raise WorkerLostError(
                 f"{without_remedy(str(error))}. {len(left)} of {len(replicas)} replicas are left, and the fit needs "
-                f"{self._least} (min_replicas=); {self._remedy} a smaller min_replicas",
+                f"{self._least} (min_replicas=); {self._remedy} {smaller}",
                 worker=workers[0],
                 step=error.step,
             ) from error
@@ -229,6 +242,7 @@ class Runs:
         self.first = first.saving.first
         """The first step of the first run."""
         self._regroup_to(first, losses)
+        losses.begins(self.first)
         self._program = program
         self._make = make
         self._losses = losses
