@@ -280,6 +280,9 @@ class Runs:
 
         try:
             return self._run([take])
+        except FlowmlError:
+            self.fit.saving.leave()
+            raise
         finally:
             if self._losses.regrouping is not None:
                 self._losses.regrouping.forget()

@@ -61,6 +61,8 @@ class Saving:
         self.model = model or Model()
         self._kept = kept
         self._saved_step = self._validated_step = self.first
+        self._on_disk = self.first
+        """The step of the newest snapshot that is written, or will be. After a loss, that in memory is newer."""
         self._saved_at: float | None = None
         self._writer = None if checkpoint is None else Writer(checkpoint)
         self.keeps = False
@@ -100,6 +102,7 @@ class Saving:
         model = model.with_sums() if grows else model
         after = Saving(self._checkpoint, found, self._figures, trees, model, self._kept)
         after.keeps, after.validation, after.copies = self.keeps, self.validation, self.copies
+        after._on_disk = self._on_disk
         if after.validation is not None:
             after.validation.go_back(after.first)
         return after
@@ -260,7 +263,7 @@ class Saving:
             params, _, state = (restored(like, snapshot.leaves(leaves)) for like, leaves in values)
             self.validation.give(step, params, state)
         if self._writer is not None and (over or parts is not None or self._is_old(step, now)):
-            self._saved_step, self._saved_at = step, now
+            self._saved_step, self._saved_at, self._on_disk = step, now, step
             self._writer.put(snapshot, parts)
             if snapshot.content.figures.workers != "real":
                 self._writer.flush()  # how fast the disk is changes nothing in virtual time
@@ -287,6 +290,14 @@ class Saving:
             return records
         self.validation.run()
         return self.validation.completed(records, hold=hold, over=over)
+
+    def leave(self) -> None:
+        """The fit ends with an error: write the newest snapshot in memory, if none on the disk is as new."""
+        newest = self.newest
+        if self._writer is not None and newest is not None and newest.content.steps > self._on_disk:
+            self._on_disk = newest.content.steps
+            self._writer.put(newest)
+            self.finish()
 
     def finish(self) -> None:
         """Wait until the last snapshot is written. Warns if it could not be."""
