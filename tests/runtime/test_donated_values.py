@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -200,3 +201,20 @@ def test_a_call_does_not_overtake_one_that_reads_what_it_overwrites(cluster: fm.
         value = bump(value)
     assert [float(future.result(60)[0]) for future in seen] == [10.0 * (n + 1) for n in range(20)]
     assert float(value[0]) == 21.0
+
+
+def test_what_a_step_leaves_beside_a_donated_state_is_read_later(process_cluster: fm.Cluster) -> None:
+    """The next step has taken the state before the worker has seen that the first one made it."""
+
+    def step(state: Any, x: Any) -> Any:
+        return jax.lax.fori_loop(0, 40, lambda _, s: jnp.tanh(s @ s) * 0.5, state), x * 2 + 1
+
+    program = fm.dataflow(step, cluster=process_cluster, keep=(0, 1), donate_argnums=0)
+    for _ in range(3):
+        state, x, left = fm.put(np.eye(300, dtype="f"), process_cluster), np.zeros(50_000, "f"), list[Any]()
+        for _ in range(6):
+            x = x + 1
+            state, beside = program(state, x)
+            left.append(beside)
+        assert [float(np.asarray(beside).max()) for beside in left] == [2.0 * i + 3 for i in range(6)]
+        assert np.isfinite(np.asarray(state)).all()

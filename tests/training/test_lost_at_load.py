@@ -59,9 +59,7 @@ def test_a_fit_that_a_loss_ends_writes_the_newest_snapshot_in_memory(tmp_path: P
         trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=cluster, replicas=2, delays=delays)
         options: dict[str, Any] = {"batch_size": BATCH, "steps": 2000, "progress": False, "on_loss": "shrink"}
         checkpoint = fm.Checkpoint(tmp_path, every_s=3600)
-        with pytest.raises(
-            fm.WorkerLostError, match=r"1 of 2 replicas are left, and the fit needs 2"
-        ):
+        with pytest.raises(fm.WorkerLostError, match=r"1 of 2 replicas are left, and the fit needs 2"):
             trainer.fit(mlp(), data(), checkpoint=checkpoint, min_replicas=2, callbacks=[lose], **options)
     found = fm.restore(tmp_path)
     assert 0 < found.step <= heard[-1] + 1

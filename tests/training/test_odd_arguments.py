@@ -113,7 +113,7 @@ def test_a_fit_takes_it_or_says_what_is_wrong(threads_cluster: fm.Cluster, argum
         ({"policies": {1: fm.Policy()}}, TypeError, "give patterns of parameter paths as text"),
         ({"policies": fm.policies.quorum}, TypeError, "it makes a policy, and is none; call it: fm.policies.quorum(…)"),
         ({"policies": fm.Policy}, TypeError, "policies=Policy: it is a class, and no policy; give a value, such as"),
-        ({"opt_state": "x"}, TypeError, "is the text 'x'; give numbers"),
+        ({"opt_state": "x"}, TypeError, "is of type str, which is not an array"),
         ({"placement": {"fc*": 3}}, fm.PlacementError, "placement pattern 'fc*' names 3, which is no device; give"),
         ({"placement": {3: "worker:0"}}, fm.PlacementError, "placement pattern 3 is of type int; patterns are text"),
         ({"placement": lambda g, d: 3}, fm.PlacementError, "the placement callable returns a int; return a mapping"),

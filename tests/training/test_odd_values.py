@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +119,17 @@ def test_a_fit_moves_arrays_on_purpose_under_a_transfer_guard_of_all_threads(pol
         finally:
             jax.config.update("jax_transfer_guard", before)
     assert len(result.history) == 2
+
+
+def test_text_in_a_module_rides_along(threads_cluster: fm.Cluster) -> None:
+    class Model(eqx.Module):
+        w: jax.Array
+        kind: str
+
+    def loss_of(model: Model, batch: Any) -> Any:
+        return jnp.mean((batch["x"] @ model.w - 1) ** 2)
+
+    trainer = fm.Trainer(loss_of, optax.sgd(0.1), cluster=threads_cluster)
+    source = {"x": np.ones((8, 3), np.float32)}
+    found = trainer.fit(Model(jnp.ones((3, 2)), "linear"), source, batch_size=4, steps=2, progress=False)
+    assert found.params.kind == "linear" and not np.array_equal(found.params.w, np.ones((3, 2)))

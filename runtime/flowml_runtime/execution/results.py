@@ -76,6 +76,22 @@ class Results:
 
     def _wait(self, arrays: Sequence[Array], send: Callable[[Sequence[Array]], None]) -> None:
         began_s = time.perf_counter()
-        jax.block_until_ready(arrays)
+        _made(arrays)
         self._waited_s = time.perf_counter() - began_s
         send(arrays)
+
+
+def _made(arrays: Sequence[Array]) -> None:
+    """Wait until arrays are computed. Raises the error of their computation.
+
+    The next step may have taken one of them already, to overwrite it. That step waits for it, and fails if it failed.
+    """
+    try:
+        jax.block_until_ready(arrays)
+    except RuntimeError:
+        for array in arrays:
+            try:
+                jax.block_until_ready(array)
+            except RuntimeError:
+                if not (isinstance(array, jax.Array) and array.is_deleted()):
+                    raise

@@ -43,8 +43,6 @@ def check_values(tree: Any, kind: str) -> None:
         check_untraced(name, leaf, "fit")
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"{name} is a jax.ShapeDtypeStruct without values; give an array")
-        if isinstance(leaf, str | bytes):
-            raise TypeError(f"{name} is the text {leaf!r}; give numbers, or leave it out")
 
 
 def check_state(state: Any) -> None:
