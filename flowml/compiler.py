@@ -22,7 +22,7 @@ from flowml.effects import EffectsOption
 from flowml.errors import UnsupportedError
 from flowml.ir import _jax
 from flowml.ir.axes import is_pmapped, pmapped
-from flowml.ir.calls import Call, bind, leaks, static_of
+from flowml.ir.calls import Call, bind, check_apart, leaks, static_of
 from flowml.ir.cost import node_seconds
 from flowml.ir.graph import Graph, Literal
 from flowml.ir.host import RUN, Effects
@@ -78,7 +78,9 @@ def compile(  # noqa: A001 - the public name
     if not callable(fn):
         raise TypeError(f"compile() takes a function, got {type(fn).__name__}")
     # Arguments are copied to the workers, so there is nothing to donate, and these are only checked.
-    static_of(fn, donate_argnums, donate_argnames, "donate")
+    check_apart(
+        static_of(fn, static_argnums, static_argnames), static_of(fn, donate_argnums, donate_argnames, "donate")
+    )
     option, devices = EffectsOption(effects), as_devices(devices)
     compiled = compile_function(
         fn,

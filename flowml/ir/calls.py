@@ -81,6 +81,15 @@ def static_of(
     return Static(numbers, frozenset(names))
 
 
+def check_apart(static: Static, donated: Static) -> None:
+    """Raise ValueError for an argument that is static and donated: it is no array whose memory a call could use up."""
+    both = [*static.argnames & donated.argnames] or [str(n) for n in sorted({*static.argnums} & {*donated.argnums})]
+    if both:
+        raise ValueError(
+            f"argument {both[0]} is static and donated; a static one is compiled in, so leave it out of one"
+        )
+
+
 def _elements(given: Any) -> tuple[Any, ...]:
     """The elements of a sequence, or the one value that is given instead."""
     if given is None:

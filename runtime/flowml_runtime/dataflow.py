@@ -24,7 +24,7 @@ from flowml.devices import platforms_of
 from flowml.effects import EffectsChoice, EffectsOption
 from flowml.errors import FlowmlError, PlacementError
 from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
-from flowml.ir.calls import Call, Returned, bind, finish, static_of
+from flowml.ir.calls import Call, Returned, bind, check_apart, finish, static_of
 from flowml.leaves import why_no_array
 from flowml_runtime.chained import brought, noticed, without_futures
 from flowml_runtime.driver.call_io import signature
@@ -141,6 +141,7 @@ class Dataflow(Generic[P, R]):
         self._cluster = cluster
         self._placement = placement
         self._static = static_of(fn, static_argnums, static_argnames)
+        check_apart(self._static, self._donate)
         self._now_s = now_s
         self._recent: Recent | None = None
         self._lock = threading.RLock()  # tracing a function may call its own program

@@ -218,3 +218,21 @@ def test_what_a_step_leaves_beside_a_donated_state_is_read_later(process_cluster
             left.append(beside)
         assert [float(np.asarray(beside).max()) for beside in left] == [2.0 * i + 3 for i in range(6)]
         assert np.isfinite(np.asarray(state)).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"static_argnums": 0, "donate_argnums": 0},
+        {"static_argnames": "n", "donate_argnums": (0, 1)},
+        {"static_argnums": 1, "donate_argnames": ("x", "n")},
+    ],
+)
+def test_an_argument_is_not_static_and_donated(cluster: fm.Cluster, options: dict[str, Any]) -> None:
+    def fn(x: Any, n: int) -> Any:
+        return x * n
+
+    with pytest.raises(ValueError, match=r"argument [xn] is static and donated; a static one is compiled in"):
+        fm.dataflow(fn, cluster=cluster, **options)
+    with pytest.raises(ValueError, match=r"is static and donated"):
+        fm.compile(fn, np.ones(3), 2, devices=["cpu:0"], **options)

@@ -460,6 +460,22 @@ def test_a_future_that_a_function_closes_over_is_an_error_that_says_what_to_do(t
     assert fm.dataflow(lambda x, y: x + y, cluster=threads_cluster)(1.0, future) == 3
 
 
+@pytest.mark.parametrize("keep", [None, 0])
+def test_a_handle_of_64_bits_is_taken_as_jit_takes_its_value(cluster: fm.Cluster, keep: int | None) -> None:
+    def fn(x: Any) -> Any:
+        return x * 2, jnp.sum(x)
+
+    with jax.enable_x64(True):
+        handle = fm.put(np.arange(3.0) / 3, cluster)
+        kept, _ = fm.dataflow(fn, cluster=cluster, keep=0)(handle)
+    program = fm.dataflow(fn, cluster=cluster, keep=keep)
+    for wide in (handle, kept, handle):
+        found = program(wide)[0]
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(wide).astype(np.float32) * 2)
+    assert handle.dtype == kept.dtype == np.float64
+
+
 def test_put_refuses_what_it_cannot_place(threads_cluster: fm.Cluster) -> None:
     with pytest.raises(TypeError, match="put: leaf 'a' is of type object"):
         fm.put({"a": object()}, threads_cluster)

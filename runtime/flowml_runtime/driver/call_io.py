@@ -69,6 +69,7 @@ class Feeder:
 
     def __init__(self, plan: Plan) -> None:
         self._name = plan.name
+        self._types = [(s.shape, s.dtype) for s in plan.inputs]
         self._specs = [
             (s.shape, buffer_struct(s).dtype, s.dtype.startswith("key<"), n)
             for s, n in zip(plan.inputs, plan.input_names, strict=True)
@@ -87,8 +88,10 @@ class Feeder:
         kinds = [leaf.kind if type(leaf) is Remote else None for leaf in leaves]
         known, others = self._known
         if kinds != known:
-            shapes = [shape for shape, *_ in self._specs]
-            same = [k is not None and k.spec.shape == s for k, s in zip(kinds, shapes, strict=True)]
+            # A handle of 64 bits may come to a call without them, which takes its value as jit does.
+            same = [
+                k is not None and (k.spec.shape, k.spec.dtype) == t for k, t in zip(kinds, self._types, strict=True)
+            ]
             others = tuple([i for i, given in enumerate(same) if not given])
         for i in others:
             buffers[i] = self._buffer(leaves[i], *self._specs[i], copy=copy)
@@ -96,6 +99,8 @@ class Feeder:
         return buffers
 
     def _buffer(self, leaf: Any, shape: tuple[int, ...], dtype: Any, key: bool, name: str, *, copy: bool) -> Array:
+        if type(leaf) is Remote and leaf.kind.spec.shape == shape and not key:
+            leaf = np.asarray(leaf)
         if isinstance(leaf, jax.Array):
             buffer: Array = jax.random.key_data(leaf) if key and type(leaf) is not Remote else leaf
         else:
