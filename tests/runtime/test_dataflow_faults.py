@@ -354,7 +354,10 @@ def test_a_lost_worker_comes_with_advice_that_can_be_followed() -> None:
         f = fm.dataflow(_across, cluster=cluster)
         f(X)
         os.kill(cluster.pids["worker:1"], signal.SIGKILL)
-        with pytest.raises(WorkerLostError, match=r"; close this cluster and start another$"):
+        with pytest.raises(
+            WorkerLostError,
+            match=r"; start it again with cluster.bring_back\(cluster.lost\), or start another cluster$",
+        ):
             while True:
                 f(X)
     with (

@@ -42,7 +42,7 @@ def test_a_call_that_needs_a_lost_worker_names_it_and_why() -> None:
         ) as caught:
             named(X)
         assert caught.value.worker == "worker:1"
-        assert "close this cluster and start another" in str(caught.value)
+        assert "start it again with cluster.bring_back(cluster.lost)" in str(caught.value)
 
         def pinned(x: Any) -> Any:
             with fm.device("worker:1"):

@@ -9,8 +9,8 @@ from collections.abc import Collection
 
 from flowml_runtime.transport.security import TLS, TOKEN_FILE_VARIABLE
 
-START_ANOTHER = "close this cluster and start another"
-"""What to do about a lost worker if the cluster started its workers itself: it cannot start one more."""
+START_ANOTHER = "start it again with cluster.bring_back(cluster.lost), or start another cluster"
+"""What to do about a lost worker if the cluster started its workers itself."""
 
 FIT_AGAIN = (
     ', and fit again: on_loss="replace" or "shrink" lets a fit go on by itself, and checkpoint= lets the next one go '
@@ -18,7 +18,7 @@ FIT_AGAIN = (
 )
 """What to do beside that about a fit that has ended."""
 
-_REMEDY = re.compile(rf"; ({START_ANOTHER}|start another with `[^`]*`)({re.escape(FIT_AGAIN)})?$")
+_REMEDY = re.compile(rf"; ({re.escape(START_ANOTHER)}|start another with `[^`]*`)({re.escape(FIT_AGAIN)})?$")
 
 LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
 """What to do about a lost coordinator."""
