@@ -187,13 +187,13 @@ def _payloads(seen: Timeline, home: str, store: int) -> Iterator[tuple[tuple[int
     their replicas and clocks."""
     terms = seen.terms.stores[store]
     made = [m for m in seen.made if (m.home, m.store) == (home, store)]
-    if not terms.policy.local and not terms.policy.home_filters:
+    if not terms.policy.local and not terms.policy.filters:
         keys = [a.keys for a in seen.applies.get((home, store), ())]
         for number, version in enumerate(made):  # updates of shared parameters are no applies
             mine = keys[number] if number < len(keys) else [(-1, -1)] * len(version.contributions)
             yield from ((key, payload) for key, (*_, payload) in zip(mine, version.contributions, strict=True))
         return
-    kinds = Gave if terms.policy.local else Encoded
+    kinds = Gave if terms.policy.local or terms.policy.summed_filters else Encoded
     given = {
         (f.replica, f.clock): f.content if isinstance(f, Gave) else f.given
         for f in seen.facts

@@ -78,7 +78,8 @@ class Shown(msgspec.Struct, frozen=True):
 
 
 class Gave(msgspec.Struct, frozen=True):
-    """A replica that has parameters of its own pushes at `clock`. They have changed by `content` since what it took."""
+    """What a replica pushes at `clock`: the change of its own parameters since what it took, or a gradient that filters
+    of a sum have not changed yet. Where sites add up, their leaders push."""
 
     store: int
     replica: int

@@ -21,7 +21,7 @@ from flowml.instructions import Push, Read, Recv, Send
 from flowml.plan import StoreSpec, Training
 from flowml.policy import Consensus, Gossip, Mix, Outer, Policy, Weights
 from flowml.policy.apply import base_of
-from flowml.policy.filters import RESIDUAL
+from flowml.policy.filters import RESIDUAL, Talk
 from flowml.training.local import anchor, drawn, fold, join, mix, outer_mix, report, sending, taking
 from flowml.training.pieces import pieces
 from flowml_runtime import wire
@@ -164,6 +164,11 @@ class Matrices(Arithmetic):
         place = message.store, message.part, message.replica, message.clock
         self._note(message.run, Encoded(*place, value[0], found[0]))
         return found, nbytes
+
+    def talk(self, at: At, store: int, part: int, clock: int, value: Value) -> Talk | None:
+        if part == 0 and self._training.stores[store].local is None:
+            self._note(self._run_at(at), Gave(store, at[0], clock, value[0]))
+        return super().talk(at, store, part, clock, value)
 
     def kept(self, at: At) -> Mapping[int, float]:
         if at in self._encoders:
