@@ -83,7 +83,7 @@ def _is_lost(leaf: Any) -> bool:
 
 def _with_hint(error: FlowmlError, hint: str) -> FlowmlError:
     """The same error with another remedy."""
-    text = without_remedy(str(error)).partition("; begin again from values")[0]
+    text = without_remedy(str(error))
     if not isinstance(error, WorkerLostError):
         return type(error)(f"{text}; {hint}")
     return WorkerLostError(f"{text}; {hint}", worker=error.worker, step=error.step)

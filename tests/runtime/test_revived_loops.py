@@ -122,6 +122,22 @@ def test_a_call_that_loses_a_worker_says_that_the_next_one_goes_on(tmp_path: Pat
         assert_is(state, 3)
 
 
+def test_a_submitted_call_that_loses_a_worker_raises_once_too(tmp_path: Path) -> None:
+    """Its future has the error, and the state was donated to it: the next call with that state goes on."""
+    with fm.Cluster.local(workers=2) as cluster:
+        step = fm.dataflow(train_step, cluster=cluster, placement=PLACE, keep=0, donate_argnums=0)
+        state = run(step, first(), 2)
+        fm.save(state, tmp_path)
+        stop(cluster.pids["worker:1"])
+        future = step.submit(state, 1.0)
+        os.kill(cluster.pids["worker:1"], signal.SIGKILL)
+        with pytest.raises(fm.WorkerLostError, match=r"worker:1 was lost"):
+            future.result(60)
+        with pytest.warns(fm.FlowmlWarning, match="goes on from the state saved"):
+            state, _ = step.submit(state, 1.0).result(60)
+        assert_is(state, 3)
+
+
 def test_a_loop_that_loads_the_saved_state_takes_each_batch_once(tmp_path: Path) -> None:
     """A batch that was chosen for the state that is lost is not applied to the saved one."""
 

@@ -69,7 +69,7 @@ class Feeder:
 
     def __init__(self, plan: Plan) -> None:
         self._name = plan.name
-        self._types = [(s.shape, s.dtype) for s in plan.inputs]
+        self._inputs = plan.inputs
         self._specs = [
             (s.shape, buffer_struct(s).dtype, s.dtype.startswith("key<"), n)
             for s, n in zip(plan.inputs, plan.input_names, strict=True)
@@ -90,7 +90,8 @@ class Feeder:
         if kinds != known:
             # A handle of 64 bits may come to a call without them, which takes its value as jit does.
             same = [
-                k is not None and (k.spec.shape, k.spec.dtype) == t for k, t in zip(kinds, self._types, strict=True)
+                k is not None and (k.spec.shape, k.spec.dtype) == (s.shape, s.dtype)
+                for k, s in zip(kinds, self._inputs, strict=True)
             ]
             others = tuple([i for i, given in enumerate(same) if not given])
         for i in others:

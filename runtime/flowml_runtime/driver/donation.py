@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flowml.callers import calling_line
+from flowml_runtime.membership.advice import BEGIN_AGAIN
 
 if TYPE_CHECKING:
     from flowml_runtime.execution.future import Future
@@ -37,7 +38,7 @@ class Donation:
         if failure is None:
             return f"{what}; use what that call returned"
         reason, _, _ = str(failure).partition("\n")
-        return f"{what}, which failed; begin again from values that you have fetched or saved. It failed with: {reason}"
+        return f"{what}, which failed; {BEGIN_AGAIN}. It failed with: {reason}"
 
     def _settle(self, future: Future[Any]) -> None:
         self.error = future.exception()

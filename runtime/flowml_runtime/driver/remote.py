@@ -24,6 +24,7 @@ from flowml.ir._jax import ArrayImpl, array_type, default_sharding, register_arr
 from flowml.ir.keys import key_dtype
 from flowml.plan import ArraySpec
 from flowml_runtime.driver.donation import Donation
+from flowml_runtime.membership.advice import BEGIN_AGAIN
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -276,8 +277,7 @@ class Remote(jax.Array):
         if self.kind.worker in batch.lost:
             reason = batch.lost[self.kind.worker]
             raise WorkerLostError(
-                f"{what} is lost, because {self.kind.worker} was lost ({reason}); begin again from values that you "
-                "have fetched or saved",
+                f"{what} is lost, because {self.kind.worker} was lost ({reason}); {BEGIN_AGAIN}",
                 worker=self.kind.worker,
             )
         raise _not_made(what, batch.error) from batch.error
@@ -321,8 +321,10 @@ class Remote(jax.Array):
 
     @property
     def told(self) -> bool:
-        """For the runtime: whether the caller has had an error of the loss of this value or of one beside it."""
-        return self._batch.told
+        """For the runtime: whether the caller has had an error of the loss of this value or of one beside it. The call
+        to which a value was donated has raised one."""
+        donated = isinstance(self._batch.gone.get(self._index), Donation | _Perished)
+        return self._batch.told or donated
 
     def tell(self) -> None:
         """For the runtime: the caller gets an error of its loss now."""

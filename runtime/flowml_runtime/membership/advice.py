@@ -18,7 +18,12 @@ FIT_AGAIN = (
 )
 """What to do beside that about a fit that has ended."""
 
-_REMEDY = re.compile(rf"; ({re.escape(START_ANOTHER)}|start another with `[^`]*`)({re.escape(FIT_AGAIN)})?$")
+BEGIN_AGAIN = "begin again from values that you have fetched or saved"
+"""What to do about a lost value."""
+
+_REMEDY = re.compile(
+    rf"; ({BEGIN_AGAIN}|{re.escape(START_ANOTHER)}|start another with `[^`]*`)({re.escape(FIT_AGAIN)})?$"
+)
 
 LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
 """What to do about a lost coordinator."""
@@ -37,7 +42,7 @@ def start_worker(address: str, token: str | os.PathLike[str] | None, tls: TLS | 
 
 
 def without_remedy(text: str) -> str:
-    """The text of an error without the advice to have another worker, for one that advises something else."""
+    """The text of an error of a loss without its advice, for one that advises something else."""
     return _REMEDY.sub("", text)
 
 

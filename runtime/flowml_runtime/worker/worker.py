@@ -162,7 +162,7 @@ class Worker:
                 self._accept(peer, message, arrays)
             case wire.StepCheck():
                 self._check_step(peer, message)
-            case wire.Unreachable():
+            case wire.Unreachable(heard=False):
                 self._tell(peer, msgspec.structs.replace(message, heard=True))
             case wire.Trace():
                 self._trace(peer, message)
