@@ -337,8 +337,6 @@ def read(snapshot: Path) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]]:
     if not body.arrays:
         read_arrays(snapshot, DATA, ())
     files = dict.fromkeys(entry.file for entry in body.arrays)
-    for name in files:
-        _check_length(snapshot, name, max(e.offset + e.spec.nbytes for e in body.arrays if e.file == name))
     found = (read_arrays(snapshot, name, [e for e in body.arrays if e.file == name]) for name in files)
     return bytes(body.content), {name: array for arrays in found for name, array in arrays.items()}
 
@@ -347,13 +345,6 @@ def manifest(snapshot: Path) -> Body:
     """What a snapshot says of its arrays. Raises CheckpointError as `read` does."""
     with _reading(snapshot):
         return _body(snapshot / MANIFEST)
-
-
-def _check_length(snapshot: Path, file: str, length: int) -> None:
-    """Raise CheckpointError for a file that is longer than its arrays. One that is shorter is told array by array."""
-    path = snapshot / file
-    if _FILE.fullmatch(file) and path.exists() and (size := path.stat().st_size) > length:
-        raise CheckpointError(f"{path} has {size} bytes, and its arrays end at byte {length}: it was changed; {_FIX}")
 
 
 def read_arrays(snapshot: Path, file: str, entries: Iterable[Entry]) -> dict[str, np.ndarray[Any, Any]]:
