@@ -158,6 +158,7 @@ def replaced(world: World) -> Any:
     Peer(world).membership.join("spare-a")
     life = world.driver.lives.get("worker:0", 0)
     world.worker.endpoint.close()
+    wait_until(lambda: "worker:0" not in world.driver.lives or world.driver.ended, "the driver knows of the loss")
     world.driver.membership.replace("worker:0")
     until = [world.driver.lives.get("worker:0", life)]
 

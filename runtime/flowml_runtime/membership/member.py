@@ -111,9 +111,8 @@ class Membership:
         """The workers for which this peer has given notice."""
         self._beaten_s, self._longest_s = time.monotonic(), 0.0
         """When this peer has sent the newest heartbeat, and the longest time between two of them."""
-        self._wanted: dict[str, tuple[int, float, float]] = {}
-        """Lost worker in whose place this peer wants another -> the incarnation that is lost, when to ask again, and
-        the pause after that."""
+        self._wanted: dict[str, tuple[float, float]] = {}
+        """Lost worker in whose place this peer wants another -> when to ask again, and the pause after that."""
 
     def join(
         self,
@@ -169,15 +168,12 @@ class Membership:
         return welcome.worker
 
     def replace(self, worker: str) -> None:
-        """Ask for another in the place of a lost worker. Ask again, ever more seldom, until it is there: the answer is
-        that it joins.
+        """Ask for another in the place of a worker that this peer knows to be lost. Ask again, ever more seldom, until
+        it is there: the answer is that it joins.
 
         A coordinator that does not know of the loss yet does nothing, so this peer asks again when that tells of it.
         """
-        # This peer may not know of the loss yet, and see the lost one once more.
-        here = next((m.incarnation for m in self.members if m.worker == worker), -1)
-        lost, _, _ = self._wanted.get(worker, (here, 0.0, 0.0))
-        self._wanted[worker] = lost, time.monotonic() + LONGEST_PAUSE_S, 2 * LONGEST_PAUSE_S
+        self._wanted[worker] = time.monotonic() + LONGEST_PAUSE_S, 2 * LONGEST_PAUSE_S
         with suppress(FlowmlError):  # the coordinator is away
             self._endpoint.send(COORDINATOR, wire.Replace(worker=worker))
 
@@ -285,9 +281,9 @@ class Membership:
         self._endpoint.send(COORDINATOR, beat)
         for worker in list(self._notices):
             self._endpoint.send(COORDINATOR, wire.Notice(worker=worker))
-        for worker, (lost, at, pause_s) in list(self._wanted.items()):
+        for worker, (at, pause_s) in list(self._wanted.items()):
             if self._beaten_s >= at:
-                self._wanted[worker] = lost, at + pause_s, min(2 * pause_s, MOST_PAUSE_S)
+                self._wanted[worker] = at + pause_s, min(2 * pause_s, MOST_PAUSE_S)
                 self._endpoint.send(COORDINATOR, wire.Replace(worker=worker))
 
     @property
@@ -394,11 +390,11 @@ class Membership:
         for member in self.members:
             if member.leaving:
                 self._notices.pop(member.worker, None)
-        there = {m.worker: m.incarnation for m in self.members}
-        for worker, (lost, _, _) in list(self._wanted.items()):
-            if there.get(worker, lost) != lost:
+        there = {m.worker for m in self.members}
+        for worker in list(self._wanted):
+            if worker in there:
                 del self._wanted[worker]
-            elif worker not in there:
+            else:
                 self.replace(worker)
         with self._changed:
             self._epoch = view.epoch
