@@ -377,7 +377,7 @@ def choco(filters: Sequence[object], pull: float = 0.5, graph: object = "ring", 
     `filters` make of the difference between the parameters and the copy. After each round a replica moves by `pull` of
     the distance between its neighbours' copies and its own. The more filters leave out, the smaller `pull` has to be.
     """
-    if isinstance(filters, Sequence) and not filters:
+    if not filters:
         raise PolicyError(
             "choco(()): it has no filters; give what makes the differences smaller, such as (fm.filters.top_k(0.01),); "
             "without filters it is gossip()"
