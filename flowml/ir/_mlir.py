@@ -134,10 +134,11 @@ def overwrite(module: Any, arguments: Sequence[int]) -> None:
     """Let a module overwrite arguments, each with the next result of its shape and dtype, as jit pairs them."""
     with module.context:
         main = _main(module)
+        kinds = list(main.type.inputs)  # once, because each reading makes a list of all of them
         free: dict[Any, deque[int]] = defaultdict(deque)
         for argument in arguments:
-            free[main.type.inputs[argument]].append(argument)
-        said = [ir.DictAttr.get({}) for _ in main.type.inputs]
+            free[kinds[argument]].append(argument)
+        said = [ir.DictAttr.get({})] * len(kinds)
         number = ir.IntegerType.get_signless(32)
         for result, kind in enumerate(main.type.results):
             if free[kind]:
