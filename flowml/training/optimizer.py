@@ -9,6 +9,7 @@ the state that it reads and that depends on no gradient, such as a step count.
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ from flowml.training.evaluated import kind_of
 from flowml.training.ownership import Ownership, opened, ownership, together
 from flowml.training.private import PrivateOptimizer, wants_examples
 from flowml.training.valued import ValuedOptimizer
+
+_DIFFER = "pytree structure error: "
+"""How JAX begins the error of a tree_map over trees that differ."""
 
 
 @dataclass(frozen=True)
@@ -215,9 +219,26 @@ def _raising(call: str) -> Generator[None]:
         raise
     except Exception as error:
         line = raising_line(error)
+        if str(error).startswith(_DIFFER):
+            raise ValueError(
+                f"the optimizer combines two trees that differ {_difference(str(error))} (in its {call}, at {line}); a "
+                "mask of optax.masked and labels of optax.multi_transform need the structure of the parameters, or of "
+                "their upper part: give a function of them, such as lambda params: jax.tree.map(lambda x: x.ndim > 1, "
+                "params)"
+            ) from None
         if line:
             error.add_note(f"raised by the optimizer at {line}, while its {call} was traced")
         raise
+
+
+def _difference(text: str) -> str:
+    """Where two trees differ, from JAX's error of several lines."""
+    text = re.sub(r"<class '(?:builtins\.)?([^']*)'>", r"\1", " ".join(text.removeprefix(_DIFFER).split()))
+    found = re.search(r"tree_map tree(\S*) At that key path, .*? has (.*?) but at the same key path .*? has (.*)", text)
+    if found is None:
+        return f"({text})"
+    path, one, other = found.groups()
+    return f"at {path or 'the top'}: one has {one}, the other {other.partition(' so the ')[0].rstrip('.')}"
 
 
 def _check_wanted(optimizer: Any, params: Any, state: Any) -> None:

@@ -245,6 +245,22 @@ def test_an_error_of_the_users_optimizer_has_the_line_that_raised_it(call: str) 
     assert f"raised by the optimizer at {Path(__file__).name}:" in notes and f"(trouble), while its {call}(" in notes
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "where"),
+    [
+        (optax.masked(optax.sgd(0.1), {"a": True}), "at the top: one has a subtree of type dict .*'?a'?"),
+        (optax.masked(optax.sgd(0.1), [True]), "at the top: one has a subtree of type list, the other a .*dict"),
+        (optax.masked(optax.sgd(0.1), lambda _: {"a": True}), "at the top: one"),
+        (optax.multi_transform({"all": optax.sgd(0.1)}, {"a": "all"}), "at the top: one"),
+    ],
+)
+def test_a_mask_that_does_not_fit_the_parameters_is_told_in_one_line(optimizer: Any, where: str) -> None:
+    with pytest.raises(ValueError, match=rf"^the optimizer combines two trees that differ {where}") as caught:
+        slice_optimizer(optimizer, params())
+    text = str(caught.value)
+    assert "\n" not in text and "in its init(params), at " in text and "give a function of them" in text
+
+
 def test_loops_over_all_layers_stay_together() -> None:
     """The memory of L-BFGS is in a loop over the whole tree."""
     first, because = slice_optimizer(optax.lbfgs(RATE, linesearch=None), params()).together
