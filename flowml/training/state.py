@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowml.arguments import choice, is_text
+from flowml.arrays import KEY_WORDS
 from flowml.errors import PolicyError, named
 from flowml.ir import _jax
 from flowml.ir.graph import Graph, Operand
@@ -81,9 +82,9 @@ def check_policies(policies: Iterable[Policy]) -> None:
             )
 
 
-def rules_of(given: Mapping[str, Rule] | None, paths: Sequence[str], dtypes: Sequence[Any]) -> tuple[Rule, ...]:
+def rules_of(given: Mapping[str, Rule] | None, paths: Sequence[str], leaves: Sequence[Any]) -> tuple[Rule, ...]:
     """The rule of each leaf: that of the first pattern that matches its path, else the mean for floating leaves, the
-    largest for integers and booleans, and that of replica 0 for keys.
+    largest for integers and booleans, and that of replica 0 for keys, also those of `jax.random.PRNGKey`.
 
     Raises ValueError for an unknown rule, for a pattern that matches nothing, and for the mean of what has none.
     """
@@ -100,14 +101,20 @@ def rules_of(given: Mapping[str, Rule] | None, paths: Sequence[str], dtypes: Seq
             anew = "give a pattern of one of them" if paths else "leave it out"
             raise ValueError(f"state_rules[{pattern!r}] matches no state; there is: {named(paths) or 'none'}; {anew}")
     found: list[Rule] = []
-    for path, dtype in zip(paths, dtypes, strict=True):
+    for path, leaf in zip(paths, leaves, strict=True):
+        dtype = leaf.dtype
         floating, key = jnp.issubdtype(dtype, jnp.inexact), jnp.issubdtype(dtype, jax.dtypes.prng_key)
-        usual: Rule = "mean" if floating else "first" if key else "max"
+        usual: Rule = "mean" if floating else "first" if key or _is_raw_key(leaf) else "max"
         rule = _first(rules, path) or usual
         if (rule == "mean" and not floating) or (rule in ("max", "sum") and key):
             raise ValueError(f"state {path!r} is {dtype}, which has no {rule}; give it another of state_rules")
         found.append(rule)
     return tuple(found)
+
+
+def _is_raw_key(leaf: Any) -> bool:
+    """Whether a leaf has the type of keys of `jax.random.PRNGKey`: words of uint32, whose maximum is no key."""
+    return leaf.dtype == np.uint32 and leaf.shape[-1:] in {(words,) for words in KEY_WORDS.values()}
 
 
 def _first(rules: Mapping[str, Rule], path: str) -> Rule | None:

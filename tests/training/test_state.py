@@ -14,7 +14,7 @@ import pytest
 
 import flowml as fm
 from flowml.data import epoch_order
-from flowml.training.state import Rule, joined
+from flowml.training.state import Rule, joined, rules_of
 from tests.training.reference import BATCH, EXAMPLES, data
 
 SOURCE = data()
@@ -195,6 +195,43 @@ def test_rules_are_those_of_numpy(rule: Rule, wanted: Sequence[float]) -> None:
     found = joined(rule, [np.float32(1), np.float32(1)], [np.float32(1), np.float32(6)])
     assert [float(x) for x in found] == (list(wanted) if rule == "local" else list(wanted) * 2)
     assert all(np.asarray(x).dtype == np.float32 for x in found)
+
+
+def test_keys_are_those_of_the_first_replica_also_raw_ones() -> None:
+    """The largest words of two keys are another key, which no replica had."""
+    leaves = {
+        "typed": jax.random.key(0),
+        "raw": jax.random.PRNGKey(0),
+        "several": jnp.zeros((3, 2), jnp.uint32),
+        "rbg": jnp.zeros(4, jnp.uint32),
+        "seen": jnp.zeros((), jnp.uint32),
+        "counts": jnp.zeros(3, jnp.uint32),
+        "pair": jnp.zeros(2, jnp.int32),
+    }
+    rules = dict(zip(leaves, rules_of(None, list(leaves), list(leaves.values())), strict=True))
+    assert [n for n, rule in rules.items() if rule == "first"] == ["typed", "raw", "several", "rbg"]
+    assert [n for n, rule in rules.items() if rule == "max"] == ["seen", "counts", "pair"]
+    assert rules_of({"raw": "max"}, list(leaves), list(leaves.values()))[1] == "max"
+
+
+def test_a_raw_key_of_replicas_is_joined_as_a_typed_one(threads_cluster: fm.Cluster) -> None:
+    def drawing(params: Any, state: Any, batch: Any) -> Any:
+        key, use = jax.random.split(state["key"])
+        first = jnp.where(batch["x"][0, 0] > 0, jax.random.fold_in(key, 1), key)  # replicas go different ways
+        return jnp.mean((batch["x"] @ params["w"] + jax.random.normal(use)) ** 2), {"key": first}
+
+    def run(key: Any) -> Any:
+        trainer = fm.Trainer(drawing, OPTIMIZER, cluster=threads_cluster, replicas=2, has_state=True)
+        found = trainer.fit({"w": jnp.ones(12)}, SOURCE, batch_size=BATCH, steps=4, state={"key": key}, progress=False)
+        first, second = (s["key"] for s in found.replica_states)
+        return [
+            np.asarray(k if k.dtype == np.uint32 else jax.random.key_data(k))
+            for k in (found.state["key"], first, second)
+        ]
+
+    joined_key, first, second = run(jax.random.PRNGKey(5))
+    assert not np.array_equal(first, second), "the replicas end alike, so that any rule would do"
+    np.testing.assert_array_equal(joined_key, first)
 
 
 def test_a_dropped_step_that_ended_keeps_its_state() -> None:

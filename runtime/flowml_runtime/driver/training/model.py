@@ -29,7 +29,7 @@ class Model:
         """The state that all replicas begin with. Raises ValueError for rules that do not fit it."""
         paths, tree = jax.tree_util.tree_flatten_with_path(state)
         leaves = [jax.numpy.asarray(x) for _, x in paths]
-        found = rules_of(rules, [path_name(p) for p, _ in paths], [x.dtype for x in leaves])
+        found = rules_of(rules, [path_name(p) for p, _ in paths], leaves)
         buffers = tuple(as_buffer(x) for x in leaves)
         return Model(tree, tuple(spec_of(x).dtype for x in leaves), found, (buffers,) * replicas)
 
