@@ -6,20 +6,34 @@ and a fit that goes on from a snapshot has the order that it had.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
 from flowml.arguments import flag
 from flowml.numbers import MOST, whole_number
+from flowml.signatures import misfit
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 _ASSIGNED, _WITHIN, _DRAWN = 1, 2, 3
 """The streams of random numbers beside that of a shuffled epoch."""
 
 
-class Shards(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class _Worded(msgspec.StructMeta):
+    """Words the error for arguments that a split does not have."""
+
+    def __call__(cls, *given: Any, **named: Any) -> Any:
+        has = dict.fromkeys(cls.__struct_fields__, False)
+        wrong = misfit(cls.__name__, has, len(given), named, "")
+        if given and has:
+            wrong = f"{cls.__name__}({given[0]!r}): give arguments by name, such as {cls.__struct_fields__[0]}="
+        if wrong:
+            raise TypeError(wrong)
+        return super().__call__(*given, **named)
+
+
+class Shards(msgspec.Struct, frozen=True, tag=True, kw_only=True, metaclass=_Worded):
     """Each replica has a shard of the examples, and draws its share of each batch from it.
 
     Shards are equal but for one example. What does not fill a batch of all replicas is at the end of the epoch. Where
@@ -71,7 +85,7 @@ class Shards(msgspec.Struct, frozen=True, tag=True, kw_only=True):
         return np.concatenate([rows.reshape(-1), *(shard[used:] for shard in mine)])
 
 
-class WithReplacement(msgspec.Struct, frozen=True, tag=True):
+class WithReplacement(msgspec.Struct, frozen=True, tag=True, metaclass=_Worded):
     """Each example of an epoch is drawn from all, so that some come several times and others not at all."""
 
     def order(self, examples: int, seed: int, epoch: int) -> np.ndarray:

@@ -162,6 +162,9 @@ def test_where_work_is_not_bound_to_replicas_shards_are_refused(policy: fm.Polic
         (lambda: fm.Shards(reassign_every=-1), "reassign_every=-1: give at least 0"),
         (lambda: fm.Shards(reassign_every=1.5), "reassign_every=1.5 is of type float"),  # pyright: ignore[reportArgumentType]
         (lambda: fm.Shards(reshuffle="no"), "reshuffle='no' is of type str"),  # pyright: ignore[reportArgumentType]
+        (lambda: fm.Shards(2), r"^Shards\(2\): give arguments by name, such as reassign_every=$"),  # pyright: ignore[reportCallIssue]
+        (lambda: fm.Shards(reshufle=True), r"^Shards has no argument reshufle=; did you mean reshuffle=\?"),  # pyright: ignore[reportCallIssue]
+        (lambda: fm.WithReplacement(3), r"^WithReplacement is given too many values \(1\): .* has no arguments$"),  # pyright: ignore[reportCallIssue]
         (lambda: fm.Shards(contiguous=True, reassign_every=2), "ranges of neighbouring examples stay"),
     ],
 )
