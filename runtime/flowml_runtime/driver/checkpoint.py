@@ -15,7 +15,7 @@ from flowml.callers import warn
 from flowml.errors import CheckpointError
 from flowml.numbers import whole_number
 from flowml.training.valued import BATCH, VALUE
-from flowml_runtime.driver.training.snapshots import NONE, TREES, Key, Leaf, Snapshot
+from flowml_runtime.driver.training.snapshots import EMPTY, NONE, TREES, Key, Leaf, Snapshot
 from flowml_runtime.environment import checkpoints
 
 T = TypeVar("T")
@@ -143,8 +143,8 @@ def nested(leaves: Sequence[tuple[Sequence[Key], Any]]) -> Any:
         return {}
     if not leaves[0][0]:
         return leaves[0][1]
-    if leaves[0][0][0][0] == NONE:
-        return None
+    if leaves[0][0][0][0] in (NONE, EMPTY):
+        return None if leaves[0][0][0][0] == NONE else []
     groups: dict[str | int, list[tuple[Sequence[Key], Any]]] = {}
     for path, value in leaves:
         groups.setdefault(path[0][1], []).append((path[1:], value))

@@ -266,8 +266,8 @@ def with_untrained(snapshot: Snapshot, untrained: Untrained | None) -> Snapshot:
 
 
 TREES = ("params", "opt_state", "state")
-NONE = "none"
-"""The kind of the last key in the path of a None."""
+NONE, EMPTY = "none", "empty"
+"""The kinds of the last key in the path of a None, and in that of an empty list or tuple."""
 
 
 def _states(training: Training, buffers: Mapping[str, Mapping[str, Any]], model: Model) -> tuple[tuple[Any, ...], ...]:
@@ -299,14 +299,20 @@ def _places(training: Training, stopped: wire.Stopped) -> dict[tuple[str, int], 
 
 
 def hollow(tree: Any) -> tuple[tuple[Key, ...], ...]:
-    """The paths of the containers without leaves, such as the state of a transformation that has none. That of a None
-    ends with `NONE`."""
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not jax.tree_util.tree_leaves(node))
-    return tuple(
-        (*map(key_of, path), *(((NONE, 0),) if node is None else ()))
-        for path, node in nodes
-        if not jax.tree_util.tree_leaves(node)
-    )
+    """The paths of the empty containers, such as the state of a transformation that has none. That of a None ends with
+    `NONE`, that of a list or tuple with `EMPTY`."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_empty)
+    return tuple((*map(key_of, path), *_kind_of_empty(node)) for path, node in nodes if _is_empty(node))
+
+
+def _is_empty(node: Any) -> bool:
+    return not jax.tree_util.tree_leaves(node, is_leaf=lambda child: child is not node)
+
+
+def _kind_of_empty(node: Any) -> tuple[Key, ...]:
+    if node is None:
+        return ((NONE, 0),)
+    return ((EMPTY, 0),) if type(node) in (list, tuple) else ()
 
 
 def key_of(key: Any) -> Key:
