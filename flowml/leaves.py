@@ -37,8 +37,11 @@ def why_no_array(value: Any, fix: str = "") -> str:
     return ""
 
 
-def check_untraced(what: str, value: Any, function: str) -> None:
-    """Raise TypeError for a value that another transformation traces, of which `function` needs the value."""
+def check_known(what: str, value: Any, function: str) -> None:
+    """Raise TypeError for a leaf without values, of which `function` needs them: a struct, or what another
+    transformation traces."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError(f"{what} is a jax.ShapeDtypeStruct without values; give an array")
     if isinstance(value, Tracer):
         raise TypeError(
             f"{what} is traced by another JAX transformation, and {function}() needs its values; call {function}() "

@@ -230,19 +230,21 @@ class Dataflow(Generic[P, R]):
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments, which may be `jax.ShapeDtypeStruct`s. Compiles if necessary; runs nothing."""
-        return self._program(self._current(), self._not_traced("plan", args, kwargs)).plan
+        return self._program(self._current(), self._not_traced("plan", args, kwargs, values=False)).plan
 
     def key(self, *args: Any, **kwargs: Any) -> Hashable | None:
         """For the runtime: what calls that run the same program have in common. None if an argument is being traced."""
-        given = self._sort(args, kwargs)
+        given = self._sort(args, kwargs, values=False)
         return None if given is None else given.key
 
     def programs_on(self, cluster: ClusterLike) -> dict[Hashable, _Program]:
         """The programs that are compiled for a cluster."""
         return self._programs.get(cluster) or {}
 
-    def _not_traced(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Arguments:
-        given = self._sort(args, kwargs)
+    def _not_traced(
+        self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any], *, values: bool = True
+    ) -> _Arguments:
+        given = self._sort(args, kwargs, values=values)
         if given is None:
             raise TypeError(
                 f"{self._name}.{method}() cannot be traced by another JAX transformation; call {self._name}()"
@@ -258,10 +260,11 @@ class Dataflow(Generic[P, R]):
         on_device = all(kind is not np.ndarray and kind is not Remote for kind, _, _ in kinds)
         return Recent(weakref.ref(self._current()), tree, kinds, settings, handle, program.out_tree, on_device)
 
-    def _sort(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Arguments | None:
+    def _sort(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, values: bool = True) -> _Arguments | None:
         """Sort the arguments of a call. Returns None if an argument is being traced.
 
-        Raises TypeError for an argument that is not an array, ValueError for a static one that has no hash.
+        Raises TypeError for an argument that is not an array, or has no `values`; ValueError for a static one that has
+        no hash.
         """
         args, kwargs = without_futures(args), without_futures(kwargs)
         call = bind(self._fn, args, kwargs, self._static, self._name, in_place=self._in_place)
@@ -270,8 +273,11 @@ class Dataflow(Generic[P, R]):
             signatures = tuple([signature(leaf) for leaf in leaves])
         except (TypeError, ValueError, OverflowError):
             raise self._not_an_array(call) from None
-        if any(isinstance(leaf, Tracer) for leaf in leaves):
+        types = set(map(type, leaves))
+        if any(issubclass(kind, Tracer) for kind in types):
             return None
+        if values and any(issubclass(kind, jax.ShapeDtypeStruct) for kind in types):
+            raise self._not_an_array(call)
         return _Arguments(call, (call.key, tree, signatures, trace_context()), leaves, len(args))
 
     def _loaded(
@@ -368,14 +374,20 @@ class Dataflow(Generic[P, R]):
         return cluster
 
     def _not_an_array(self, call: Call) -> TypeError | OverflowError:
+        """The error for the first argument that is no array, or has no values."""
         for path, leaf in tree_flatten_with_path((call.args, call.kwargs))[0]:
+            where = f"args{keystr(path[1:])}" if path[0].idx == 0 else f"keyword {keystr(path[1:])}"
             try:
                 signature(leaf)
             except (TypeError, ValueError, OverflowError) as error:
-                where = f"args{keystr(path[1:])}" if path[0].idx == 0 else f"keyword {keystr(path[1:])}"
                 if isinstance(error, OverflowError):
                     return OverflowError(f"{self._name}: {where}: {error}; give a number that fits, or an array")
                 return TypeError(f"{self._name}: {where} {why_no_array(leaf, _PASS_ARRAYS)}")
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                return TypeError(
+                    f"{self._name}: {where} is a jax.ShapeDtypeStruct without values; pass an array, or have the plan "
+                    f"of these shapes made by {self._name}.plan(...)"
+                )
         raise AssertionError("every leaf is an array")
 
 

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowml.arrays import ArraySpec
+from flowml.callers import raising_line
 from flowml.data import as_source
 from flowml.effects import EffectsChoice
-from flowml.errors import UnsupportedError
-from flowml.ir._jax import path_name
+from flowml.errors import FlowmlError, UnsupportedError, named, one_line
+from flowml.ir._jax import path_name, spec_of
 from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.plan import Plan
@@ -27,6 +29,7 @@ from flowml.training.valued import is_given
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.dataflow import dataflow
 from flowml_runtime.driver.remote import Remote
+from flowml_runtime.driver.training.structs import check_values
 from flowml_runtime.put import put
 from flowml_runtime.sim.cluster import SimulatedCluster
 
@@ -103,12 +106,20 @@ class Evaluation:
         if not examples:
             fewer = f" that fill a batch of {size}" if data.examples else ""
             raise ValueError(f"the source has no examples{fewer}; there is nothing to evaluate")
+        check_values(values[0], "parameter", "evaluate")
         program = self._program(cluster, fn)
         held = values if isinstance(cluster, SimulatedCluster) else _brought(cluster, values, plan)
         for start in range(0, examples, size):
             rows = np.arange(start, min(start + size, examples))
             batch = jax.tree_util.tree_unflatten(data.tree, data.take(rows))
-            yield len(rows), batch, program(*held, batch)
+            try:
+                result = program(*held, batch)
+            except FlowmlError:
+                raise
+            except Exception as error:
+                _explain(error, fn, values[0], plan)
+                raise
+            yield len(rows), batch, result
 
     def _program(self, cluster: Any, fn: Function) -> Function:
         key = fn, cluster
@@ -124,6 +135,36 @@ class Evaluation:
         if len(self._programs) > MOST_PROGRAMS:
             del self._programs[next(iter(self._programs))]
         return program
+
+
+def _explain(error: Exception, fn: Function, params: Any, plan: Plan | None) -> None:
+    """Raise ValueError for parameters unlike those of the newest fit. Else add to an error of the user's function which
+    parameters it got."""
+    line, leaves = raising_line(error), jax.tree_util.tree_leaves_with_path(params)
+    here = {path_name(leaves[i][0]): _type_of(leaves[i][1]) for i in trained_leaves(params)}
+    there: dict[str, str] = {}
+    for store in plan.training.stores if plan is not None and plan.training is not None else ():
+        there |= {p: _shown(s) for p, s in zip(store.paths, store.specs, strict=True) if not is_given(p)}
+    differs = [f"{p!r} is {here.get(p, 'missing')} and was {s}" for p, s in there.items() if here.get(p) != s]
+    differs += [f"{p!r} is new" for p in here if there and p not in there]
+    if differs:
+        raise ValueError(
+            f"{name_of(fn)} fails at {line} ({type(error).__name__}: {one_line(str(error))}), and its parameters are "
+            f"not those of the fit: {named(differs)}; give them in the form that fit() takes and returns"
+        ) from error
+    given = [f"{path or 'an array'}: {kind}" for path, kind in here.items()]
+    error.add_note(f"raised at {line} by {name_of(fn)}, whose parameters are {named(given) or 'none'}")
+
+
+def _type_of(leaf: Any) -> str:
+    try:
+        return _shown(spec_of(jax.api_util.shaped_abstractify(leaf)))
+    except TypeError:
+        return type(leaf).__name__
+
+
+def _shown(spec: ArraySpec) -> str:
+    return f"{spec.dtype}{list(spec.shape)}"
 
 
 def _check_means(fn: Function, found: Mapping[str, Any], values: Sequence[Any], batch: Any, rows: int) -> None:
@@ -183,6 +224,8 @@ def _devices(plan: Plan, params: Any) -> dict[int, str]:
     none."""
     training, places = plan.training, trained_leaves(params)
     assert training is not None
+    if sum(not is_given(path) for store in training.stores for path in store.paths) != len(places):
+        return {}
     found = {
         places[leaf]: store.readers[0]
         for store in training.stores

@@ -11,7 +11,7 @@ from flowml.errors import PlacementError, named, shadowed
 from flowml.ir._jax import path_name
 from flowml.ir.label import layer_of, matches
 from flowml.ir.objects import array_leaves
-from flowml.leaves import check_untraced, why_no_array
+from flowml.leaves import check_known, why_no_array
 from flowml.plan import ArraySpec
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.remote import Kind, Remote
@@ -50,7 +50,7 @@ def put(tree: Any, cluster: Cluster | None = None, placement: Any = None) -> Any
         if type(leaf) is Remote:
             leaf.check(session.held)
             continue
-        check_untraced(f"fm.put: leaf {path!r}" if path else "fm.put: the value", leaf, "fm.put")
+        check_known(f"fm.put: leaf {path!r}" if path else "fm.put: the value", leaf, "fm.put")
         try:
             shape, dtype, weak = signature(leaf)
         except (TypeError, ValueError, OverflowError):

@@ -24,7 +24,7 @@ from flowml.arrays import ArraySpec, dtype_of
 from flowml.errors import CheckpointError
 from flowml.ir._jax import path_name
 from flowml.ir.objects import array_leaves, leaves_of_modules
-from flowml.leaves import why_no_array
+from flowml.leaves import check_known, why_no_array
 from flowml.numbers import whole_number
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.checkpoint import nested, newest
@@ -149,6 +149,8 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
         raise TypeError(
             f"the tree cannot be saved: {str(error).splitlines()[0]}; give each dict keys of one kind, such as text"
         ) from error
+    for p, value in pairs:
+        check_known(f"save: leaf {path_name(p)!r}", value, "save")
     content = msgspec.json.encode(Tree(tuple(_leaf(p, value) for p, value in pairs), hollow(tree)))
     values = [value for _, value in pairs]
     before = checkpoints.snapshots(directory)
@@ -191,7 +193,7 @@ def load(
         placement: as for `fm.put`. By default each array goes where it was when it was saved, if that device is there.
         like: a pytree with the structure of the result, such as `(params, optimizer.init(params))`, from which what is
             no array in an equinox module is taken. Without it containers that are neither dicts nor sequences are dicts
-            by attribute, and tuples are lists.
+            by attribute, and tuples are lists; None and empty containers are there.
 
     Raises CheckpointError if there is none, it is damaged, or it differs from `like`: it names the leaves.
     """

@@ -108,7 +108,7 @@ class Trainer:
             the stage that computes it; a microbatch takes what the one before it has left.
         state_rules: state path pattern -> how the values of replicas are joined at the end of a fit: `"mean"` (the
             default for floats), `"max"` (the default for integers), `"sum"` of what each replica has added, `"first"`
-            (the value of replica 0, the default for keys) or `"local"` (not joined; that of replica 0 is shown).
+            (that of replica 0, the default for keys, raw ones too) or `"local"` (not joined; replica 0's is shown).
         effects: what becomes of callbacks and debug prints; see `flowml.dataflow`.
 
     Raises:
@@ -342,10 +342,10 @@ class Trainer:
         return self._here(), fn, [params, state] if self._spec.has_state else [params]
 
     def _plan_of(self, params: Any) -> Plan | None:
-        """The newest plan for parameters of this structure, on the cluster in use."""
+        """The newest plan on the cluster in use, of those for parameters of this structure if there are some."""
         leaves, session = len(trained_leaves(params)), self._here().session
-        mine = [p for p in self._programs.values() if p.session is session]
-        return next((p.compiled.plan for p in reversed(mine) if p.parameters == leaves), None)
+        mine = sorted(self._programs.values(), key=lambda p: (p.session is session, p.parameters == leaves))
+        return mine[-1].compiled.plan if mine and mine[-1].session is session else None
 
     def _check_state(self, state: Any, *, shapes: bool = False) -> None:
         """Raise ValueError unless there is state where the loss has it, TypeError if it has only `shapes`."""

@@ -145,12 +145,16 @@ def test_under_another_transformation_it_is_inlined(cluster: FakeCluster) -> Non
             {},
             r"args\[1\]\['w'\] has dtype >f4, which has the byte order.*float32",
         ),
+        ((jax.eval_shape(jnp.sin, X),), {}, r"args\[0\] is a jax.ShapeDtypeStruct without values; pass an array, or"),
+        (({"w": [X, jax.eval_shape(jnp.sin, X)]},), {}, r"args\[0\]\['w'\]\[1\] is a jax.ShapeDtypeStruct without"),
         ((jax.new_ref(X),), {}, r"args\[0\] is a jax Ref, which no worker can write to; pass its value"),
     ],
 )
 def test_what_is_no_array_is_named(cluster: FakeCluster, args: Any, kwargs: Any, where: str) -> None:
     with pytest.raises(TypeError, match=f"layers: {where}"):
         fm.dataflow(layers, cluster=cluster)(*args, **kwargs)
+    with pytest.raises(TypeError, match=f"layers: {where}"):
+        fm.dataflow(layers, cluster=cluster).submit(*args, **kwargs)
     assert cluster.loads == 0
 
 

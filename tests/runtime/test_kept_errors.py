@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -104,6 +104,16 @@ def test_a_future_that_a_function_closes_over_is_an_error_that_says_what_to_do(t
     future = double.submit(1.0)
     with pytest.raises(TypeError, match=r"a Future is not an array; take its result\(\) first, or pass the Future"):
         fm.dataflow(lambda x: x + future, cluster=threads_cluster)(1.0)
+    wrong: dict[str, Callable[[Any], Any]] = {
+        "has no parts; take its result": lambda x: x + future["a"],
+        "has no parts": lambda x: x + sum(future),
+        "has no attribute 'shape'; take its result": lambda x: jnp.zeros(future.shape),
+        "is not an array; take its result": lambda x: x + np.asarray(future),
+        "is not an array": lambda x: x + np.ones(2) * future,
+    }
+    for text, function in wrong.items():
+        with pytest.raises((TypeError, AttributeError), match=f"step 0 of <lambda>: a Future {text}"):
+            fm.dataflow(function, cluster=threads_cluster)(1.0)
     assert fm.dataflow(lambda x, y: x + y, cluster=threads_cluster)(1.0, future) == 3
 
 

@@ -86,6 +86,35 @@ def test_values_that_are_still_computed_are_waited_for(threads_cluster: fm.Clust
     assert_equal(later.fetch(), jnp.full(1000, 63.0))
 
 
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"a": None, "b": [], "c": {}, "e": [None, jnp.ones(2), [], {}], "f": {"g": {}, "h": [None, {}]}},
+        {"empty": {"in": {"it": []}}},
+        [[], [None], {}],
+        [],
+        {},
+        None,
+    ],
+    ids=str,
+)
+def test_none_and_empty_containers_come_back_also_without_like(tmp_path: Path, tree: Any) -> None:
+    fm.save(tree, tmp_path)
+    found = fm.load(tmp_path)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    assert jax.tree.structure(fm.load(tmp_path, like=tree)) == jax.tree.structure(tree)
+
+
+def test_what_has_no_values_is_not_saved_and_not_put(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    struct = {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    with pytest.raises(TypeError, match=r"save: leaf 'w' is a jax.ShapeDtypeStruct without values; give an array"):
+        fm.save(struct, tmp_path)
+    with pytest.raises(TypeError, match=r"fm.put: leaf 'w' is a jax.ShapeDtypeStruct without values; give an array"):
+        fm.put(struct, threads_cluster)
+    with pytest.raises(TypeError, match=r"traced by another JAX transformation, and save\(\) needs its values"):
+        jax.jit(lambda x: fm.save({"w": x}, tmp_path))(jnp.ones(2))
+
+
 def test_the_newest_complete_tree_is_loaded(tmp_path: Path) -> None:
     for n in range(4):
         fm.save({"n": n}, tmp_path, keep=2)

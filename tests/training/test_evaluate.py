@@ -76,6 +76,28 @@ def test_what_is_no_metric_and_no_prediction_is_refused(threads_cluster: fm.Clus
         fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=silent).evaluate(mlp(), SOURCE, metrics)
 
 
+def test_parameters_unlike_those_of_the_fit_are_named(threads_cluster: fm.Cluster) -> None:
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads_cluster)
+    with pytest.raises(KeyError) as caught:
+        trainer.evaluate({"other": jnp.ones(3)}, SOURCE, metrics)
+    (note,) = (n for n in caught.value.__notes__ if "by metrics" in n)
+    assert "whose parameters are other: float32[3]" in note
+    trainer.fit(mlp(), data(), batch_size=BATCH, steps=1, progress=False)
+    first, *_ = sorted(mlp())
+    for wrong, what in (
+        ({"other": jnp.ones(3)}, rf"\(KeyError: .*\), .*'{first}/.*' is missing and was float32"),
+        (jax.tree.map(lambda x: jnp.ones((7, *x.shape)), mlp()), rf"'{first}/.*' is float32\[7, .*\] and was float32"),
+        ({**mlp(), first: np.array("text")}, "has dtype <U4, which is not numeric|is missing and was"),
+        (None, "is missing and was"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=what):
+            trainer.evaluate(wrong, SOURCE, metrics)
+        with pytest.raises((ValueError, TypeError), match=what):
+            trainer.predict(wrong, SOURCE, outputs)
+    with pytest.raises(TypeError, match=r"is a jax.ShapeDtypeStruct without values; give an array"):
+        trainer.evaluate(jax.eval_shape(mlp), SOURCE, metrics)
+
+
 @pytest.mark.parametrize("size", [50, 16, 1])
 @pytest.mark.parametrize("form", [lambda e: e.mean(1), jnp.transpose, jnp.ravel], ids=["rows", "columns", "flat"])
 def test_a_value_of_each_example_is_no_metric(threads_cluster: fm.Cluster, form: Any, size: int) -> None:

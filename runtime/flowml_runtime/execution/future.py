@@ -72,9 +72,24 @@ class Future(Generic[T]):
 
     def __jax_array__(self) -> Any:
         """Raises TypeError: JAX asks for the array where a future is an operand."""
-        raise TypeError(
-            f"{self.name}: a Future is not an array; take its result() first, or pass the Future to a program as an "
-            "argument, which then takes the values where they are"
+        raise TypeError(self._no_value("is not an array"))
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        """Raises TypeError, as for JAX: NumPy would make an array of one object."""
+        raise TypeError(self._no_value("is not an array"))
+
+    def __getitem__(self, part: Any) -> Any:
+        """Raises TypeError: a part is not known before the result is."""
+        raise TypeError(self._no_value("has no parts"))
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises AttributeError: it may be an attribute of the result."""
+        raise AttributeError(self._no_value(f"has no attribute {name!r}"), name=name, obj=self)
+
+    def _no_value(self, why: str) -> str:
+        return (
+            f"{self.__dict__.get('name', 'a call')}: a Future {why}; take its result() first, or pass the Future to a "
+            "program as an argument, which then takes the values where they are"
         )
 
     def as_argument(self) -> T:

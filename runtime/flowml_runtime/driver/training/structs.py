@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowml.ir._jax import path_name
-from flowml.leaves import check_untraced, why_no_array
+from flowml.leaves import check_known, why_no_array
 
 _NOT_TRAINED = "keep what is not trained out of the tree (in equinox: eqx.partition(model, eqx.is_inexact_array))"
 
@@ -36,13 +36,10 @@ def structs_of(params: Any, state: Any) -> tuple[Any, Any]:
     return structs(params, "parameter"), structs(state, "state leaf")
 
 
-def check_values(tree: Any, kind: str) -> None:
+def check_values(tree: Any, kind: str, function: str = "fit") -> None:
     """Raise TypeError for a leaf without values: a struct, or a value that another transformation traces."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = f"{kind} {path_name(path)!r}"
-        check_untraced(name, leaf, "fit")
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(f"{name} is a jax.ShapeDtypeStruct without values; give an array")
+        check_known(f"{kind} {path_name(path)!r}", leaf, function)
 
 
 def check_state(state: Any) -> None:
