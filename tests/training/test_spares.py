@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
+import psutil
 import pytest
 
 import flowml as fm
@@ -148,6 +149,24 @@ def test_a_spare_whose_new_name_the_launcher_learns_late_is_ended_all_the_same(
     again(cluster)
     wait_until(lambda: cluster.pids.get("worker:1", before) != before, "another process has its name", 30)
     wait_until(lambda: len(cluster.devices) == REPLICAS, "it is back", 30)
+
+
+def test_a_spare_takes_the_name_of_a_process_that_has_not_started_yet() -> None:
+    with closing(LaunchedCluster(workers=2, spares=1)) as launched:
+        processes = launched.processes
+        (spare,) = (name for name in launched.pids if name.startswith("spare"))
+        pid, zygote = launched.pids[spare], psutil.Process(os.getpid()).children()[-1]
+        assert not processes.kill("worker:0", pid)
+        assert all(processes.kill(f"worker:{i}", launched.pids[f"worker:{i}"]) for i in range(2))
+        zygote.suspend()  # so that what it reports comes after both requests
+        launched.start_worker("worker:0")
+        processes.rename(spare, "worker:0")
+        launched.start_worker("worker:1")
+        zygote.resume()
+        wait_until(lambda: "worker:1" in launched.pids, "all reports before it have come", 30)
+        assert launched.pids["worker:0"] == pid
+        assert launched.end_worker("worker:0")
+        assert not psutil.pid_exists(pid)
 
 
 def test_bad_numbers_of_spares() -> None:

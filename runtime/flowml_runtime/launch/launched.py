@@ -188,11 +188,13 @@ class LaunchedCluster:
 
     def _on_restart(self, worker: str) -> None:
         """A driver needs a lost worker, and there is no spare: start it again, unless that has begun."""
-        if worker in self._configs and self._restarts.begin(worker, self.pids.get(worker, 0)):
+        before = self.pids.get(worker, 0)
+        if worker in self._configs and self._restarts.begin(worker, before):
 
             def restart() -> None:
-                self.processes.kill(worker)  # it may be suspended, or out of reach
-                self.start_worker(worker)
+                # It may be suspended, or out of reach; or a spare that has just joined has its place by now.
+                if self.processes.kill(worker, before) or worker not in self.pids:
+                    self.start_worker(worker)
 
             service.start("flowml-restart", restart, lambda _: self._restarts.end(worker))
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -85,6 +86,8 @@ class LocalWorkers:
         self._logs: dict[str, Path] = {}
         self._ends: dict[str, int] = {}
         """Worker -> how many of its processes have ended."""
+        self._displaced: Counter[str] = Counter()
+        """Worker -> how many processes were started under its name, lost it to another, and are not reported yet."""
         self._save_s = 0.0
         """How long workers may take to write what would be lost with them."""
         self._ready = False
@@ -172,15 +175,16 @@ class LocalWorkers:
                 if psutil.Process(pid).status() in SUSPENDED:
                     self._request(Kill(worker, signal.SIGKILL))
 
-    def kill(self, worker: str) -> bool:
-        """Kill a worker, and return when its process has ended. False if no process has that name, or has it yet."""
+    def kill(self, worker: str, pid: int | None = None) -> bool:
+        """Kill a worker, and return when its process has ended. False if no process has that name, or has it yet, or,
+        with `pid`, if that one has it no longer."""
         with self._changed:
-            runs, ended = worker in self._expected, self._ends.get(worker, 0)
-        if runs:
+            ended = self._ends.get(worker, 0)
+            if worker not in self._expected or pid not in (None, self.pids.get(worker, 0)):
+                return False
             self._request(Kill(worker, signal.SIGKILL))
-            with self._changed:  # another may be started at once
-                self._changed.wait_for(lambda: self._ends.get(worker, 0) > ended, KILL_S)
-        return runs
+            self._changed.wait_for(lambda: self._ends.get(worker, 0) > ended, KILL_S)  # another may start at once
+        return True
 
     def rename(self, worker: str, name: str) -> None:
         """The process of `worker` is now that of `name`, and one that still has that name is killed. Does not wait."""
@@ -191,6 +195,7 @@ class LocalWorkers:
                 return
             if name in self._expected:
                 self._request(Kill(name, signal.SIGKILL))
+                self._displaced[name] += name not in self.pids
             self._request(Rename(worker, name))
             self._expected = self._expected - {worker} | {name}
             self._logs[name] = self._logs.pop(worker)
@@ -270,18 +275,28 @@ class LocalWorkers:
                 self.coordinator = pid
             case Started(worker, pid):
                 with self._changed:
-                    self.pids[worker] = pid
+                    if not self._was_displaced(worker):
+                        self.pids[worker] = pid
                     self._changed.notify_all()
             case Listening(address):
                 self._on_listening(address)
             case Exited(worker, _, _, reason) if reason:
-                self._ended(worker, reason)
+                with self._changed:
+                    displaced = self._was_displaced(worker)
+                if not displaced:
+                    self._ended(worker, reason)
             case Exited(pid=pid) if pid not in (*self.pids.values(), self.coordinator):
                 pass  # another process has its name by now
             case Exited(pid=pid, status=status):
                 worker = next((name for name, its in self.pids.items() if its == pid), COORDINATOR)
                 how = f"was killed by {_signal(-status)}" if status < 0 else f"ended with status {status}"
                 self._ended(worker, f"its process {pid} {how}{_quoted(self._logs[worker])}")
+
+    def _was_displaced(self, worker: str) -> bool:
+        """Whether the first report of a process of `worker` is of one that has lost the name since it was asked for."""
+        found = self._displaced[worker] > 0
+        self._displaced[worker] -= found
+        return found
 
     def _ended(self, worker: str, reason: str) -> None:
         pid = self.pids.pop(worker, 0)
