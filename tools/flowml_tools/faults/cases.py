@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from flowml import sim
-from flowml.policy import Gossip, Policy, Quorum
+from flowml.policy import Deadline, Gossip, Policy, Quorum
 from flowml.sim import AT_ONCE, ComputeTimes
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.sim.faults import NetworkFaults
@@ -57,6 +57,8 @@ class Case:
     """When snapshots are asked for beside those."""
     patience_s: float | None = None
     """How long replicas stand for a snapshot before it is withdrawn; None: until all have stopped."""
+    sharded: bool = False
+    """Whether each replica has items of its own, if it takes them at its own pace."""
 
     @property
     def crashes_home(self) -> bool:
@@ -104,7 +106,7 @@ class Case:
             crashed=crashed,
             interrupted_s=interrupted,
         )
-        case = _longer_after_a_loss(_with_own_parameters_apart(case))
+        case = _sharded(_longer_after_a_loss(_with_own_parameters_apart(case)))
         return _with_slow_homes(
             _with_late_answers(_with_snapshots(_in_another_place(case, shared or workers))), shared or workers
         )
@@ -133,6 +135,7 @@ class Case:
             outlives=self.rhythm is not None,
             pauses=self.pauses,
             patience_s=self.patience_s,
+            sharded=self.sharded,
         )
         if self.lost is not None:
             run.lose(*self.lost)
@@ -147,7 +150,7 @@ class Case:
         shared = "" if self.workers is None else f" on {self.workers} workers"
         lines = [
             f"{self.replicas} replicas of {self.stages} stages{shared}, {self.clocks} clocks, "
-            f"{self.items} items an epoch, {self.source}",
+            f"{self.items} items an epoch, {self.source}{', a shard for each replica' if self.sharded else ''}",
             f"policies: {rules}",
             f"compute: {self.compute}; network: {self.network}",
         ]
@@ -172,6 +175,8 @@ def _goes_on(policy: Policy, replicas: int) -> bool:
     if policy.adds_up or policy.shared or isinstance(policy.remote, Gossip):
         return False
     quorum = policy.quorum
+    if isinstance(quorum, Deadline):
+        quorum = Quorum() if quorum.limit_s < math.inf else quorum.quorum
     return not (isinstance(quorum, Quorum) and quorum.counted) or quorum.need(replicas) < replicas
 
 
@@ -212,6 +217,11 @@ def _longer_after_a_loss(case: Case) -> Case:
         return case
     clocks = max(case.clocks, MOST_STEPS // (case.replicas * case.stages))
     return replace(case, clocks=clocks, source="shipped", lost=(case.lost[0], rng.uniform(0, 0.4 * clocks)))
+
+
+def _sharded(case: Case) -> Case:
+    """A fifth of the cases in which each replica has items of its own, drawn from numbers of their own."""
+    return replace(case, sharded=random.Random(f"sharded {case.seed}").random() < 0.2)
 
 
 def _with_snapshots(case: Case) -> Case:

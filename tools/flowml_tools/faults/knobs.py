@@ -39,8 +39,6 @@ NEVER = {
     "Crash.worker": "as Crash",
     "Compress.feedback": "a lossless filter refuses it",
     "KeyCache.feedback": "a lossless filter refuses it",
-    "Deadline.counted": "as Quorum.counted, which cases draw: both become a number of replicas in the same place",
-    "RandomK.counted": "as TopK.counted, which cases draw: both become a number of elements in the same place",
     "Deadline.of=samples": "a Deadline refuses it",
     **dict.fromkeys(
         [f"Distill{f}" for f in ("", ".batch_size", ".inputs", ".loss", ".optimizer", ".predict", ".steps")],

@@ -22,6 +22,7 @@ from flowml.policy import (
     Mean,
     Mix,
     Outer,
+    ParameterServer,
     Policy,
     Prox,
     Quorum,
@@ -29,7 +30,7 @@ from flowml.policy import (
     Sum,
 )
 from flowml.policy.graphs import CompleteGraph, NestedGraph, RandomPairs, RingGraph, TorusGraph
-from flowml_tools.faults.draws import check_drawn
+from flowml_tools.faults.draws import REDUCTIONS, check_drawn
 
 LIMITS = (1.0, 5.0, 20.0, 100.0)
 _BASES = (Sum(), Outer(), Mix(0.3), StalenessScaled(0.5), StalenessScaled())
@@ -38,7 +39,8 @@ _BASES = (Sum(), Outer(), Mix(0.3), StalenessScaled(0.5), StalenessScaled())
 def rarer(policies: tuple[Policy, ...], replicas: int, seed: int) -> tuple[Policy, ...]:
     """The policies of the stores, where equal ones stay equal."""
     policies = _changed(policies, replicas, random.Random(f"limits {seed}"), 0.7, _limited_inside)
-    return _changed(policies, replicas, random.Random(f"rarer {seed}"), 0.2, _rarer)
+    policies = _changed(policies, replicas, random.Random(f"rarer {seed}"), 0.2, _rarer)
+    return _changed(policies, replicas, random.Random(f"counts and sums {seed}"), 0.3, _counted)
 
 
 def _changed(
@@ -70,12 +72,31 @@ def _rarer(rng: random.Random, policy: Policy) -> Policy:
         "apply": _apply(rng, policy.apply),
         "quorum": _limited(rng, policy),
     }
+    return _with(policy, changes)
+
+
+def _with(policy: Policy, changes: dict[str, Any]) -> Policy:
+    """The policy with those of the changes that it can have."""
     for name, value in changes.items():
         try:
             policy = msgspec.structs.replace(policy, **{name: value})
         except PolicyError:
             continue
     return policy
+
+
+def _counted(rng: random.Random, policy: Policy) -> Policy:
+    """Numbers in place of shares, and sums over the replicas' own parameters in place of a home for them."""
+    changes: dict[str, Any] = {"filters": tuple(_number(rng, f) for f in policy.filters)}
+    if isinstance(policy.quorum, Deadline) and not policy.quorum.cuts:
+        changes["quorum"] = msgspec.structs.replace(policy.quorum, share=rng.randint(1, 3))
+    if policy.local and policy.topology == ParameterServer():
+        changes["topology"] = rng.choice((ParameterServer(), *REDUCTIONS))
+    return _with(policy, changes)
+
+
+def _number(rng: random.Random, one: Any) -> Any:
+    return msgspec.structs.replace(one, share=rng.randint(1, 3)) if isinstance(one, filters.RandomK) else one
 
 
 def _topology(rng: random.Random, topology: Any) -> Any:
