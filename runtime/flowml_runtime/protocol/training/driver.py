@@ -36,8 +36,8 @@ What the caller must do:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -303,10 +303,10 @@ class TrainingDriver:
         if self._ended:
             handle = event.handle if isinstance(event, Received) else None
             return [] if handle is None else [Release(handle, self.number)]
+        if type(event) is Received:  # not `match`: nearly every event is one
+            actions = self._receive(event)
+            return [*actions, *self._hear(event.message)] if self._snapshots.silent else actions
         match event:
-            case Received():
-                actions = self._receive(event)
-                return [*actions, *self._hear(event.message)] if self._snapshots.silent else actions
             case Begin():
                 return self._begin()
             case StepFailed(message):
@@ -388,23 +388,18 @@ class TrainingDriver:
         message, cause = event.message, self.number
         if message.run != self._start.run or message.plan_id != self._start.plan_id:
             return [] if event.handle is None else [Release(event.handle, cause)]
+        frequent = self._FREQUENT.get(type(message))  # not `match`, which is slow for messages of each step
+        if frequent is not None:
+            return frequent(self, message, event)
         match message:
-            case wire.Report(replica=replica, clock=clock):
-                self._untold.report(replica, clock)
-                if self._departed.counted(message):
-                    return [Note(message, event.handle, cause)]
-                known = Note(msgspec.structs.replace(message, slots=()), None, cause)
-                return [known, *([] if event.handle is None else [Release(event.handle, cause)])]
-            case wire.Ask() | wire.Settled() if self._departed.ignores(message):
+            case wire.Traffic():
+                self.traffic[event.peer] = message
                 return []
-            case wire.Ask():
-                return self._grant(message)
+            case wire.Retired(replica=replica, stage=stage):
+                return self._close(retired=[(replica, stage)])
             case wire.LeftOut():
                 told = self._departed.answered(message, cause)
                 return [*told, *(a for ask in self._departed.take_waiting() for a in self._grant(ask))]
-            case wire.Settled(replica=replica, fates=fates, missing=missing):
-                self.ledger.step(Settled(replica, fates, missing, message.left_out, message.late))
-                return [NoteFates(fates, missing, message.late, cause)]
             case wire.Commit(clock=clock, group=group, coefficients=given):
                 if not self._commits.is_new(group, clock):
                     return []
@@ -434,13 +429,30 @@ class TrainingDriver:
                 return [*made, *self._close()]
             case wire.ModelState(replica=replica, stage=stage):
                 return [KeepModel(replica, stage, event.handle, cause)]
-            case wire.Traffic():
-                self.traffic[event.peer] = message
-                return []
-            case wire.Retired(replica=replica, stage=stage):
-                return self._close(retired=[(replica, stage)])
             case _:
                 raise ProtocolError(f"the driver has no use for {type(message).__name__} during training")
+
+    def _report(self, message: wire.Report, event: Received) -> list[Action]:
+        self._untold.report(message.replica, message.clock)
+        if self._departed.counted(message):
+            return [Note(message, event.handle, self.number)]
+        known = Note(msgspec.structs.replace(message, slots=()), None, self.number)
+        return [known, *([] if event.handle is None else [Release(event.handle, self.number)])]
+
+    def _ask(self, message: wire.Ask, _: Received) -> list[Action]:
+        return [] if self._departed.ignores(message) else self._grant(message)
+
+    def _settled(self, message: wire.Settled, _: Received) -> list[Action]:
+        if self._departed.ignores(message):
+            return []
+        self.ledger.step(Settled(message.replica, message.fates, message.missing, message.left_out, message.late))
+        return [NoteFates(message.fates, message.missing, message.late, self.number)]
+
+    _FREQUENT: ClassVar[dict[type, Callable[[TrainingDriver, Any, Received], list[Action]]]] = {
+        wire.Report: _report,
+        wire.Ask: _ask,
+        wire.Settled: _settled,
+    }
 
     def _hear(self, message: Any) -> Sequence[Action]:
         """Note that a replica runs that held a snapshot up."""
@@ -450,8 +462,8 @@ class TrainingDriver:
     def _grant(self, ask: wire.Ask) -> list[Action]:
         actions: list[Action] = []
         for grant in self.ledger.step(Asked(ask.replica, ask.clocks, ask.returned, ask.copy)):
-            fed = (i for _, i in grant.items if self._start.source == "fed" or i.size != self._item_size)
-            actions += [Feed(grant.replica, item, self.number) for item in fed]
+            fed, usual = self._start.source == "fed", self._item_size
+            actions += [Feed(grant.replica, i, self.number) for _, i in grant.items if fed or i.size != usual]
             self._sated.update((grant.replica,) if grant.exhausted else ())
             answer = wire.Grant(**self._ids(), replica=grant.replica, items=grant.items, exhausted=grant.exhausted)
             actions.append(Send(self._places.stages[grant.replica][:1], answer))

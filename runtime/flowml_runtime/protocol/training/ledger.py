@@ -167,6 +167,8 @@ class Ledger:
         self._work = work
         self._queue = ShardQueue(work) if work.sharded else WorkQueue(work)
         self._portions = None if work.copies is None else PortionQueue(work)
+        self._leaves_none = work.aligned or work.sharded or work.copies is not None
+        """Whether no item is left for replicas that have not asked yet."""
         self._granted = 0
         self._outstanding: dict[_Grant, tuple[int, int, wire.Item]] = {}
         """The replica that has the item, the clock for which it got it, and the item."""
@@ -230,13 +232,12 @@ class Ledger:
         return len(self._outstanding)
 
     def step(self, event: Event) -> list[Grant]:
-        match event:
-            case Asked(replica, clocks, returned, copy):
-                return self._answer(replica, clocks, returned, copy)
-            case Settled(replica, fates, missing, left_out, late):
-                self._settle(replica, fates, missing, left_out, late)
-            case ReplicaLost(replica):
-                self._lose(replica)
+        if type(event) is Asked:  # not `match`, as each step of each replica passes here
+            return self._answer(event.replica, event.clocks, event.returned, event.copy)
+        if type(event) is Settled:
+            self._settle(event.replica, event.fates, event.missing, event.left_out, event.late)
+        elif isinstance(event, ReplicaLost):
+            self._lose(event.replica)
         return []
 
     def _answer(
@@ -244,8 +245,8 @@ class Ledger:
     ) -> list[Grant]:
         if replica in self._lost and self._portions:
             return []
-        for item in returned:
-            self._account(replica, item, "returned")
+        if returned:
+            self._account(replica, [(item, "returned") for item in returned])
         if not clocks or replica in self._lost:
             return []
         if list(clocks) != sorted(set(clocks)) or clocks[0] <= self._newest[replica]:
@@ -254,15 +255,16 @@ class Ledger:
         self._unasked -= first
         self._newest[replica] = clocks[-1]
         items: list[tuple[int, wire.Item]] = []
+        coded, free, outstanding = self._work.coded, self._leaves_none, self._outstanding
         for clock in clocks:
-            if self._work.coded:
+            if coded:
                 self._use_skipped(replica, clock)
-            item = self._next(replica, clock, copy) if first or self._is_free(replica) else None
+            item = self._next(replica, clock, copy) if free or first or self._is_free(replica) else None
             first = False
             if item is not None:
                 if item.copy:
                     self._count_copy(item)
-                self._outstanding[_at(item.sequence, item.copy)] = replica, clock, item
+                outstanding[_at(item.sequence, item.copy)] = replica, clock, item
                 items.append((clock, item))
         self._granted += len(items)
         short = len(items) < len(clocks)
@@ -291,8 +293,7 @@ class Ledger:
 
     def _is_free(self, replica: int) -> bool:
         """Whether the next item need not be left for a replica that has not asked yet."""
-        mine = self._work.aligned or self._work.sharded or self._portions is not None or not self._unasked
-        return mine or self._queue.has_more_than(self._unasked, replica)
+        return not self._unasked or self._queue.has_more_than(self._unasked, replica)
 
     def _next(self, replica: int, clock: int, copy: int | None) -> wire.Item | None:
         if self._portions is None:
@@ -322,9 +323,9 @@ class Ledger:
         replicas still have is dropped. Of portions, what they have sent counts where no other grant does."""
         for replica, _, item in list(self._outstanding.values()):
             if replica in self._lost and self._portions is None:
-                self._account(replica, item, "dropped")
+                self._account(replica, [(item, "dropped")])
             elif replica in self._lost:
-                self._account(replica, item, "duplicate" if item.sequence in self._over else "used")
+                self._account(replica, [(item, "duplicate" if item.sequence in self._over else "used")])
         for replica in range(self._work.replicas if self._work.coded else 0):
             self._use_skipped(replica, self._work.total_clocks)
 
@@ -333,22 +334,21 @@ class Ledger:
         for item in self._queue.skipped(replica, clock):
             self._granted += 1
             self._outstanding[_at(item.sequence, item.copy)] = replica, clock, item
-            self._account(replica, item, "used")
+            self._account(replica, [(item, "used")])
 
     def _settle(
         self,
         replica: int,
-        fates: Iterable[tuple[wire.Item, Fate]],
+        fates: Sequence[tuple[wire.Item, Fate]],
         missing: tuple[int, ...] = (),
         left_out: int = 0,
         late: tuple[int, ...] = (),
     ) -> None:
         if replica in self._lost and self._portions:
             return  # others compute its portions
-        for item, fate in fates:
-            self._account(replica, item, fate, missing, late)
-            if left_out:
-                self._leave_out(replica, item, fate, left_out)
+        self._account(replica, fates, missing, late)
+        for item, fate in fates if left_out else ():
+            self._leave_out(replica, item, fate, left_out)
 
     def _leave_out(self, replica: int, item: wire.Item, fate: Fate, microbatches: int) -> None:
         if fate != "used" or not microbatches < self._work.microbatches:
@@ -364,34 +364,38 @@ class Ledger:
     def _account(
         self,
         replica: int,
-        item: wire.Item,
-        fate: Change,
+        fates: Iterable[tuple[wire.Item, Change]],
         missing: tuple[int, ...] = (),
         late: tuple[int, ...] = (),
     ) -> None:
-        sequence, at = item.sequence, _at(item.sequence, item.copy)
-        owner, _, granted = self._outstanding.get(at, _NONE)
-        if owner != replica or granted != item:
-            raise ProtocolError(f"replica {replica} says that item {sequence} was {fate}, but does not have it")
-        if self._work.coded:
-            fate = "used"
-        del self._outstanding[at]
-        epoch, own = self._epochs[item.epoch].fates, self._replicas[replica].fates
-        epoch[fate] = epoch.get(fate, 0) + 1
-        own[fate] = own.get(fate, 0) + 1
-        for group, account in enumerate(self._groups):
-            counted = "dropped" if group in missing else "folded" if group in late else fate
-            account.fates[counted] = account.fates.get(counted, 0) + 1
-        if fate == "duplicate":
-            return
+        """Items of a replica come back. Each item of a run passes here, so the loop calls little."""
+        outstanding, own, coded = self._outstanding, self._replicas[replica].fates, self._work.coded
+        for item, told in fates:
+            sequence, at = item.sequence, (item.sequence, item.copy) if item.copy else item.sequence
+            owner, _, granted = outstanding.get(at, _NONE)
+            if owner != replica or granted != item:
+                raise ProtocolError(f"replica {replica} says that item {sequence} was {told}, but does not have it")
+            fate = "used" if coded else told
+            del outstanding[at]
+            epoch = self._epochs[item.epoch].fates
+            epoch[fate] = epoch.get(fate, 0) + 1
+            own[fate] = own.get(fate, 0) + 1
+            for group, account in enumerate(self._groups):
+                counted = "dropped" if group in missing else "folded" if group in late else fate
+                account.fates[counted] = account.fates.get(counted, 0) + 1
+            if fate != "duplicate":
+                self._change(item, fate, epoch)
+
+    def _change(self, item: wire.Item, fate: Change, epoch: dict[str, int]) -> None:
+        """What becomes of an item that comes back. `epoch` counts those of its epoch by fate."""
         after = ITEMS["granted", fate]
         if after != "waiting":
-            self._over[sequence] = after
+            self._over[item.sequence] = after
             if self._work.epoch_share < 1:
                 self._queue.end(item.epoch, epoch.get("used", 0))
         if self._portions is not None:
             if after == "used":
-                self._portions.over(sequence)
+                self._portions.over(item.sequence)
         elif fate == "requeued":
             self._queue.requeue(item)
         elif after == "waiting":

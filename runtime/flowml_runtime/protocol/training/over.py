@@ -32,7 +32,8 @@ class ItemsOver:
         return self.get(sequence) is not None
 
     def __setitem__(self, sequence: int, state: State) -> None:
-        self._reach(sequence + 1)
+        if sequence >= len(self._codes):
+            self._reach(sequence + 1)
         self._count += not self._codes[sequence]
         self._codes[sequence] = _CODES[state]
 

@@ -80,6 +80,8 @@ class Work:
     def item(self, sequence: int) -> wire.Item:
         """The item with this number."""
         epoch, index = divmod(sequence, self.items_per_epoch)
+        if not self.short:
+            return wire.Item(sequence, epoch, index * self.item_size, self.item_size)
         return wire.Item(sequence, epoch, *self.span(index))
 
     @property
