@@ -18,13 +18,15 @@ import msgspec
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.actions import Received
 from flowml_runtime.sim.heap import Act, Clock
-from flowml_runtime.sim.network import KINDS, Put
+from flowml_runtime.sim.network import DRIVER, KINDS, Put
 from flowml_runtime.sim.values import NAN, NO_ARRAYS, Value
 
 if TYPE_CHECKING:
     from flowml_runtime.sim.node import Node
 
 _RECEIVE, _TELL, _NEWS, _EDGE, _DRIVER = range(5)
+_NOBODY = -1
+"""The number of a sender that is no worker: the driver."""
 _BITS = 40
 """The events that a process schedules in a window have numbers of so many bits, above which is that of the window."""
 
@@ -74,32 +76,48 @@ class Nodes(dict[str, "Node"]):
         return cast("Node", Away)
 
 
-class _Sent(msgspec.Struct, array_like=True):
+class _Sent(msgspec.Struct, array_like=True, gc=False):
     """A message, and the labels of the events of its arrival at `when`. `number` is that which its sender's clock gave.
 
-    `value` is None, the number of NaNs in it, or pickled.
+    `peer` is the number of its sender, and `value` None, the number of NaNs in it, or pickled.
     """
 
     when: float
     number: int
     kind: int
-    peer: str
+    peer: int
     message: wire.Wire | None
     value: int | bytes | None
     labels: list[int]
     key: Key | None = None
 
 
+class _Arrived(msgspec.Struct, array_like=True, gc=False):
+    """The same in another process. The message to a driver stays bytes until it happens: after the last step of all
+    workers there are several for each at once, and as bytes they take a quarter of the memory."""
+
+    when: float
+    number: int
+    kind: int
+    peer: int
+    message: msgspec.Raw
+    value: int | bytes | None
+    labels: list[int]
+    key: Key | None = None
+
+
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(list[_Sent]).decode
+_decode = msgspec.msgpack.Decoder(list[_Arrived]).decode
+_message = msgspec.msgpack.Decoder(wire.Wire | None).decode
 
 
 class _Outbox:
     """What goes to one other process."""
 
-    def __init__(self, numbered: Callable[[], int]) -> None:
-        """`numbered` is that of the clock of this process."""
+    def __init__(self, numbered: Callable[[], int], numbers: Mapping[str, int]) -> None:
+        """`numbered` is that of the clock of this process, and `numbers` are those of workers."""
         self._numbered = numbered
+        self._numbers = numbers
         self._sent: list[_Sent] = []
         self._last: tuple[Any, ...] = ()
         self._held: list[tuple[float, int, int, tuple[Any, ...]]] = []
@@ -117,11 +135,13 @@ class _Outbox:
         self._last = args
         if kind == _TELL:
             event: Received = args[0]
-            sent = _Sent(when, number, kind, event.peer, cast("wire.Wire", event.message), None, [label])
+            message = cast("wire.Wire", event.message)
+            sent = _Sent(when, number, kind, self._numbers[event.peer], message, None, [label])
         elif kind == _EDGE:
-            sent = _Sent(when, number, kind, "", None, _packed(args[1]), [label], args[0])
+            sent = _Sent(when, number, kind, _NOBODY, None, _packed(args[1]), [label], args[0])
         else:
-            sent = _Sent(when, number, kind, args[0], args[1], _packed(args[2]), [label])
+            peer = self._numbers.get(args[0], _NOBODY)
+            sent = _Sent(when, number, kind, peer, args[1], _packed(args[2]), [label])
         self._sent.append(sent)
 
     def take(self, until: float) -> tuple[float, Mail | None]:
@@ -132,7 +152,8 @@ class _Outbox:
                 rest.append((when, number, label, (peer, news)))
                 least = min(least, news.begins)
             else:
-                self._sent.append(_Sent(when, number, _RECEIVE, peer, news.message, _packed(news.value), [label]))
+                sender, value = self._numbers[peer], _packed(news.value)
+                self._sent.append(_Sent(when, number, _RECEIVE, sender, news.message, value, [label]))
         self._held = rest
         if not self._sent:
             return least, None
@@ -164,15 +185,16 @@ class Here:
         self._firsts = firsts
         self._share = len(firsts) - 1 - index
         self._numbers = numbers
-        self._outboxes = [_Outbox(clock.numbered) for _ in firsts]
+        self._outboxes = [_Outbox(clock.numbered, numbers) for _ in firsts]
         self._puts: list[Put] = [clock.put if n == index else outbox.put for n, outbox in enumerate(self._outboxes)]
         self._names: list[str] = []
+        """Of the workers, by number, and at the end, which is at `_NOBODY`, of the driver."""
         self._receivers: Mapping[str, Node] = {}
         self._to_driver: Callable[..., None] = to_driver
 
     def join(self, numbers: Mapping[str, int], receivers: Mapping[str, Node], driver: Callable[..., None]) -> None:
         """These take what arrives."""
-        self._names, self._receivers, self._to_driver = list(numbers), receivers, driver
+        self._names, self._receivers, self._to_driver = [*numbers, DRIVER], receivers, driver
 
     def has(self, worker: str) -> bool:
         """Whether a worker is in this process."""
@@ -205,21 +227,27 @@ class Here:
         were scheduled, then of the shares of workers, and then as they were scheduled there."""
         count, clock = len(self._firsts), self.clock
         for data in arrived:
-            for sent in _decode(data):
+            found = _decode(data)
+            while found:  # it is emptied on the way, as it may be large
+                sent = found.pop()
                 clock.put_all(sent.when, sent.number, self._events(sent))
         clock.open(until, (window * count + self._share) << _BITS)
 
-    def _events(self, sent: _Sent) -> list[tuple[int, Act, tuple[Any, ...]]]:
-        kind, labels = sent.kind, sent.labels
+    def _events(self, sent: _Arrived) -> list[tuple[int, Act, tuple[Any, ...]]]:
+        kind, labels, names, nodes = sent.kind, sent.labels, self._names, self._receivers
+        peer = names[sent.peer]
         if kind == _DRIVER:
-            return [(label, self._to_driver, (sent.peer, sent.message, _unpacked(sent.value))) for label in labels]
-        names, nodes = self._names, self._receivers
+            return [(label, self._tell_driver, (peer, sent.message, sent.value)) for label in labels]
         found = [nodes[names[label // KINDS]] for label in labels]
+        message = _message(sent.message)
         if kind == _TELL:
-            event = (Received(sent.peer, cast("wire.TrainingMessage", sent.message)),)
+            event = (Received(peer, cast("wire.TrainingMessage", message)),)
             return [(label, node.tell, event) for label, node in zip(labels, found, strict=True)]
         if kind == _EDGE:
             edge = sent.key, _unpacked(sent.value)
             return [(label, node.receive_edge, edge) for label, node in zip(labels, found, strict=True)]
-        args = sent.peer, sent.message, _unpacked(sent.value)
+        args = peer, message, _unpacked(sent.value)
         return [(label, node.receive, args) for label, node in zip(labels, found, strict=True)]
+
+    def _tell_driver(self, peer: str, message: msgspec.Raw, value: int | bytes | None) -> None:
+        self._to_driver(peer, _message(message), _unpacked(value))
