@@ -23,6 +23,9 @@ MOST = 4
 """The most processes of such a simulation."""
 _DRIVER, _HOMES = 0.55, 0.3
 """The work of the driver, and of homes to which all replicas push, as shares of that of all workers."""
+_DRIVER_OF_SITES = 0.35
+"""That of the driver where leaders of sites pass on versions and decisions, so that workers do more. It is also less
+than its work because of the times when only workers have some, as when a run begins."""
 _LEAST = 0.02
 """The least share of the workers for the process of the driver."""
 
@@ -71,7 +74,8 @@ def firsts(layout: Layout, numbers: Mapping[str, int], count: int) -> list[int]:
     for home in homes:
         work[bisect_left(workers, home)] += _HOMES / len(homes)
     sums = list(accumulate(work))
-    each = (sums[-1] + _DRIVER) / count
+    relayed = len(pushed_to) < len(layout.terms.stores)
+    each = (sums[-1] + (_DRIVER_OF_SITES if relayed else _DRIVER)) / count
     found = [0]
     for share in range(1, count):
         end = min(each * share, sums[-1] - _LEAST)
