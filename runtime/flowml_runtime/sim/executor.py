@@ -358,7 +358,7 @@ class Executor:
         if not seconds:
             self._leave(step, store, part, total)
             return True
-        node.locked[store] = until = max(node.locked.get(store, 0.0), world.clock.now) + seconds
+        node.locked = {**node.locked, store: (until := max(node.locked.get(store, 0.0), world.clock.now) + seconds)}
         self._computes, self.waits = True, False
         world.clock.put(until, node.number * KINDS + _TASK, self._has_updated, (step, store, part, total))
         return False

@@ -11,6 +11,7 @@ from flowml.policy.filters import is_lossless
 from flowml_runtime import wire
 from flowml_runtime.protocol.rendezvous import Rendezvous
 from flowml_runtime.protocol.training import actions as protocol
+from flowml_runtime.protocol.training.accounts import NOTHING
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.sim.copies import copying_of
 from flowml_runtime.sim.executor import Executor
@@ -86,9 +87,9 @@ class Node:
         self.told: dict[tuple[int, int, int, int], Value] = {}
         """(store, replica, source, clock) -> what a replica here has got from a neighbour."""
         self.lists = NO_LISTS
-        self.shared: dict[int, int] = {}
+        self.shared: dict[int, int] = NOTHING
         """Store -> its version, where the replicas here update it themselves."""
-        self.locked: dict[int, float] = {}
+        self.locked: dict[int, float] = NOTHING
         """Store -> when the replicas here, which update it themselves, have made the updates that have begun."""
         self.payloads = world.payloads
         """The values of the machine's handles."""
@@ -102,7 +103,7 @@ class Node:
         """When all of it is done."""
         self._closed = 0
         """The runs that have ended here."""
-        self._news: dict[tuple[str, int], _News] = {}
+        self._news: dict[tuple[str, int], _News] = NOTHING
         """(reader, store) -> the newest version that was not sent at once."""
         self._published: frozenset[int] = _NONE
         """The stores of which a version was published."""
@@ -200,13 +201,12 @@ class Node:
         places, programs = self.world.places, self.world.programs
         self.counts = Counts(len(self.world.terms.stores))
         self.shown = [(0, None)] * len(self.world.terms.stores)
-        self._news.clear()
         self._published = self._models = self.states = _NONE
-        for table in (self.batches, self.shared, self.locked, self.told):
+        for table in (self.batches, self.told):
             table.clear()
-        self.shared |= (
-            {s.store: s.version for s in stopped.stores if self.world.terms.stores[s.store].shared} if stopped else {}
-        )
+        self.shared, self.locked, self._news = NOTHING, NOTHING, NOTHING
+        if stopped:
+            self.shared = {s.store: s.version for s in stopped.stores if self.world.terms.stores[s.store].shared}
         self.lists = NO_LISTS
         self.stages = {at: Executor(self, at, programs[at]) for at in places.stages_on(self.name)}
         for at, stage in self.stages.items():
@@ -351,11 +351,10 @@ class Node:
 
     def _send_version(self, action: protocol.Publish) -> None:
         """Send a version to its readers. As at a real home, a newer one replaces what a reader has not been sent."""
-        store, value = action.store, None
+        store, value, nbytes = action.store, None, 0
         message = wire.Published(
             **self.ids, cause=action.cause, store=store, version=action.version, floor=action.floor
         )
-        nbytes = 0
         if action.value:
             value, nbytes = self._version_of(store, action.version)
         self._send_to_readers(message, value, nbytes, action.to)
@@ -377,6 +376,7 @@ class Node:
             news.begins = world.send_news(self, reader, news, nbytes)
             if nbytes and reader != self.name:
                 if news.begins > world.clock.now:
+                    self._news = self._news or {}
                     self._news[reader, store] = news
                 self.counts.publish(store, nbytes)
 

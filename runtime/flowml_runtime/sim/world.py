@@ -294,6 +294,7 @@ class World:
         if not message.empty:
             (coefficient,) = policy.coefficients([message.weight], self.terms.microbatches)
             staleness = (before - message.base_version,) if scales(policy.apply) else ()
+            node.shared = node.shared or {}
             node.shared[store] = before + 1
             self.values.apply(node.name, store, before + 1, [([value], coefficient)], staleness)
         node.note(actions.Updated(step.run, step.replica, store, step.clock, not message.empty))

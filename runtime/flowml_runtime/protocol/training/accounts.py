@@ -69,6 +69,10 @@ NONE: frozenset[int] = frozenset()
 NO_ENTRIES: Mapping[Any, Any] = MappingProxyType({})
 """The empty table that they share."""
 
+NOTHING: dict[Any, Any] = {}
+"""The same in place of a table that most of them never fill. It is not written: who fills a table begins with
+`table or {}`."""
+
 _ANYWAY = frozenset((-1,))
 """What counts an item if some store has no decisions."""
 
@@ -101,7 +105,7 @@ class Accounts:
         self._waits = terms.cut is not None
         self._accounts: list[_Account] = []
         """In the order of clocks. They are few, and a table of them is larger."""
-        self._pushed: dict[tuple[int, int], Fate] = {}
+        self._pushed: dict[tuple[int, int], Fate] = NOTHING
         """(group above, clock) -> what became of the push of the site."""
 
     def kept(self) -> tuple[wire.Unsettled, ...]:
@@ -216,13 +220,14 @@ class Accounts:
 
     def _note(self, group: Group, event: Committed, leader: int) -> None:
         """The group above has decided what becomes of the pushes of the site."""
+        pushed = self._pushed or {}
         if not event.leaves_out(leader):
-            self._pushed[group.number, event.clock] = "used"
+            pushed[group.number, event.clock] = "used"
         elif not group.folds:
-            self._pushed[group.number, event.clock] = "dropped"
-        self._pushed |= {(group.number, clock): "folded" for replica, clock in event.folded if replica == leader}
+            pushed[group.number, event.clock] = "dropped"
+        pushed |= {(group.number, clock): "folded" for replica, clock in event.folded if replica == leader}
         oldest = self._accounts[0].clock if self._accounts else event.clock
-        self._pushed = {at: fate for at, fate in self._pushed.items() if at[1] >= oldest}
+        self._pushed = {at: fate for at, fate in pushed.items() if at[1] >= oldest}
 
     def _follow(self, account: _Account) -> None:
         """If the fate of the item is known in its site, and that of the push of the site, note that of the item."""

@@ -40,7 +40,7 @@ from collections.abc import Iterable
 from flowml.policy import can_read, window
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
-from flowml_runtime.protocol.training.accounts import NONE, Accounts, Settle
+from flowml_runtime.protocol.training.accounts import NONE, NOTHING, Accounts, Settle
 from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.cut import Cut
 from flowml_runtime.protocol.training.items import LOOK_AHEAD, Items
@@ -94,9 +94,9 @@ class Replica:
         self._leads = stage == 0
         self._published: list[StorePublished | None] = [None] * len(terms.stores)
         """The newest version of each store."""
-        self._applied: dict[int, Applied] = {}
+        self._applied: dict[int, Applied] = NOTHING
         self._holds = frozenset(i for i, s in enumerate(terms.stores) if s.policy.holds) or NONE
-        self._taken: dict[int, int] = {}
+        self._taken: dict[int, int] = NOTHING
         """The clock at which each store of `_holds` was taken last."""
         above = (g for g in terms.groups if g.number in terms.above)
         self._follows = frozenset(g.number for g in above if terms.counted_as(g, replica) != replica) or NONE
@@ -115,7 +115,7 @@ class Replica:
         """The newest clock that each group has decided."""
         self.committed = -1
         """The clock of the newest commit received; -1 before the first."""
-        self._pushed: dict[int, int] = {}
+        self._pushed: dict[int, int] = NOTHING
         """For each store at whose home a push may wait, the newest clock at which this stage has pushed."""
         self._included: list[tuple[int, int]] = []
         """(group, clock) of the commits that include this replica and came before their Begin."""
@@ -183,6 +183,7 @@ class Replica:
         """The step of `clock` has read the newest version. Returns whether later steps may compute with it too."""
         if store not in self._holds:
             return False
+        self._taken = self._taken or {}
         self._taken[store] = clock
         return True
 
@@ -238,6 +239,7 @@ class Replica:
             self._publish(event)
             return self._retire() if self._terms.adds_up else []
         if type(event) is Applied:
+            self._applied = self._applied or {}
             self._applied[event.store] = event
             return self._retire() if self._terms.adds_up else []
         if type(event) is StepFinished:
@@ -308,6 +310,7 @@ class Replica:
         self._running = None
         for store in self._terms.may_wait:
             if step.last or self._terms.stores[store].policy.every.due(clock, self._terms.last_clock):
+                self._pushed = self._pushed or {}
                 self._pushed[store] = clock
         fates = self._accounts.finish(clock, self.cut.left_out) if self._leads else ()
         return [*self._settle(fates)] if fates else []

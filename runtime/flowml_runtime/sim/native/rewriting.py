@@ -42,6 +42,7 @@ _TRAINING = (
 )
 COMPILED = (
     *(f"protocol.training.{name}" for name in _TRAINING.split()),
+    "worker.training.counts",
     *(f"sim.{name}" for name in ("executor", "heap", "network", "node", "world")),
 )
 """The modules that become machine code."""
@@ -93,7 +94,7 @@ def sources() -> list[str]:
     return [Path(__file__).read_text(), *(_source(name) for name in (*COMPILED, *COPIED))]
 
 
-_FOLDERS = ("protocol", "protocol/training", "sim")
+_FOLDERS = ("protocol", "protocol/training", "sim", "worker", "worker/training")
 
 
 def _source(name: str) -> str:

@@ -10,16 +10,28 @@ Bytes = tuple[tuple[int, int], ...]
 
 _COUNT, _BYTES, _WIRE, _PUBLISHED, _SHARED = range(5)
 
+_NOTHING: dict[int, int] = {}
+"""Stands for all empty tables, of which a simulation has very many. It is never written."""
+
+
+def _added(found: dict[int, int], store: int, nbytes: int) -> dict[int, int]:
+    """The table with so many bytes more for a store."""
+    if not found:
+        return {store: nbytes}
+    found[store] = found.get(store, 0) + nbytes
+    return found
+
 
 class Counts:
     """Not thread-safe."""
 
     def __init__(self, stores: int) -> None:
         self._rows = [[0, 0, 0, 0, 0] for _ in range(stores)]
-        self._work: dict[int, list[float]] = {}
-        self._pushed: dict[int, int] = {}
+        self._work: dict[int, list[float]] | None = None
+        """Store -> the number of jobs of the homes here, and their seconds."""
+        self._pushed = _NOTHING
         """Store -> the bytes pushed since `take`."""
-        self._crossed: dict[int, int] = {}
+        self._crossed = _NOTHING
         """Store -> the bytes of all kinds since `take` that crossed to another worker."""
 
     def push(self, store: int, part: int, nbytes: int, *, crosses: bool, told: bool = False) -> None:
@@ -31,19 +43,19 @@ class Counts:
         if crosses:
             self._cross(store, _WIRE, nbytes)
         if not told:
-            self._pushed[store] = self._pushed.get(store, 0) + nbytes
+            self._pushed = _added(self._pushed, store, nbytes)
 
     def take(self) -> tuple[Bytes, Bytes]:
         """(store, bytes of contributions), and (store, all bytes that crossed to another worker), since this was called
         last, for `wire.Report`."""
         pushed, crossed = tuple(self._pushed.items()), tuple(self._crossed.items())
-        self._pushed, self._crossed = {}, {}
+        self._pushed = self._crossed = _NOTHING
         return pushed, crossed
 
     def _cross(self, store: int, kind: int, nbytes: int) -> None:
         if nbytes:
             self._rows[store][kind] += nbytes
-            self._crossed[store] = self._crossed.get(store, 0) + nbytes
+            self._crossed = _added(self._crossed, store, nbytes)
 
     def crossing(self, store: int, nbytes: int) -> None:
         """Count the bytes sent to other workers to add up a push, which is counted already."""
@@ -60,6 +72,7 @@ class Counts:
     def worked(self, store: int, seconds: float) -> float:
         """A home here has worked for a store, if it takes time in a simulation. Returns the seconds."""
         if seconds:
+            self._work = {} if self._work is None else self._work
             row = self._work.setdefault(store, [0, 0.0])
             row[0] += 1
             row[1] += seconds
@@ -67,7 +80,9 @@ class Counts:
 
     def work(self) -> tuple[tuple[int, int, float], ...]:
         """The work of the homes here, for `wire.Traffic.homes`."""
+        if self._work is None:
+            return ()
         return tuple((store, int(jobs), seconds) for store, (jobs, seconds) in sorted(self._work.items()))
 
     def rows(self) -> tuple[Row, ...]:
-        return tuple((i, *row) for i, row in enumerate(self._rows))  # pyright: ignore[reportReturnType]
+        return tuple((i, row[0], row[1], row[2], row[3], row[4]) for i, row in enumerate(self._rows))
