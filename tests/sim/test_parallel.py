@@ -198,3 +198,13 @@ def test_shares_are_even_by_the_work_in_them() -> None:
     (first, second), four = firsts(Layout.of(plan), numbers, 2), firsts(Layout.of(plan), numbers, 4)
     assert first == 0 and 500 < second < 900, "the driver takes more than the home"
     assert len(four) == 4 and four[1] < four[2] - four[1], "the share with the home has fewer workers"
+
+
+def test_more_workers_are_beside_the_driver_where_sites_have_leaders() -> None:
+    workers = 400
+    cluster = fm.SimulatedCluster(workers, fm.sim.Constant(0.1), fm.sim.Network(1e-3, 1e9), arithmetic=False)
+    inside = fm.Policy(topology=fm.Hierarchy(fm.ParameterServer(), fm.ParameterServer(), 20, fm.Quorum(0.75)))
+    trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, replicas=workers, policies=inside)
+    plan = trainer.plan(PARAMS, {"x": np.zeros((workers, 4), np.float32)})
+    _, second = firsts(Layout.of(plan), {f"worker:{i}": i for i in range(workers)}, 2)
+    assert workers / 2 < second < workers * 3 / 4

@@ -10,7 +10,7 @@ Bytes = tuple[tuple[int, int], ...]
 
 _COUNT, _BYTES, _WIRE, _PUBLISHED, _SHARED = range(5)
 
-_NOTHING: dict[int, int] = {}
+NO_BYTES: dict[int, int] = {}
 """Stands for all empty tables, of which a simulation has very many. It is never written."""
 
 
@@ -29,9 +29,9 @@ class Counts:
         self._rows = [[0, 0, 0, 0, 0] for _ in range(stores)]
         self._work: dict[int, list[float]] | None = None
         """Store -> the number of jobs of the homes here, and their seconds."""
-        self._pushed = _NOTHING
+        self._pushed = NO_BYTES
         """Store -> the bytes pushed since `take`."""
-        self._crossed = _NOTHING
+        self._crossed = NO_BYTES
         """Store -> the bytes of all kinds since `take` that crossed to another worker."""
 
     def push(self, store: int, part: int, nbytes: int, *, crosses: bool, told: bool = False) -> None:
@@ -49,7 +49,7 @@ class Counts:
         """(store, bytes of contributions), and (store, all bytes that crossed to another worker), since this was called
         last, for `wire.Report`."""
         pushed, crossed = tuple(self._pushed.items()), tuple(self._crossed.items())
-        self._pushed = self._crossed = _NOTHING
+        self._pushed = self._crossed = NO_BYTES
         return pushed, crossed
 
     def _cross(self, store: int, kind: int, nbytes: int) -> None:
