@@ -61,8 +61,11 @@ def explained(function: Callable[..., Any], name: str, error: type[Exception], o
     def call(*given: Any, **named: Any) -> Any:
         try:
             return function(*given, **named)
-        except TypeError:
+        except (TypeError, error) as raised:
             has = _arguments(function, own)
+            passed_on = any(one not in has and f" has no argument {one}=" in str(raised) for one in named)
+            if isinstance(raised, error) and not passed_on:
+                raise
             wrong = misfit(name, has, len(given) - own, named, f"see help({name.rpartition('.')[2]})")
             if wrong is None:  # it was raised further in
                 raise

@@ -102,3 +102,10 @@ def test_what_does_not_divide_says_so(cluster: fm.Cluster) -> None:
         lbfgs(loss, START, SOURCE, cluster, steps=1, portions=5)
     with pytest.raises(ValueError, match="memory"):
         lbfgs(loss, START, SOURCE, cluster, steps=1, memory=0)
+
+
+def test_a_loss_that_is_not_one_number_is_named(cluster: fm.Cluster) -> None:
+    with pytest.raises(ValueError, match=r"loss returns float32\[16\]; give a function that returns the mean"):
+        lbfgs(lambda params, batch: batch["x"] @ params["w"], START, SOURCE, cluster, steps=1, portions=1)
+    with pytest.raises(ValueError, match=r"loss returns .*; give a function that returns the mean"):
+        lbfgs(lambda params, batch: (loss(params, batch), 0.0), START, SOURCE, cluster, steps=1, portions=1)

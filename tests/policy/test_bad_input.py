@@ -120,6 +120,15 @@ def test_the_nearest_argument_is_named() -> None:
         fm.sim.Regions.read(pth="links.csv")  # pyright: ignore[reportCallIssue]
 
 
+def test_a_named_policy_names_its_own_arguments() -> None:
+    with pytest.raises(
+        fm.PolicyError, match=r"^sparse_loco has no argument kep=; did you mean keep=\? .* bits=, outer="
+    ):
+        fm.policies.sparse_loco(8, kep=2)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(fm.PolicyError, match=r"^Quorum\(2.0\): a fraction lies in"):
+        fm.policies.quorum(2.0, every=2)
+
+
 def test_the_nearest_name_is_named() -> None:
     for module, wrong, right in (
         (fm, "Quorom", "fm.Quorum"),

@@ -128,9 +128,11 @@ def test_names_are_calls_or_functions_and_a_wrong_one_is_told() -> None:
     ]
     for wrong, says in (
         ("qurum", "did you mean quorum?"),
-        ("quorum(0.5)", "did you mean quorum(0.75)?"),
+        ("quorum(0.5)", "no row 'quorum(0.5)'; of quorum there is quorum(0.75)"),
         ("", "there are synchronous, all_reduce, "),
         ("hogwild", "devices of one worker"),
+        ("hogwild()", "devices of one worker"),
+        ("diloco(8", "of diloco there is diloco(8), diloco(8, fragments=2"),
     ):
         with pytest.raises(CommandError) as error:
             chosen([wrong])

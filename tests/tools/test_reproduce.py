@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 
 import flowml as fm
 from flowml_tools.main import main
-from flowml_tools.plots import Line, Plot, draw
+from flowml_tools.plots import Dots, DotsRow, Line, Plot, draw
 from flowml_tools.reproduce import CLAIMS
 from flowml_tools.reproduce.claims import Finding, Outcome, at_least, at_most, between, near, out_of_reach
 from flowml_tools.reproduce.page import Run, markdown, text
@@ -84,6 +85,24 @@ def test_a_plot_has_every_finite_point() -> None:
     assert draw(plot).count("<circle") == 2
     assert ET.fromstring(draw(plot)).findtext("{http://www.w3.org/2000/svg}title") == "a < b"
     assert draw(replace(plot, log_x=False, log_y=False)).count("<circle") == 3
+
+
+def test_names_of_lines_fit_and_a_covered_line_is_seen() -> None:
+    def drawing(name: str, other: float) -> str:
+        lines = Line(name, [(0.0, 1.0), (1.0, 2.0)]), Line("b", [(0.0, 1.0), (1.0, other)])
+        return draw(Plot("t", "x", "y", lines))
+
+    short, long = (ET.fromstring(drawing(name, 1.0)) for name in ("a", "a name of which the end would be cut off"))
+    assert float(long.attrib["width"]) > float(short.attrib["width"])
+    assert 'stroke-width="5"' in drawing("a", 2.0)
+    assert 'stroke-width="5"' not in drawing("a", 1.0)
+
+
+def test_ticks_of_columns_of_dots_do_not_meet() -> None:
+    rows = (DotsRow("a", ((0.5, 2.5), (0.82, 0.98))), DotsRow("b", ((1.0,), (0.9,))))
+    texts = ET.fromstring(draw(Dots("t", ("s", "accuracy"), rows))).iter("{http://www.w3.org/2000/svg}text")
+    ticks = sorted(float(text.attrib["x"]) for text in texts if (text.text or "").replace(".", "").isdigit())
+    assert min(b - a for a, b in itertools.pairwise(ticks)) > 30
 
 
 def test_the_command_writes_a_page_and_its_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -348,8 +348,25 @@ def test_a_layer_that_two_stages_use_cannot_be_local() -> None:
             return jnp.mean((hidden @ params["tied"].T - batch["x"]) ** 2)
 
     spec = TrainingSpec(tied, optax.sgd(0.1), policies=fm.policies.local_sgd(4))
-    with pytest.raises(fm.PolicyError, match=r"'tied' .*place them on one device"):
+    with pytest.raises(
+        fm.PolicyError, match=r"'tied' .*several devices of a replica use one.*place them on one device"
+    ):
         compile_training(spec, {"tied": jnp.zeros((FEATURES, 4))}, SOURCE, ["worker:0/cpu:0", "worker:1/cpu:0"])
+
+
+def test_layers_on_several_devices_that_the_optimizer_couples_cannot_be_local_and_why_is_said() -> None:
+    def staged(params: Any, batch: Any) -> Any:
+        with fm.device("worker:0"):
+            hidden = jnp.tanh(batch["x"] @ params["a"])
+        with fm.device("worker:1"):
+            return jnp.mean((hidden @ params["b"] - batch["x"]) ** 2)
+
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+    params = {"a": jnp.zeros((FEATURES, 4)), "b": jnp.zeros((4, FEATURES))}
+    devices = ["worker:0/cpu:0", "worker:1/cpu:0"]
+    with pytest.raises(fm.PolicyError, match=r"the optimizer reads the gradients of all of them.*clip_by_global_norm"):
+        compile_training(TrainingSpec(staged, clipped, policies=fm.policies.diloco(4)), params, SOURCE, devices)
+    compile_training(TrainingSpec(staged, optax.sgd(0.1), policies=fm.policies.diloco(4)), params, SOURCE, devices)
 
 
 def test_more_fragments_than_layers_are_refused(threads_cluster: fm.Cluster) -> None:

@@ -12,8 +12,10 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 68, 150, 44, 48
-LINE, CHARACTER, LABEL = 15, 6.2, 36
-"""The height of a row of dots, and about the width of a letter and of the label of a tick."""
+LINE, CHARACTER, LABEL, APART = 15, 6.2, 36, 36
+"""The height of a row of dots, about the width of a letter and of the label of a tick, and between columns of dots."""
+KEY = 36
+"""From the axes to the names of lines."""
 COLOURS = ("#3978d8", "#dd7a2e", "#20967f", "#b5509a", "#7f8f1f", "#cf4759", "#6b62d6", "#7d6a57")
 STYLE = """
 .plot text{font-family:ui-sans-serif,system-ui,'Segoe UI','DejaVu Sans',Arial,sans-serif;font-size:11px;fill:#1c2733}
@@ -84,13 +86,13 @@ def draw(figure: Plot | Dots) -> str:
     return _dots(figure) if isinstance(figure, Dots) else _lines(figure)
 
 
-def _document(title: str, height: float, parts: Sequence[str]) -> str:
+def _document(title: str, height: float, parts: Sequence[str], width: float = WIDTH) -> str:
     head = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
         f'height="{height:g}" role="img">',
         f"<title>{escape(title)}</title>",
         f"<style>{STYLE}</style>",
-        f'<rect class="back" width="{WIDTH}" height="{height:g}" rx="8"/>',
+        f'<rect class="back" width="{width:g}" height="{height:g}" rx="8"/>',
         _text(LEFT, 24, title, "start", "title"),
     ]
     return "\n".join([*head, *parts, "</svg>"]) + "\n"
@@ -104,7 +106,7 @@ def _dots(figure: Dots) -> str:
     for column, name in enumerate(figure.columns):
         begin, colour = first + column * each, COLOURS[column % len(COLOURS)]
         values = [value for row in figure.rows for value in row.values[column]]
-        axis = _axis(values or [1.0], log=False, begin=begin + 10, end=begin + each - 10)
+        axis = _axis(values or [1.0], log=False, begin=begin + APART / 2, end=begin + each - APART / 2)
         for tick in axis.ticks[:: math.ceil(len(axis.ticks) * LABEL / each)]:
             parts += [
                 f'<path class="rule" d="M{axis.at(tick):.1f},{TOP}V{bottom}"/>',
@@ -138,9 +140,24 @@ def _lines(plot: Plot) -> str:
         *(_tick_y(up, value) for value in up.ticks),
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, plot.x, "middle"),
         f'<g transform="rotate(-90 16 {HEIGHT / 2})">{_text(16, HEIGHT / 2, plot.y, "middle")}</g>',
-        *(_line(line, index, across, up) for index, line in enumerate(lines)),
+        *_drawn(lines, across, up),
     ]
-    return _document(plot.title, HEIGHT, parts)
+    names = CHARACTER * max((len(line.name) for line in lines), default=0)
+    return _document(plot.title, HEIGHT, parts, max(WIDTH, math.ceil(WIDTH - RIGHT + KEY + names + 8)))
+
+
+def _drawn(lines: Sequence[Line], across: _Axis, up: _Axis) -> list[str]:
+    """The lines. One that a later line covers is wider, so that both are seen."""
+    spots = [[(across.at(a), up.at(b)) for a, b in line.points] for line in lines]
+    return [
+        _line(line, index, spots[index], any(_covers(later, spots[index]) for later in spots[index + 1 :]))
+        for index, line in enumerate(lines)
+    ]
+
+
+def _covers(later: Sequence[tuple[float, float]], spots: Sequence[tuple[float, float]]) -> bool:
+    alike = len(later) == len(spots) > 0
+    return alike and all(math.dist(a, b) < 2 for a, b in zip(later, spots, strict=True))
 
 
 def _finite(line: Line, plot: Plot) -> Line:
@@ -168,14 +185,14 @@ def _step(extent: float) -> float:
     return next(size * part for part in (0.1, 0.2, 0.25, 0.5, 1.0) if extent <= 8 * size * part or part == 1.0)
 
 
-def _line(line: Line, index: int, across: _Axis, up: _Axis) -> str:
+def _line(line: Line, index: int, spots: Sequence[tuple[float, float]], covered: bool) -> str:
     colour, y = COLOURS[index % len(COLOURS)], TOP + 8 + 18 * index
-    spots = [(across.at(a), up.at(b)) for a, b in line.points]
     path = "L".join(f"{a:.1f},{b:.1f}" for a, b in spots)
     dash = ' stroke-dasharray="5 4"' if line.dashed else ""
-    marks = "" if line.dashed else "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in spots)
-    drawn = f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>' if spots else ""
-    left = WIDTH - RIGHT + 14
+    radius, wide = (4.5, 5) if covered else (2.6, 1.8)
+    marks = "" if line.dashed else "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}"/>' for a, b in spots)
+    drawn = f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="{wide}"{dash}/>' if spots else ""
+    left = WIDTH - RIGHT + KEY - 22
     key = f'<path d="M{left},{y - 4}h16" stroke="{colour}" stroke-width="2"{dash}/>'
     return f'<g fill="{colour}">{drawn}{marks}{key}</g>{_text(left + 22, y, line.name, "start")}'
 

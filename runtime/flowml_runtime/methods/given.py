@@ -13,6 +13,7 @@ import numpy as np
 from flowml.errors import ClusterError, WorkerLostError
 from flowml.ir._jax import path_name
 from flowml.leaves import check_array
+from flowml.training.step import described
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.driver.training.structs import structs
 
@@ -32,6 +33,14 @@ def check_function(name: str, value: object, form: str) -> None:
     """Raise TypeError for what cannot be called."""
     if not callable(value):
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; give a function {form}")
+
+
+def check_loss(value: Any) -> Any:
+    """What a loss returned. Raises ValueError if that is not one floating number."""
+    if jnp.shape(value) if isinstance(value, jax.Array) else not isinstance(value, float):
+        found = jax.ShapeDtypeStruct(value.shape, value.dtype) if isinstance(value, jax.Array) else value
+        raise ValueError(f"loss returns {described(found)}; give a function that returns the mean over the examples")
+    return value
 
 
 def check_params(params: Any) -> None:

@@ -20,7 +20,7 @@ from flowml.ir.scopes import device
 from flowml.numbers import whole_number
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.dataflow import dataflow
-from flowml_runtime.methods.given import check_cluster, check_function, count_examples, losses_told, titled
+from flowml_runtime.methods.given import check_cluster, check_function, check_loss, count_examples, losses_told, titled
 from flowml_runtime.methods.vectors import Vector, Vectors
 from flowml_runtime.put import put
 
@@ -116,7 +116,7 @@ class Portions:
                 rows = jax.tree_util.tree_map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, self._size), source)
 
                 def of(pieces: Vector) -> Any:
-                    return self._loss(self._vectors.tree(pieces), rows)
+                    return check_loss(self._loss(self._vectors.tree(pieces), rows))
 
                 return jax.value_and_grad(of)(list(params))
 

@@ -123,9 +123,13 @@ def chosen(names: Sequence[str]) -> dict[str, Entry]:
         return known
     functions = [call.partition("(")[0] for call in known]
     for name in names:
-        if name in LEFT_OUT:
-            raise CommandError(f"--policies: {name} has no row: {LEFT_OUT[name]}")
+        function = name.partition("(")[0]
+        if function in LEFT_OUT:
+            raise CommandError(f"--policies: {function} has no row: {LEFT_OUT[function]}")
         if name not in known and name not in functions:
+            if function in functions:
+                rows = [call for call in known if call.partition("(")[0] == function]
+                raise CommandError(f"--policies: there is no row {name!r}; of {function} there is {', '.join(rows)}")
             near = get_close_matches(name, [*known, *functions], n=1, cutoff=0.5)
             raise CommandError(
                 f"--policies: there is no {name!r}; "

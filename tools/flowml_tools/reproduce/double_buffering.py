@@ -51,7 +51,7 @@ def run(full: bool, seed: int) -> Outcome:
         Plot(
             "Time of a step with one buffer and with two",
             "time of the exchange, in times of the computation",
-            "s",
+            "seconds a step",
             tuple(Line(name, [(s, t[n]) for s, t in times.items()]) for n, name in enumerate(("one", "two"))),
         ),
     )

@@ -64,7 +64,7 @@ def run(full: bool, seed: int) -> Outcome:
         ),
         Plot(
             "Time of a step against the bound of delay",
-            "delay",
+            "bound of delay, steps",
             "seconds a step",
             (Line("16 replicas", list(times.items())),),
         ),

@@ -16,7 +16,7 @@ def run(full: bool, seed: int) -> Outcome:
     x = rng.normal(size=(2 * rows, features))
     chosen = rng.choice(features, 8, replace=False)
     y = (x[:, chosen] @ np.linspace(2, 0.5, 8) + x[:, chosen[0]] * x[:, chosen[1]] > 0).astype(float)
-    votes, depth = ((1, 2, 3, 5, 10, 20), 4) if full else ((3,), 2)
+    votes, depth = ((1, 2, 3, 5, 10, 20), 4) if full else ((1, 3, 10), 2)
     with fm.Cluster.threads(workers=2) as cluster:
         whole = fm.methods.boost(x[:rows], y[:rows], cluster, trees=5, depth=depth)
         voted = {a: fm.methods.boost(x[:rows], y[:rows], cluster, trees=5, depth=depth, vote=a) for a in votes}
