@@ -34,7 +34,7 @@ def loss(params, batch):
 FITS = """\
 
 def trained(name, policies, rate):
-    machines = fm.sim.LogNormal(mean_s=1.0, sigma=0.3), fm.sim.Network(latency_s=1e-3, bytes_per_s=1e5)
+    machines = fm.sim.LogNormal(mean_s=1.0, sigma=0.3), fm.sim.Network(latency_s=1e-3, bytes_per_s=1e5){slow}
     cluster = fm.SimulatedCluster({workers}, *machines{devices})
     trainer = fm.Trainer(loss, optax.sgd(rate), cluster=cluster, replicas={replicas}, policies=policies{trainer})
     result = trainer.fit(params, source, batch_size={batch}, steps={steps}{fit})
@@ -64,12 +64,15 @@ class Fit:
     batch: int = 64
     steps: int = 80
     fit: str = ""
+    slow: str = ""
 
     @property
     def code(self) -> str:
         return PROBLEM + FITS.format(**vars(self))
 
 
+SLOW = """
+    machines = fm.sim.Straggler(machines[0], factor=8, workers=[1]), machines[1]  # one of them is slow"""
 ADAM = """
 policies = {
     "conv*": fm.policies.adam_convolution(10),  # each replica sends the sum of 10 of its updates, and waits for none
@@ -172,8 +175,8 @@ EXAMPLES: dict[str, Fit | str] = {
     "elastic": Fit("elastic", "fm.policies.elastic_averaging(8, 0.2)"),
     "backup": Fit("3 of 4", "fm.policies.backup_workers(3)"),
     "compensation": Fit("compensate", "fm.policies.compensate(0.75)"),
-    "coding": Fit("coded", "fm.policies.coded(1)"),
-    "coded_reduce": Fit("tree", "fm.policies.coded_reduce(2, 2, 1)", workers=6, replicas=6, batch=48),
+    "coding": Fit("coded", "fm.policies.coded(1)", slow=SLOW),
+    "coded_reduce": Fit("tree", "fm.policies.coded_reduce(2, 2, 1)", workers=6, replicas=6, batch=48, slow=SLOW),
     "drop_compute": Fit("threshold", "fm.policies.drop_compute(1.2)", trainer=", microbatches=4"),
     "rudra": Fit("softsync", "fm.policies.softsync(4)"),
     "ring": Fit("ring", "fm.policies.ring()"),

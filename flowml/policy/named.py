@@ -188,8 +188,9 @@ def compensate(share: float = 0.75, **overrides: Unpack[_Pushing]) -> algebra.Po
 
 def softsync(n: float, scale: bool = True, **overrides: Unpack[_Sending]) -> algebra.Policy:
     """A home applies 1/n of the replicas' gradients at a time, so their staleness is about `n`; `scale` divides each by
-    its staleness (Gupta et al., Rudra, 2016). An `n` of the number of replicas or more applies each as it arrives.
-    Raises PolicyError for an `n` below 1."""
+    its staleness (Gupta et al., Rudra, 2016). An `n` of the number of replicas applies each as it arrives. Of k =
+    ⌈replicas / n⌉ gradients applied together each counts 1 / k, divided by the versions made since its parameters
+    were read, if more than one. After a push a replica reads the newest one. Raises PolicyError for an `n` below 1."""
     scaled = flag("scale", scale)
     if not 1 <= number(n, "softsync({!r}): give a number of at least 1") <= MOST:
         raise PolicyError(

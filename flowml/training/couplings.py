@@ -57,6 +57,21 @@ def clock_of(policy: Policy) -> Hashable | None:
     return policy.collective, policy.quorum, policy.every, policy.topology if policy.sited else None
 
 
+def on_several_devices(paths: Sequence[str], policy: Policy, *, coupled: bool) -> PolicyError:
+    """Why replicas cannot update these parameters of their own: one device would have to have all of them."""
+    why = (
+        "the optimizer reads the gradients of all of them for each update, as clip_by_global_norm does"
+        if coupled
+        else "several devices of a replica use one of them"
+    )
+    each = ", give an optimizer that updates each layer by itself" if coupled else ""
+    other = "a policy whose homes update, such as synchronous()" if policy.local else "topology=fm.ParameterServer()"
+    return PolicyError(
+        f"{', '.join(map(repr, paths[:3]))} ({policy.describe()}): each replica updates these parameters itself, on "
+        f"one device, and they are on several: {why}; place them on one device{each}, or give them {other}"
+    )
+
+
 def policy_of_value(policies: Iterable[Policy]) -> Policy:
     """The policy of the value, if the parameters have these. Raises PolicyError if they share no clock."""
     first, *others = dict.fromkeys(policies)

@@ -38,7 +38,7 @@ from flowml.policy.filters import Form, check_array, is_exchanged, sum_sizes
 from flowml.policy.replicas import weighs
 from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, joined, pack
-from flowml.training.couplings import Exchange, across_clocks, exchanges, lower, lower_member
+from flowml.training.couplings import Exchange, across_clocks, exchanges, lower, lower_member, on_several_devices
 from flowml.training.distil import apart
 from flowml.training.drafts import Contributions, PartDraft, StoreDraft, coefficient_dtype, strong, value_of
 from flowml.training.factors import OuterProduct, find_outer_product, product_function, send_factors
@@ -230,25 +230,9 @@ class StorePlanner:
         if coupled or any(len(devices) > 1 for devices in users):
             if isinstance(base_of(policy.apply), Distill):
                 raise apart(policy, set().union(*users))
-            raise self._on_several_devices(group, policy, coupled)
+            paths = [parameter_path(self.paths[leaf]) for leaf in group]
+            raise on_several_devices(paths, policy, coupled=coupled)
         return [tuple(found) for found in users.values()]
-
-    def _on_several_devices(self, group: Sequence[int], policy: Policy, coupled: bool) -> PolicyError:
-        """Why replicas cannot update these parameters of their own: one device would have to have all of them."""
-        paths = ", ".join(repr(parameter_path(self.paths[leaf])) for leaf in group[:3])
-        why = (
-            "the optimizer reads the gradients of all of them for each update, as clip_by_global_norm does"
-            if coupled
-            else "several devices of a replica use one of them"
-        )
-        each = ", give an optimizer that updates each layer by itself" if coupled else ""
-        other = (
-            "synchronous() or another policy whose homes update" if policy.local else "topology=fm.ParameterServer()"
-        )
-        return PolicyError(
-            f"{paths} ({policy.describe()}): each replica updates these parameters itself, which takes one device with "
-            f"all of them, and they are on several: {why}; place them on one device{each}, or give them {other}"
-        )
 
     def _are_coupled(self, group: Sequence[int]) -> bool:
         """Whether the optimizer couples some of these leaves."""

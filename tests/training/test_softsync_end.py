@@ -35,6 +35,37 @@ def test_the_update_of_a_fit_is_that_of_all_its_work_items(replicas: int, n: flo
     assert float(result.params) == pytest.approx(-replicas * steps / need)
 
 
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_a_loop_of_numpy_that_follows_the_page_makes_the_same_parameters(n: int, scale: bool) -> None:
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    y = (x @ np.random.default_rng(1).normal(size=(6, 3))).astype(np.float32)
+    source = {"x": np.tile(x, (16, 1)), "y": np.tile(y, (16, 1))}  # each work item has the same four examples
+    seconds, rate = (0.1, 0.137123, 0.171317, 0.291719), 0.05
+
+    def loss(w: Any, batch: Any) -> Any:
+        return jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
+
+    cluster = fm.SimulatedCluster(4, fm.sim.Recorded([[s] for s in seconds]), fm.sim.Network(1e-6, 1e12))
+    policy = fm.policies.softsync(n, scale=scale)
+    trainer = fm.Trainer(loss, optax.sgd(rate), cluster=cluster, replicas=4, policies=policy)
+    result = trainer.fit(np.zeros((6, 3), np.float32), source, batch_size=16, steps=12, shuffle=False, progress=False)
+
+    together, home, version = -(-4 // n), np.zeros((6, 3)), 0
+    read, waiting = [(home, version)] * 4, list[tuple[Any, int]]()
+    steps = [tally.used for tally in result.ledger.replicas]
+    ends = sorted((number * s, r) for r, s in enumerate(seconds) for number in range(1, steps[r] + 1))
+    for left, (_, replica) in zip(range(len(ends) - 1, -1, -1), ends, strict=True):
+        w, of = read[replica]
+        waiting.append((2 * x.T @ (x @ w - y) / y.size, of))
+        if len(waiting) == together or not left:
+            for gradient, of in waiting:
+                home = home - rate * gradient / together / (max(version - of, 1) if scale else 1)
+            version, waiting = version + 1, []
+        read[replica] = home, version
+    np.testing.assert_allclose(result.params, home, atol=1e-5)
+
+
 def test_replicas_that_have_nothing_left_to_do_do_not_lower_the_quorum_of_the_others() -> None:
     """Contributions of the last step came in groups of two, one and one, and the last ones counted as stale."""
     machines: Any = fm.sim.Constant(0.1)
