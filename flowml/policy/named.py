@@ -378,10 +378,9 @@ def choco(filters: Sequence[object], pull: float = 0.5, graph: object = "ring", 
     `filters` make of the difference between the parameters and the copy. After each round a replica moves by `pull` of
     the distance between its neighbours' copies and its own. The more filters leave out, the smaller `pull` has to be.
     """
-    if not filters:
+    if isinstance(filters, tuple | list) and not filters:
         raise PolicyError(
-            "choco(()): it has no filters; give what makes the differences smaller, such as (fm.filters.top_k(0.01),); "
-            "without filters it is gossip()"
+            "choco(()): it has no filters; give some, such as (fm.filters.top_k(0.01),); without any it is gossip()"
         )
     return algebra.Policy(topology=algebra.Gossip(graph, every, pull), filters=filters)
 

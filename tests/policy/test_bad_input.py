@@ -159,7 +159,7 @@ def test_an_error_further_in_is_not_taken_for_a_wrong_call() -> None:
             lambda: fm.policies.compensate(1),
             r"compensate\(1\): a clock would be complete with one replica; give a share",
         ),
-        (lambda: fm.policies.choco(()), r"choco\(\(\)\): it has no filters; .* without filters it is gossip\(\)"),
+        (lambda: fm.policies.choco(()), r"choco\(\(\)\): it has no filters; .* without any it is gossip\(\)"),
     ],
 )
 def test_a_slip_that_makes_another_method_is_named(make: Callable[[], object], message: str) -> None:

@@ -37,7 +37,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "an unknown argument of a named policy": (
         lambda: fm.policies.local_sgd(8, stalenes=1),  # pyright: ignore[reportCallIssue]
-        "Policy has no argument stalenes=; did you mean staleness=?",
+        "local_sgd has no argument stalenes=; did you mean staleness=?",
     ),
     "an argument that nothing is like": (
         lambda: fm.Ring(3),  # pyright: ignore[reportCallIssue]

@@ -98,6 +98,11 @@ def test_names_of_lines_fit_and_a_covered_line_is_seen() -> None:
     assert 'stroke-width="5"' not in drawing("a", 1.0)
 
 
+def test_the_nearest_claim_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "adams"]) != 0
+    assert "there is no claim 'adams'; did you mean adam? there are adam, downpour" in capsys.readouterr().err
+
+
 def test_ticks_of_columns_of_dots_do_not_meet() -> None:
     rows = (DotsRow("a", ((0.5, 2.5), (0.82, 0.98))), DotsRow("b", ((1.0,), (0.9,))))
     texts = ET.fromstring(draw(Dots("t", ("s", "accuracy"), rows))).iter("{http://www.w3.org/2000/svg}text")

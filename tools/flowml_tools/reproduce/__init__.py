@@ -7,6 +7,7 @@ size, in seconds; `--full` runs it at the size of the paper, or as near to it as
 from __future__ import annotations
 
 import argparse
+from difflib import get_close_matches
 from pathlib import Path
 
 from flowml_tools.command import CommandError, make_folder, natural
@@ -110,7 +111,9 @@ def main(arguments: argparse.Namespace) -> int:
     names: list[str] = list(CLAIMS) if arguments.all else list(dict.fromkeys(arguments.names))
     for name in names:
         if name not in CLAIMS:
-            raise CommandError(f"there is no claim {name!r}; there are {', '.join(CLAIMS)}")
+            near = get_close_matches(name, CLAIMS, 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise CommandError(f"there is no claim {name!r}; {meant}there are {', '.join(CLAIMS)}")
     folder: Path | None = arguments.out
     if folder is not None:
         make_folder("--out", folder)  # before claims run for minutes
