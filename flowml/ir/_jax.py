@@ -148,7 +148,7 @@ def is_wide(dtype: str) -> bool:
 def computes_wide(equation: Any) -> bool:
     """Whether an equation, or one inside its loops and branches, makes or reads a value of 64 bits."""
     atoms = (*equation.invars, *equation.outvars)
-    if any(is_wide(str(getattr(a.aval, "dtype", ""))) for a in atoms):
+    if any(_is_wide_type(getattr(a.aval, "dtype", None)) for a in atoms):
         return True
     return any(computes_wide(inner) for body in nested_jaxprs(equation) for inner in body.eqns)
 
@@ -273,7 +273,13 @@ def spec_of(aval: Any) -> ArraySpec:
         return ArraySpec(tuple(aval.shape), str(dtype))
     if dtype == jax.dtypes.float0:
         return ArraySpec(tuple(aval.shape), "float0")
-    return ArraySpec(tuple(aval.shape), np.dtype(dtype).name, bool(getattr(aval, "weak_type", False)))
+    return ArraySpec(tuple(aval.shape), _name_of_type(np.dtype(dtype)), bool(getattr(aval, "weak_type", False)))
+
+
+@functools.lru_cache
+def _name_of_type(dtype: np.dtype[Any]) -> str:
+    """The name of a dtype, which NumPy makes anew each time."""
+    return dtype.name
 
 
 def float0_literal(aval: Any) -> Any:
@@ -466,7 +472,7 @@ def _sharding_of(device: Any) -> jax.sharding.SingleDeviceSharding:
 
 @functools.lru_cache
 def _is_wide_type(dtype: Any) -> bool:
-    return is_wide(dtype.name)
+    return is_wide(str(dtype))
 
 
 def literal_value(atom: Any) -> np.ndarray:

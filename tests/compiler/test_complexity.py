@@ -16,6 +16,7 @@ import optax
 import pytest
 
 import flowml as fm
+from flowml.ir import _mlir
 from flowml.ir.label import matches
 from flowml.placement.auto import ERROR, _stage_counts
 from flowml.render.drawing import fit, text_width
@@ -51,6 +52,32 @@ def fan(params: Any, x: jax.Array) -> list[jax.Array]:
 
 def in_turn(graph: Any, devices: Any) -> dict[int, Any]:
     return {n.id: devices[int(n.layer[1:]) % len(devices)] for n in graph.nodes if n.layer}
+
+
+def test_what_a_module_overwrites_reads_the_types_of_its_arguments_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reading makes a list of all of them, which took two thirds of the first call with 3,000 small arrays."""
+    main, reads = _mlir._main, 0
+
+    class Counted:
+        def __init__(self, function: Any) -> None:
+            object.__setattr__(self, "function", function)
+
+        def __getattr__(self, name: str) -> Any:
+            nonlocal reads
+            reads += name == "type"
+            return getattr(object.__getattribute__(self, "function"), name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            setattr(object.__getattribute__(self, "function"), name, value)
+
+    count = 20
+    arrays = [jax.ShapeDtypeStruct((2,), jnp.float32)] * count
+    lowered = jax.jit(lambda *xs: [x + 1 for x in xs]).lower(*arrays)
+    module: Any = lowered.compiler_ir("stablehlo")
+    monkeypatch.setattr(_mlir, "_main", lambda m: Counted(main(m)))
+    _mlir.overwrite(module, range(count))
+    assert str(module).count("tf.aliasing_output") == count
+    assert reads <= 2
 
 
 def placed(fn: Callable[..., Any], layers: int, devices: int, placement: Any = in_turn) -> fm.Plan:
