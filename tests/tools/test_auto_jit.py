@@ -111,6 +111,26 @@ def test_short_calls_and_plans_of_one_device_stay_with_jit(cluster: fm.Cluster) 
         assert f"{TRIAL + 2} with jit" in line
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_parts_that_do_not_depend_on_each_other_are_tried_on_the_cluster(cluster: fm.Cluster, faster: bool) -> None:
+    """The function of the page "Your own training loop": nothing in it names a device."""
+
+    def last_state(weights: jax.Array, rows: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda h, row: (jnp.tanh(h @ weights + row), None), jnp.zeros(256), rows)[0]
+
+    def both_ways(forward: jax.Array, backward: jax.Array, rows: jax.Array) -> jax.Array:
+        return jnp.mean(last_state(forward, rows)) + jnp.mean(last_state(backward, rows[::-1]))
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    given = [jax.random.normal(k, (256, 256)) / 16 for k in keys[:2]] + [jax.random.normal(keys[2], (500, 256))]
+    jitted, record = under(cluster, Clock(2e-3, 1e-3 if faster else 3e-3), both_ways)
+    for _ in range(2 * TRIAL + 1):
+        found: Any = jitted(*given)
+        np.testing.assert_allclose(found, jax.jit(both_ways)(*given), rtol=1e-5, atol=1e-6)
+    (line,) = record.lines()
+    assert line.startswith(f"both_ways: {TRIAL + (not faster)} with jit, {TRIAL + faster} on the cluster (")
+
+
 class Layers(nnx.Module):
     """Two layers that are pinned to two workers, with state that a step updates in place."""
 
