@@ -41,6 +41,12 @@ KEY_WORDS: Mapping[str, int] = {"fry": 2, "rbg": 4, "urbg": 4}
 """The number of uint32 words in a key of each PRNG implementation, by the short name in its dtype."""
 
 
+@functools.lru_cache
+def name_of(dtype: np.dtype[Any]) -> str:
+    """The name of a dtype, which NumPy makes anew each time."""
+    return dtype.name
+
+
 def dtype_of(name: str) -> np.dtype[Any]:
     """The dtype of NumPy or ml_dtypes with this name."""
     try:

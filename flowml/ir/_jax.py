@@ -26,7 +26,7 @@ from jax._src.lax import linalg
 from jax._src.lib import guard_lib, xla_client  # pyright: ignore[reportPrivateImportUsage]
 from jax.extend import core as jex
 
-from flowml.arrays import ArraySpec
+from flowml.arrays import ArraySpec, name_of
 from flowml.errors import UnsupportedError
 from flowml.ir.keys import key_dtype
 from flowml.ir.scopes import as_text
@@ -273,13 +273,7 @@ def spec_of(aval: Any) -> ArraySpec:
         return ArraySpec(tuple(aval.shape), str(dtype))
     if dtype == jax.dtypes.float0:
         return ArraySpec(tuple(aval.shape), "float0")
-    return ArraySpec(tuple(aval.shape), _name_of_type(np.dtype(dtype)), bool(getattr(aval, "weak_type", False)))
-
-
-@functools.lru_cache
-def _name_of_type(dtype: np.dtype[Any]) -> str:
-    """The name of a dtype, which NumPy makes anew each time."""
-    return dtype.name
+    return ArraySpec(tuple(aval.shape), name_of(np.dtype(dtype)), bool(getattr(aval, "weak_type", False)))
 
 
 def float0_literal(aval: Any) -> Any:

@@ -46,7 +46,7 @@ class Node:
     @property
     def reads(self) -> tuple[int, ...]:
         """The values among the inputs, without literals."""
-        return tuple([i for i in self.inputs if type(i) is not Literal])
+        return tuple([i for i in self.inputs if not isinstance(i, Literal)])
 
 
 @dataclass(frozen=True)
