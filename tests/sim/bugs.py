@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from flowml.policy import UNBOUNDED, Arrivals, Quorum, Wait, spec
-from flowml_runtime.protocol.training import replica
+from flowml_runtime.protocol.training import replica, silent
 from flowml_runtime.protocol.training.accounts import Accounts
 from flowml_runtime.protocol.training.accumulator import Accumulator
 from flowml_runtime.protocol.training.decision import Decision
@@ -306,6 +306,10 @@ def _saves_before_all_is_applied(patch: Patch) -> None:
     patch.setattr(Home, "rests", lambda *_: True)
 
 
+def _drops_all_items_of_a_silent_replica(patch: Patch) -> None:
+    patch.setattr(silent, "joined", lambda _: [])
+
+
 def _stops_for_a_hold_that_is_over(patch: Patch) -> None:
     real: Callable[..., list[Any]] = Replica._take  # pyright: ignore[reportPrivateUsage]
 
@@ -390,6 +394,7 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "a replica leaves before it has relayed a sum": _leaves_before_it_has_relayed_the_sum_of_its_site,
     "a late neighbour is left out of an average": _averages_without_a_late_neighbour,
     "a snapshot is taken before all is applied": _saves_before_all_is_applied,
+    "a snapshot without a silent replica drops all of its items": _drops_all_items_of_a_silent_replica,
     "a replica stops for a hold that is over": _stops_for_a_hold_that_is_over,
     "who had stopped for a withdrawn snapshot counts": _counts_who_had_stopped_for_a_withdrawn_snapshot,
     "late answers to a withdrawn snapshot count": _counts_late_answers_to_a_withdrawn_snapshot,

@@ -17,7 +17,7 @@ from flowml.sim import AT_ONCE, ComputeTimes
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.sim.faults import NetworkFaults
 from flowml_runtime.sim.heap import Clock
-from flowml_tools.faults.draws import apart, policies
+from flowml_tools.faults.draws import apart, policies, quorums
 from flowml_tools.faults.layout import make
 from flowml_tools.faults.rarer import rarer
 from flowml_tools.faults.world import World
@@ -55,6 +55,8 @@ class Case:
     """When snapshots are taken; None: never."""
     pauses: tuple[float, ...] = ()
     """When snapshots are asked for beside those."""
+    silent: bool = False
+    """Whether a replica that is home to nothing is suspended while snapshots are taken of the others."""
     patience_s: float | None = None
     """How long replicas stand for a snapshot before it is withdrawn; None: until all have stopped."""
     sharded: bool = False
@@ -107,9 +109,8 @@ class Case:
             interrupted_s=interrupted,
         )
         case = _sharded(_longer_after_a_loss(_with_own_parameters_apart(case)))
-        return _with_slow_homes(
-            _with_late_answers(_with_snapshots(_in_another_place(case, shared or workers))), shared or workers
-        )
+        case = _with_late_answers(_with_snapshots(_in_another_place(case, shared or workers)))
+        return _with_slow_homes(_with_silence(case), shared or workers)
 
     def world(self) -> World:
         """The run, ready to go."""
@@ -123,7 +124,7 @@ class Case:
             seed=self.seed,
             twice=self.twice,
             source=self.source,
-            homes_on=0 if self.lost else None,
+            homes_on=0 if self.lost or self.silent else None,
             workers=self.workers,
             times=ComputeTimes(self.compute, self.seed, self.replicas * self.stages),
             network=self.network,
@@ -246,6 +247,26 @@ def _with_late_answers(case: Case) -> Case:
         suspended = range(replica * case.stages, (replica + 1) * case.stages)
         faults = (*faults, sim.Partition(tuple(suspended), start, start + rng.choice([1.0, 3.0, 8.0])))
     return replace(case, faults=faults, patience_s=patience_s)
+
+
+def _with_silence(case: Case) -> Case:
+    """A few cases in which a replica is suspended while the others go on by a quorum, and are asked for snapshots."""
+    rng = random.Random(f"silence {case.seed}")
+    if rng.random() >= 0.08 or case.replicas < 3 or case.workers is not None:
+        return case
+    replicas, stages, start = min(case.replicas, 4), rng.choice([1, 1, 2]), rng.uniform(0, 3)
+    replica = rng.randrange(1, replicas)
+    suspended = range(replica * stages, (replica + 1) * stages)
+    faults = [f for f in case.faults if not isinstance(f, sim.Partition)]
+    parted = sim.Partition(tuple(suspended), start, start + rng.choice([3.0, 8.0, 20.0]))
+    pauses = tuple(sorted(rng.uniform(start, start + 8) for _ in range(4)))
+    clocks, items = 2 * MOST_STEPS // (replicas * stages), replicas * rng.randint(1, 3) + rng.randrange(2)
+    changes: dict[str, Any] = {"policies": quorums(rng, replicas), "replicas": replicas, "stages": stages}
+    changes |= {"clocks": clocks, "items": items, "compute": sim.ShiftedExponential(0.1, rng.choice([0.02, 0.2]))}
+    changes |= {"faults": (*faults, parted), "rhythm": Rhythm(rng.choice([0, 2, 3, 5])), "pauses": pauses}
+    network = sim.Network(rng.choice([0.0, 1e-3, 0.1]), 1e9)
+    ended: dict[str, Any] = {"lost": None, "crashed": None, "interrupted_s": None, "sharded": False}
+    return replace(case, **changes, **ended, silent=True, patience_s=rng.choice([0.3, 0.8]), network=network)
 
 
 def _with_slow_homes(case: Case, workers: int) -> Case:

@@ -54,7 +54,7 @@ def contents(seen: Timeline, fates: Fates) -> Iterator[str]:
             yield from _decoded(seen, store)
         elif isinstance(terms.policy.remote, Gossip):
             yield from _gossiped(seen, store, fates)
-        elif _adds_up(seen, store):
+        elif adds_up(seen, store):
             yield from _items(seen, store, fates)
             yield from _weights(seen, store)
         if terms.collective:
@@ -67,7 +67,7 @@ def contents(seen: Timeline, fates: Fates) -> Iterator[str]:
             yield from _updated(seen, store)
 
 
-def _adds_up(seen: Timeline, store: int) -> bool:
+def adds_up(seen: Timeline, store: int) -> bool:
     """Whether a payload is a sum of gradients, and of no parameters that other rules have changed."""
     policy = seen.terms.stores[store].policy
     if not policy.local:
@@ -76,7 +76,7 @@ def _adds_up(seen: Timeline, store: int) -> bool:
     return not mixed and not policy.every.delay
 
 
-def _amounts(payload: int | Matrix) -> dict[int, float]:
+def amounts(payload: int | Matrix) -> dict[int, float]:
     """How much of each item is in a payload."""
     if isinstance(payload, int):
         return {q: float(int(d, 16)) for q, d in enumerate(reversed(f"{payload:x}")) if d != "0"}
@@ -110,15 +110,15 @@ def _names(seen: Timeline, fates: Fates) -> Iterator[str]:
     """An item is used if some store contains it in time, and folded if stores contain it in later clocks only."""
     terms = seen.terms
     stores = range(len(terms.stores))
-    plain = all(_adds_up(seen, n) and not isinstance(terms.stores[n].policy.remote, Gossip) for n in stores)
+    plain = all(adds_up(seen, n) and not isinstance(terms.stores[n].policy.remote, Gossip) for n in stores)
     if not plain or seen.coded or terms.speculation or any(s.sites or s.shared for s in terms.stores) or not seen.made:
         return
     found: defaultdict[int, set[str]] = defaultdict(set)
     for store in stores:
         group = terms.group_of.get(store)
         late = {key for c in seen.commits[group] for key in c.message.folded} if group is not None else set[Any]()
-        for key, payload in _payloads(seen, seen.places.homes[store][0], store):
-            for q in _amounts(payload):
+        for key, payload in payloads(seen, seen.places.homes[store][0], store):
+            for q in amounts(payload):
                 found[q].add("folded" if key in late else "used")
     for q, fate in fates.items():
         due = "used" if "used" in found[q] else "folded" if found[q] else "neither used nor folded"
@@ -156,8 +156,8 @@ def _items(seen: Timeline, store: int, fates: Fates) -> Iterator[str]:
         shares = {q: whole - f.left_out if exact else 1 for q, f in due.items()}
     for home in seen.places.homes[store]:
         total: defaultdict[int, float] = defaultdict(float)
-        for _, payload in _payloads(seen, home, store):
-            for q, amount in _amounts(payload).items():
+        for _, payload in payloads(seen, home, store):
+            for q, amount in amounts(payload).items():
                 total[q] += amount
         for q, amount in total.items():
             if q in due and abs(amount - shares[q]) > _CLOSE and not decays:
@@ -177,12 +177,12 @@ def _weights(seen: Timeline, store: int) -> Iterator[str]:
     made = [m for m in seen.made if m.store == store and m.value is not None]
     for version, apply in zip(made, seen.applies.get((home, store), ()), strict=False):
         for key, (*_, payload) in zip(apply.keys, version.contributions, strict=True):
-            weight, amount = seen.weight(home, store, *key), sum(_amounts(payload).values())
+            weight, amount = seen.weight(home, store, *key), sum(amounts(payload).values())
             if abs(weight - amount) > _CLOSE:
                 yield f"what replica {key[0]} gives store {store} at clock {key[1]} weighs {weight} and has {amount:g}"
 
 
-def _payloads(seen: Timeline, home: str, store: int) -> Iterator[tuple[tuple[int, int], int | Matrix]]:
+def payloads(seen: Timeline, home: str, store: int) -> Iterator[tuple[tuple[int, int], int | Matrix]]:
     """What the contributions in a store at one home were before filters, and of own parameters their change, with
     their replicas and clocks."""
     terms = seen.terms.stores[store]
@@ -216,7 +216,7 @@ def _decoded(seen: Timeline, store: int) -> Iterator[str]:
     batches: Counter[int] = Counter()
     for version, apply in zip(made, applies, strict=False):
         total = sum(f * np.asarray(p) for (*_, p), f in zip(version.contributions, apply.factors, strict=True))
-        shares = _amounts(np.asarray(total))
+        shares = amounts(np.asarray(total))
         found = {q // count for q in shares}
         if len(found) != 1 or len(shares) != count or any(abs(x - 1 / count) > _CLOSE * 1e3 for x in shares.values()):
             yield f"version {version.version} of store {store} decodes {shares} in place of 1/{count} of each partition"

@@ -329,6 +329,24 @@ def apart(rng: random.Random, replicas: int) -> tuple[Policy, ...]:
     return _sound(model)
 
 
+def quorums(rng: random.Random, replicas: int) -> tuple[Policy, ...]:
+    """Sound policies by which others go on without a late replica, and keep nothing of it but what counts."""
+
+    def one() -> Policy:
+        late, share = rng.choice(LATE), rng.choice([0.3, 0.5, 0.75])
+        quorum = rng.choice([Quorum(share, late=late), Deadline(share, 0.3, late=late)])
+        own = rng.random() < 0.4
+        knobs: dict[str, Any] = {"payload": Delta(), "apply": "mean"} if own else {"staleness": rng.choice([0, 0, 1])}
+        return Policy(quorum=quorum, every=rng.choice([1, 2, 3] if not own else [2, 3, 4]), **knobs)
+
+    def model() -> tuple[Policy, ...]:
+        chosen = tuple(one() for _ in range(rng.choice([1, 1, 2, 3])))
+        check_drawn(chosen, replicas)
+        return chosen
+
+    return _sound(model)
+
+
 def _like(rng: random.Random, replicas: int, quorum: Completion) -> Policy:
     """A sound policy with this quorum."""
     kinds = [_plain, _plain, _filtered, _local] if cutting(quorum) else [_plain]

@@ -16,7 +16,7 @@ import numpy as np
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
-from flowml_runtime.protocol.training.ledger import Summary, Work
+from flowml_runtime.protocol.training.ledger import LedgerState, Summary, Work
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.protocol.training.story import entry
@@ -121,6 +121,10 @@ class Saved(msgspec.Struct, frozen=True):
     stopped: wire.Stopped
     buffers: Mapping[str, Mapping[str, Matrix]]
     last: bool
+    without: tuple[int, ...] = ()
+    """The silent replicas of which it has nothing."""
+    ledger: LedgerState | None = None
+    """The accounts without them."""
 
 
 Fact = Turn | Read | Holds | Made | Shown | Gave | Encoded | Kept | Sent | Saved

@@ -8,12 +8,14 @@ and copies stand at this cut, and the values are those of these versions.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
+from flowml_tools.faults.contents import adds_up, amounts, payloads
 from flowml_tools.faults.history import DRIVER, Saved, Turn
 from flowml_tools.faults.timeline import Timeline
 
@@ -25,6 +27,7 @@ def snapshots(seen: Timeline) -> Iterator[str]:
         yield from _stages(seen, saved, where)
         yield from _decided(seen, saved, place, where)
         yield from _stores(seen, saved, place, where)
+        yield from _partial(seen, saved, place, where)
     if seen.whole and seen.rhythm is not None and not seen.lost:
         yield from _rhythm(seen, [saved for _, saved in places])
 
@@ -112,6 +115,8 @@ def _cut(seen: Timeline, saved: Saved, store: int, place: int, where: str) -> It
             site = seen.site_of(store, replica)
             if replica in seen.left_out:
                 continue  # its clock is that of others
+            if replica in saved.without and apply.place > place:
+                continue  # it was late, and is left out
             whole = terms.collective or seen.terms.speculation is not None
             next_clock = max(clocks) if whole else max(clocks[r] for r in site)
             who = f"the contribution of replica {replica} at clock {clock} to store {store}"
@@ -121,6 +126,44 @@ def _cut(seen: Timeline, saved: Saved, store: int, place: int, where: str) -> It
                 yield f"{where} has {who} twice: it also waits"
             elif apply.place > place and clock < next_clock and (replica, clock) not in waiting and not terms.relayed:
                 yield f"{where} lacks {who}"
+
+
+def _partial(seen: Timeline, saved: Saved, place: int, where: str) -> Iterator[str]:
+    """The ledger of a snapshot without silent replicas says of their items what is in the versions."""
+    ledger = saved.ledger
+    if ledger is None:
+        return
+    held = [item.sequence for replica, _, item in ledger.outstanding if replica in saved.without]
+    if held:
+        yield f"{where} is without replicas {saved.without}, which have items {held} there"
+    if not seen.made or not all(adds_up(seen, store) for store in range(len(seen.terms.stores))):
+        return
+    found: defaultdict[int, set[str]] = defaultdict(set)
+    for store in range(len(seen.terms.stores)):
+        home, group = seen.places.homes[store][0], seen.terms.group_of[store]
+        before = {key for apply in seen.applies.get((home, store), ()) if apply.place < place for key in apply.keys}
+        late = {key for c in seen.commits[group] for key in c.message.folded}
+        for key, payload in payloads(seen, home, store):
+            for q in amounts(payload) if key in before and key[0] in saved.without else ():
+                found[q].add("folded" if key in late else "used")
+    over = {first + i: fate for first, number, fate in ledger.over for i in range(number)}
+    for q, holder in _holders(seen, place).items():
+        fate = over.get(q, "nothing")
+        told = fate if fate in ("used", "folded") else "neither"
+        there = "used" if "used" in found[q] else "folded" if found[q] else "neither"
+        if holder in saved.without and there != told:
+            yield f"{where} says that item {q} of the silent replica {holder} is {fate}, and stores have it {there}"
+
+
+def _holders(seen: Timeline, place: int) -> dict[int, int]:
+    """The replica that got each item last, before a place."""
+    found: dict[int, int] = {}
+    for fact in seen.facts[:place]:
+        if isinstance(fact, Turn) and fact.who == DRIVER:
+            for action in fact.wanted:
+                if isinstance(action, actions.Send) and isinstance(action.message, wire.Grant):
+                    found.update((item.sequence, action.message.replica) for _, item in action.message.items)
+    return found
 
 
 def _value(seen: Timeline, saved: Saved, store: int, version: int, where: str) -> Iterator[str]:

@@ -31,6 +31,8 @@ from flowml_tools.faults.values import Digits
 
 PLAN = "plan"
 RUN = 100
+WITHOUT_LATE_S = 0.2
+"""How long after one is withdrawn a snapshot is asked for that leaves out late replicas, where policies allow it."""
 MOST_EVENTS = 50_000
 
 HARMLESS = (
@@ -263,7 +265,7 @@ class World:
         """Let the run, or the second one if the first is interrupted, come to its end."""
         self.clock.after(0, 0, self.driver.tell, driver.Begin())
         for when in self.pauses:
-            self.clock.after(when, 0, self._pause)
+            self.clock.after(when, 0, self.ask)
         self.clock.run(MOST_EVENTS)
         self._wires.settle()
         self.history.crashed = frozenset(self.crashed)
@@ -274,7 +276,8 @@ class World:
                     before = self.history.traffic.get(store, (0, 0))
                     self.history.traffic[store] = before[0] + pushed, before[1] + published
 
-    def _pause(self) -> None:
+    def ask(self) -> None:
+        """Ask for a snapshot."""
         if not self.driver.machine.over and not self.driver.ended:
             self.driver.tell(driver.Pause())
 
@@ -400,6 +403,7 @@ class Driver:
     def _withdraw(self, wait: int) -> None:
         if wait == self._waits and not self.ended:
             self.tell(driver.Withdraw())
+            self.world.clock.after(WITHOUT_LATE_S, 0, self.world.ask)  # of those that are not late
 
     def _act(self, action: driver.Action) -> None:
         simulation, ids = self.world.simulation, {"plan_id": PLAN, "run": self.history.run}
@@ -431,7 +435,8 @@ class Driver:
                     owner: dict(zip(names, self._payloads.pop(handle or 0, ()), strict=True))
                     for owner, names, handle in buffers
                 }
-                self.history.facts.append(Saved(stopped, kept, action.last))
+                ledger = self.machine.kept(action) if action.without else None
+                self.history.facts.append(Saved(stopped, kept, action.last, action.without, ledger))
             case driver.NoteCommit():
                 self.commits.append(action)
             case driver.Keep(store, handle):

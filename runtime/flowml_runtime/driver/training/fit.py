@@ -269,8 +269,8 @@ class Fit:
                     self._send_store(action, params, state)
                 case protocol.SendBuffers():
                     self._send_buffers()
-                case protocol.Save(stopped):
-                    self._save(action, stopped.clocks)
+                case protocol.Save():
+                    self._save(action)
                 case protocol.SendModel():
                     self._send_model()
                 case protocol.SendSource():
@@ -370,11 +370,11 @@ class Fit:
         for worker in self._handle.workers:
             self._send(worker, wire.Buffers(**self._ids))
 
-    def _save(self, action: protocol.Save, clocks: Sequence[int]) -> None:
+    def _save(self, action: protocol.Save) -> None:
         """Take a snapshot. Its step is the clock of all replicas, or what they have reported without common clocks."""
-        ledger, key = self._machine.kept(clocks), key_of(self._handle.plan_id, self._options.run, action.number)
-        step, now = max(clocks) if self._aligned else self._history.reached_with(ledger.used), self._time.now()
-        self.saving.save(self._training, step, action, ledger, self._taken, now, key)
+        ledger, key = self._machine.kept(action), key_of(self._handle.plan_id, self._options.run, action.number)
+        step = self._history.reached_with(ledger.used) if ledger and not self._aligned else max(action.stopped.clocks)
+        self.saving.save(self._training, step, action, ledger, self._taken, self._time.now(), key)
 
     def _send_model(self) -> None:
         """Send each stage the leaves of the model's state that stay there."""

@@ -39,6 +39,10 @@ class Patience:
         self._times *= 2
         self._since_s = None
 
+    def went_on(self) -> None:
+        """A snapshot without late replicas has been taken, which says nothing of how long theirs takes."""
+        self._since_s = None
+
     def taken(self, now: float) -> None:
         """A snapshot has been taken."""
         self._took_s = 0.0 if self._since_s is None else now - self._since_s

@@ -263,7 +263,7 @@ class _Anew(_Form):
         return max((versions[home] for home in homes if home in versions), default=0)
 
     def _stopped(self, terms: Terms, clock: int) -> wire.Stopped:
-        committed = tuple(_committed(terms, group, clock) for group in terms.groups)
+        committed = tuple(committed_before(terms, group, clock) for group in terms.groups)
         stages = [wire.StageState(r, s, clock - 1, committed) for r in self.training.live for s in range(terms.stages)]
         stores: list[wire.StoreState] = []
         for number, store in enumerate(terms.stores):
@@ -403,7 +403,7 @@ def _pairs(content: Content) -> Iterable[tuple[Layer, wire.StoreState]]:
     return ((content.layers[state.store], state) for state in content.stopped.stores)
 
 
-def _committed(terms: Terms, group: Group, clock: int) -> int:
+def committed_before(terms: Terms, group: Group, clock: int) -> int:
     """The newest clock before `clock` about which a group has decided."""
     return contained(terms, group.every, clock) - 1
 
@@ -411,7 +411,7 @@ def _committed(terms: Terms, group: Group, clock: int) -> int:
 def _decided(terms: Terms, group: Group, clock: int) -> int:
     """The newest clock about which the sites of a group have decided."""
     above = group if not group.final else None if group.above is None else terms.groups[group.above]
-    return -1 if above is None else _committed(terms, above, clock)
+    return -1 if above is None else committed_before(terms, above, clock)
 
 
 def _mean(values: Sequence[Any]) -> Any:

@@ -10,11 +10,13 @@ from typing import Any
 
 from flowml.callers import warn
 from flowml.plan import Training
+from flowml.training.without import left_out
 from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.training.copied import Copied, Copies
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.kept import KeptFit
 from flowml_runtime.driver.training.model import Model
+from flowml_runtime.driver.training.newcomers import with_newcomers
 from flowml_runtime.driver.training.parts import Parts
 from flowml_runtime.driver.training.patience import Patience
 from flowml_runtime.driver.training.regrouping import Regrouped
@@ -69,6 +71,8 @@ class Saving:
         """Whether the newest snapshot stays in memory, so that the fit can go on from it after a loss."""
         self.newest = resumed
         """The newest snapshot in memory."""
+        self._partial: tuple[Snapshot, frozenset[int]] | None = None
+        """A newer one, which lacks these silent replicas: the fit goes on from it if all of them are lost."""
         self._kept_at: float | None = None
         self._stood_at: float | None = None
         """Since when replicas stand for the snapshot that is being taken."""
@@ -87,9 +91,10 @@ class Saving:
         self._withdrawn = False
         """Whether a snapshot was withdrawn, so that the next one is not due at a clock."""
 
-    def again(self, training: Training, total: int) -> Saving:
-        """The snapshots of the run of `training` that goes on from the newest one in memory, or from the beginning."""
-        newest, trees = self._newest(), self.trees
+    def again(self, training: Training, total: int, lost: Collection[int] = ()) -> Saving:
+        """The snapshots of the run of `training` that goes on from the newest one in memory, or from the beginning.
+        `lost` are the replicas that had a stage on a lost worker."""
+        newest, trees = self._without_lost(training, total, lost) or self._newest(), self.trees
         there = {stage.replica for stage in newest.content.stopped.stages} if newest is not None else set[int]()
         grows = bool(there) and not there.issuperset(training.live)  # with portions no replica has a state of its own
         found = newest and (self._grown(newest, training, total) if grows else newest.of_live(training))
@@ -106,6 +111,13 @@ class Saving:
         if after.validation is not None:
             after.validation.go_back(after.first)
         return after
+
+    def _without_lost(self, training: Training, total: int, lost: Collection[int]) -> Snapshot | None:
+        """The snapshot without silent replicas, if these are lost. Those that are replaced begin anew there."""
+        snapshot, silent = self._partial or (None, frozenset[int]())
+        if snapshot is None or not silent.issubset(lost):
+            return None
+        return with_newcomers(snapshot, silent.difference(training.lost), training, total)
 
     def _newest(self) -> Snapshot | None:
         """The newest snapshot: the one in memory, or a newer one of which workers have copies."""
@@ -158,19 +170,21 @@ class Saving:
         offer = None if self._writer is None else self._writer.offer(machine.offered)
         if offer is not None:
             yield offer
-        if not machine.misses and self.due(step, now, aligned=machine.aligned):
+        if not machine.misses and self.due(step, now, aligned=machine.aligned, partial=machine.is_partial):
             yield Pause(self.push_within(step, now))
 
-    def due(self, step: int, now: float, *, aligned: bool) -> bool:
-        """Whether a snapshot is due that the rhythm of clocks does not bring."""
+    def due(self, step: int, now: float, *, aligned: bool, partial: bool = False) -> bool:
+        """Whether a snapshot is due that the rhythm of clocks does not bring. A `partial` one is only for memory."""
         self._aligned = aligned
         if self._saved_at is None:
             self._saved_at = self._kept_at = now
         if self._measured is None and step > self.first:
             self._measured = step, now
-        if self.regroups():
-            return True
         if self.keeps and now - (self._kept_at or 0.0) >= self._pause_s:
+            return True
+        if partial:
+            return False
+        if self.regroups():
             return True
         if self._checkpoint is not None and self._checkpoint.every_s is not None and self._is_old(step, now):
             return True
@@ -220,7 +234,7 @@ class Saving:
         training: Training,
         step: int,
         action: Save,
-        ledger: LedgerState,
+        ledger: LedgerState | None,
         take: Callable[[int | None], Any],
         now: float,
         key: str,
@@ -234,7 +248,9 @@ class Saving:
         }
         written = {owner: names for owner, names, handle in action.buffers if names and handle is None}
         figures, parts = self._figures, self._writer and self._writer.written(action.folder)
-        if figures is not None and step != self.first:
+        if figures is not None and step != self.first and action.without:
+            self._take_partial(training, step, action, ledger, buffers, figures, now)
+        elif figures is not None and step != self.first and ledger is not None:
             if action.copied and self.copies is not None:
                 owners = {owner: names for owner, names, _ in action.buffers}
                 self.copies.newest = Copied(key, training, step, action.stopped, ledger, owners)
@@ -246,7 +262,7 @@ class Saving:
         if parts is not None:
             parts.remove()
         self._stood_at = None
-        if action.whole and not action.last and self._ends_here(training, step, now):
+        if action.whole and not action.last and not action.without and self._ends_here(training, step, now):
             raise Regrouped
 
     def _take(self, snapshot: Snapshot, now: float, key: str, parts: Parts | None, *, over: bool) -> None:
@@ -268,12 +284,34 @@ class Saving:
             if snapshot.content.figures.workers != "real":
                 self._writer.flush()  # how fast the disk is changes nothing in virtual time
 
+    def _take_partial(
+        self,
+        training: Training,
+        step: int,
+        action: Save,
+        ledger: LedgerState | None,
+        buffers: Mapping[str, Mapping[str, Any]],
+        figures: Figures,
+        now: float,
+    ) -> None:
+        """Keep a snapshot without silent replicas, if its ledger is known."""
+        if ledger is not None:
+            others = left_out(training, action.without)
+            found = taken(others, figures, step, action.stopped, ledger, buffers, self.trees, self.model, {})
+            self._partial = found.of_live(others), frozenset(action.without)
+        self._patience.went_on()
+        self._note_kept(now)
+
     def _keep(self, snapshot: Snapshot, now: float) -> None:
-        """Keep a snapshot in memory. The next one is due when the fit has trained much longer than replicas stood."""
+        """Keep a snapshot in memory."""
         if self.keeps:
-            took = 0.0 if self._stood_at is None else now - self._stood_at
-            self.newest, self._kept_at = snapshot, now
-            self._pause_s = max(LEAST_PAUSE_S, took / MOST_SHARE)
+            self.newest, self._partial = snapshot, None
+            self._note_kept(now)
+
+    def _note_kept(self, now: float) -> None:
+        """The next snapshot is due when the fit has trained much longer than replicas stood."""
+        took = 0.0 if self._stood_at is None else now - self._stood_at
+        self._kept_at, self._pause_s = now, max(LEAST_PAUSE_S, took / MOST_SHARE)
 
     @property
     def measures(self) -> bool:

@@ -43,6 +43,7 @@ import msgspec
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training import silent
 from flowml_runtime.protocol.training.accounts import joined
 from flowml_runtime.protocol.training.actions import Received, Release, Send
 from flowml_runtime.protocol.training.commits import Commits
@@ -237,7 +238,7 @@ class TrainingDriver:
         """The replicas that know that there are no more items for them."""
         stages = start.stopped.stages if start.stopped else ()
         self._untold = Untold(terms, {s.replica: s.unsettled for s in stages if s.stage == 0})
-        self._snapshots = Snapshots(terms, places, rhythm, max(clocks))
+        self._snapshots = Snapshots(terms, places, rhythm, max(clocks), outlives=outlives)
         self.traffic: dict[str, wire.Traffic] = {}
         """The newest Traffic message of each worker."""
         self.versions: dict[int, int] = {}
@@ -246,7 +247,7 @@ class TrainingDriver:
         """The number of the newest event."""
         self._start = msgspec.structs.replace(start, hold=self._snapshots.hold)
         self._steps = range(start.run, start.run + terms.most_clocks)
-        self._item_size = work.item_size
+        self._work, self._item_size = work, work.item_size
         self._terms, self._places, self._all = terms, places, places.workers
         self._first = min(set(range(terms.replicas)).difference(places.lost))
         """The first replica that takes part."""
@@ -290,7 +291,12 @@ class TrainingDriver:
 
     @property
     def misses(self) -> bool:
-        """Whether a snapshot was withdrawn, and nothing is heard yet of the replicas that held it up."""
+        """Whether a snapshot was withdrawn, and none is taken before the replicas are heard of that held it up."""
+        return self._snapshots.misses
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the next snapshot is without such replicas."""
         return bool(self._snapshots.silent)
 
     def unfinished(self, worker: str) -> tuple[int, ...]:
@@ -357,9 +363,13 @@ class TrainingDriver:
         left = LeaveOut(event.worker, replicas, event.reason, self.number)
         return [*told, *self._snapshots.leave(ids, self._places), left]
 
-    def kept(self, clocks: Sequence[int]) -> LedgerState:
-        """The accounts at a snapshot of replicas with these next clocks."""
-        return msgspec.structs.replace(self.ledger.kept(clocks), unsent=self._departed.unsent())
+    def kept(self, taken: Save) -> LedgerState | None:
+        """The accounts at a snapshot, just after it was taken; None if they are unknown without a silent replica."""
+        clocks = taken.stopped.clocks
+        state = self.ledger.kept(clocks)
+        if taken.without:
+            return silent.without(state, self._work, clocks, taken.without, self._untold)
+        return msgspec.structs.replace(state, unsent=self._departed.unsent())
 
     def final_order(self) -> list[int]:
         """The stores in the order in which their values are taken.

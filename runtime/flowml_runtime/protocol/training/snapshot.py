@@ -16,6 +16,8 @@
 * A late replica, or one whose worker is late, holds a snapshot up. If others could go on without it, the caller
   withdraws the snapshot after a while: those that have stopped go on, and no other is taken before each of the late
   ones is heard of. One that was due at a clock is then taken later. The last one waits.
+* If the fit goes on after losses, snapshots are meanwhile taken of the others where that is sound (`silent`): for the
+  case that the silent ones are lost.
 * Each Hold has the next number. What comes because of an earlier one, or again, changes nothing.
 * Work items that a replica holds and has not begun count as not granted, if there are no common clocks.
 * Workers may copy what they tell to others. Where replicas wait for each other at each clock anyway, this is done as
@@ -39,6 +41,7 @@ from flowml_runtime.protocol.training.actions import Release, Send
 from flowml_runtime.protocol.training.clocks import after_push
 from flowml_runtime.protocol.training.items import NO_HOLD
 from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.protocol.training.silent import apart, goes_without
 from flowml_runtime.protocol.training.store import Handle
 from flowml_runtime.protocol.training.terms import Terms
 
@@ -70,7 +73,8 @@ class Offer(msgspec.Struct, frozen=True):
 class Save(msgspec.Struct, frozen=True):
     """A snapshot is complete: where the machines stand, and the buffers as (owner, names, handle). `last`: the replicas
     have no more work. `number` is that of the Hold. Without `whole` there are no handles. `copied`: other workers have
-    copies. With a `folder` those without a handle are in files there."""
+    copies. With a `folder` those without a handle are in files there. `without`: the silent replicas of which it has
+    nothing."""
 
     stopped: wire.Stopped
     buffers: tuple[tuple[str, tuple[str, ...], Handle | None], ...]
@@ -80,12 +84,16 @@ class Save(msgspec.Struct, frozen=True):
     whole: bool = True
     copied: bool = False
     folder: str = ""
+    without: tuple[int, ...] = ()
 
 
 class Snapshots:
     """The snapshots of one run. Without a `rhythm` there are none."""
 
-    def __init__(self, terms: Terms, places: Places, rhythm: Rhythm | None, first: int) -> None:
+    def __init__(
+        self, terms: Terms, places: Places, rhythm: Rhythm | None, first: int, *, outlives: bool = False
+    ) -> None:
+        """`outlives`: the fit goes on after a loss."""
         self._terms = terms
         self._places, self._workers = places, places.workers
         self._live = frozenset(range(terms.replicas)).difference(places.lost)
@@ -119,12 +127,16 @@ class Snapshots:
         """The replicas that may retire, because they have no more items and others may wait for them."""
         self.silent: set[int] = set()
         """The replicas that held up the snapshot that was withdrawn last, and have not been heard of since."""
+        self._leaves_out = outlives and not self._copies and goes_without(terms)
+        """Whether snapshots are taken without silent replicas."""
+        self._without: frozenset[int] = frozenset()
+        """The replicas without which the snapshot is taken that is under way."""
 
     def pause(self, ids: dict[str, Any], newest: int, pushed_within: int = 0) -> list[Send]:
         """Stop soon: before the clock after the `newest` one that was granted, or at once if no replica waits for
         another. If all push within so many clocks more, stop after that."""
         self._wanted = True
-        if self._rhythm is None or self.under_way or self.silent or (self._paused and not self._await_end):
+        if self._rhythm is None or self.under_way or self.misses or (self._paused and not self._await_end):
             return []
         clock = newest + 1 if self._terms.aligned or self._terms.paced_by_slowest else 0
         if self._terms.aligned and pushed_within:
@@ -139,6 +151,23 @@ class Snapshots:
     def _await_end(self) -> bool:
         """Whether the replicas that stand have no more items, and others have: where each has a shard of its own."""
         return not self._terms.aligned and self.hold == AT_END and not self._released
+
+    @property
+    def misses(self) -> bool:
+        """Whether no snapshot is taken, because replicas are silent."""
+        return bool(self.silent) and not self._absent
+
+    @property
+    def _absent(self) -> frozenset[int]:
+        """The silent replicas without which the next snapshot is taken, unless it is the last one."""
+        silent = frozenset(self.silent) if self._leaves_out else frozenset[int]()
+        return silent if silent < self._live and apart(silent, self._places) else frozenset()
+
+    @property
+    def _asked(self) -> tuple[str, ...]:
+        """The workers that tell what they keep."""
+        absent = apart(self._without, self._places) if self._without else frozenset[str]()
+        return tuple(worker for worker in self._workers if worker not in absent)
 
     @property
     def active(self) -> bool:
@@ -156,7 +185,7 @@ class Snapshots:
         """Let the replicas go on that stand for a snapshot. Nothing if none does."""
         if not self.heard:
             return []
-        late = (w for w in self._workers if self.under_way and not self._has_told(w))
+        late = (w for w in self._asked if self.under_way and not self._has_told(w))
         stages = {r for w in late for r, _ in self._places.stages_on(w)}
         self.silent = set(self._live.difference(self._paused)) | stages
         self._paused, forgotten = {}, self._forget(ids["cause"])
@@ -175,7 +204,7 @@ class Snapshots:
     def _forget(self, cause: int) -> list[Release]:
         """Drop what workers have told for a snapshot."""
         told, self._buffers, self._exported, self.under_way = self._buffers, {}, {}, False
-        self._copied = {}
+        self._copied, self._without = {}, frozenset()
         return [Release(handle, cause) for _, handle in told.values() if handle is not None]
 
     def hear(self, ids: dict[str, Any], replica: int, newest: int) -> list[Send]:
@@ -215,10 +244,11 @@ class Snapshots:
                 if replica in self._paused or replica not in self._live:
                     return []
                 self._paused[replica] = message
-                if len(self._paused) < len(self._live):
+                absent = frozenset[int]() if self._is_last else self._absent
+                if not self._live.difference(absent) <= self._paused.keys():
                     return self._release(ids, message)
-                self.under_way = True
-                return [Send(self._workers, self._export(ids))]
+                self.under_way, self._without = True, self._live.difference(self._paused)
+                return [Send(self._asked, self._export(ids))]
             case wire.Exported() if self.under_way:
                 self._exported[peer] = message
             case wire.Buffers(owner=owner, names=names):
@@ -231,7 +261,7 @@ class Snapshots:
             case _:
                 raise ProtocolError(f"{type(message).__name__} does not belong to a snapshot")
         expected = sum(told.buffers for told in self._exported.values())
-        if len(self._exported) < len(self._workers) or any(len(there) < expected for there in self._awaited):
+        if len(self._exported) < len(self._asked) or any(len(there) < expected for there in self._awaited):
             return []
         return [self._save(ids["cause"]), *self._go_on(ids)]
 
@@ -242,7 +272,7 @@ class Snapshots:
             n and self.hold % n == 0 for n in (self._rhythm.every, self._rhythm.also)
         )
         self._whole = not often or due or self._wanted or self._is_last
-        offer = self._take_offer()
+        offer = Offer() if self._without else self._take_offer()
         self._wanted, self._folder = False, offer.folder
         return wire.Export(
             **ids,
@@ -298,9 +328,10 @@ class Snapshots:
         found = self._buffers if self._whole else {at: (names, None) for at, names in self._copied.items()}
         kept = sorted(found.items(), key=lambda one: one[0][1])
         buffers = ((owner, names, handle) for (_, owner), (names, handle) in kept)
-        self._complete = self._number
+        self._complete = self._complete if self._without else self._number
         stopped = wire.Stopped(self._clocks, tuple(stages), tuple(stores), tuple(sites), tuple(waiting))
-        about = self._is_last, self._number, self._whole, self._copies, self._folder
+        without = tuple(sorted(self._without))
+        about = self._is_last, self._number, self._whole, self._copies, self._folder, without
         return Save(stopped, tuple(buffers), cause, *about)
 
     def _go_on(self, ids: dict[str, Any]) -> Sequence[Send]:
@@ -308,6 +339,7 @@ class Snapshots:
         if self._is_last:
             self._rhythm = None
         self._paused, self._exported, self._buffers, self._copied, self.under_way = {}, {}, {}, {}, False
+        self._without = frozenset()
         return [self._hold_all(ids, clock)]
 
     def _next(self, clock: int) -> int:

@@ -93,6 +93,15 @@ class Untold:
         found += accounts.close()
         return [replace(told, fate="dropped") if told.fate == "requeued" else told for told in found]
 
+    def is_sure(self, replica: int, held: Iterable[Held]) -> bool:
+        """Whether `fates` is right about all items that it says are dropped: no push of several steps that counts may
+        contain one."""
+        if not self._reads:
+            return self._keeps
+        mine = [told for told in self._log if self._concerns(told, replica)]
+        begun = _Steps(self._terms, replica, mine, self._reported[replica])
+        return all(clock >= begun.newest or begun.has_finished(clock) for _, clock, _ in held)
+
     def _concerns(self, told: wire.Commit, replica: int) -> bool:
         """Whether the replica's first stage gets this message."""
         group = self._terms.groups[told.group]
@@ -142,10 +151,11 @@ class _Steps:
             self._decided[group.number].append((commit.clock, out))
             if not out:
                 self._sure.add(commit.clock)
-        self._newest = max(self._sure, default=-1)
+        self.newest = max(self._sure, default=-1)
+        """The newest one that is certain."""
 
     def has_finished(self, clock: int) -> bool:
-        if clock in self._sure or clock >= self._newest:
+        if clock in self._sure or clock >= self.newest:
             return clock in self._sure
         runs_all = bool(self._terms.never_skipped) or not self._terms.may_skip(clock)
         return runs_all or not any(self._has_overtaken(told, clock) for told in self._decided.values())
