@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flowml.errors import DivergedError as DivergedError
     from flowml.errors import FlowmlError as FlowmlError
     from flowml.errors import FlowmlWarning as FlowmlWarning
+    from flowml.errors import InUseError as InUseError
     from flowml.errors import NonFiniteError as NonFiniteError
     from flowml.errors import PlacementError as PlacementError
     from flowml.errors import PlanError as PlanError
@@ -104,6 +105,7 @@ _HOMES = {
     "DivergedError": "flowml.errors",
     "FlowmlError": "flowml.errors",
     "FlowmlWarning": "flowml.errors",
+    "InUseError": "flowml.errors",
     "NonFiniteError": "flowml.errors",
     "PlacementError": "flowml.errors",
     "PlanError": "flowml.errors",

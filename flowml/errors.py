@@ -81,6 +81,18 @@ class CheckpointError(FlowmlError, ValueError):
     """A checkpoint cannot be read, or belongs to another fit."""
 
 
+class InUseError(CheckpointError):
+    """Another fit writes into a directory of checkpoints. The text names its process.
+
+    Attributes:
+        driver: the name of its driver on the cluster, "" if it has none.
+    """
+
+    def __init__(self, message: str, *, driver: str = "") -> None:
+        super().__init__(message)
+        self.driver = driver
+
+
 class SimulationError(FlowmlError, ValueError):
     """A model of a simulated machine or network makes no sense, or the models of a simulated cluster do not fit."""
 

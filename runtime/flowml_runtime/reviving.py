@@ -45,9 +45,13 @@ def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], 
     lost = [i for i, value in enumerate(given) if any(_is_lost(leaf) for leaf in tree_leaves(value))]
     if not lost:
         raise error
-    found = _saved(given, lost, remotes)
+    records = records_of(remotes)
+    found = _saved(given, lost, [record for record in records if record.is_there])
     if found is None:
         hint = f"fm.save the state of {name} now and then: then a call goes on from what was saved last"
+        removed = _saved(given, lost, records)
+        if removed is not None:
+            hint = f"the state saved in {removed[0].path} is not there any more; save to a directory that stays"
         raise _with_hint(error, hint) from error
     record, places = found
     gone = [leaf for i in lost for leaf in tree_leaves(given[i]) if _is_lost(leaf)]
@@ -90,11 +94,11 @@ def _with_hint(error: FlowmlError, hint: str) -> FlowmlError:
 
 
 def _saved(
-    given: Sequence[Any], lost: Sequence[int], remotes: Iterable[Remote]
+    given: Sequence[Any], lost: Sequence[int], records: Iterable[Saved]
 ) -> tuple[Saved, dict[int, tuple[int, int]]] | None:
-    """The newest saved tree that has all lost arguments, and for each argument that it has the range of its leaves."""
+    """The first saved tree that has all lost arguments, and for each argument that it has the range of its leaves."""
     kept = [i for i, value in enumerate(given) if any(type(leaf) is Remote for leaf in tree_leaves(value))]
-    for record in records_of(remotes):
+    for record in records:
         places: dict[int, tuple[int, int]] = {}
         for i in sorted(kept, key=lambda i: i not in lost):
             place = record.place(given[i])

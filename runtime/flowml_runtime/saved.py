@@ -73,6 +73,11 @@ class Saved:
     path: Path
     places: Mapping[Kind, tuple[int, int] | None]
 
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not been removed."""
+        return (self.path / checkpoints.MANIFEST).is_file()
+
     def place(self, value: Any) -> tuple[int, int] | None:
         """The leaves that stand for this value; None if the tree has none of its kind, or several, or the value has
         leaves that no tree has, such as functions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -199,6 +200,21 @@ def test_the_error_says_what_to_do_where_nothing_fits(tmp_path: Path) -> None:
         lose(cluster, "worker:1")
         with pytest.raises(fm.WorkerLostError, match=r"fm\.save the state of train_step now and then"):
             step(state, 1.0)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_saved_state_that_was_removed_is_named(tmp_path: Path, *, told: bool) -> None:
+    with fm.Cluster.threads(workers=2) as cluster:
+        step = fm.dataflow(train_step, cluster=cluster, placement=PLACE, keep=0)
+        state = run(step, first(), 1)
+        where = fm.save(state, tmp_path / "saved")
+        lose(cluster, "worker:1")
+        if told:
+            said(lambda: step(state, 1.0))
+        shutil.rmtree(tmp_path / "saved")
+        for _ in range(2):
+            with pytest.raises(fm.WorkerLostError, match=f"saved in {where} is not there any more; save to"):
+                step(state, 1.0)
 
 
 def test_a_used_up_handle_is_still_an_error(threads_cluster: fm.Cluster, tmp_path: Path) -> None:

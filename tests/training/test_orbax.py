@@ -106,6 +106,20 @@ def test_items_by_name_saved_trees_and_keys(tmp_path: Path) -> None:
     assert_same(fm.from_orbax(tmp_path / "named"), {"a": {"x": jnp.ones(2)}, "b": {"y": jnp.zeros(3)}})
 
 
+def test_no_fit_writes_into_a_directory_of_orbax(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", {"w": jnp.ones(3)})
+    with ocp.CheckpointManager(tmp_path / "manager") as manager:
+        manager.save(7, args=ocp.args.StandardSave({"w": jnp.ones(3)}))
+        manager.wait_until_finished()
+    for path in (tmp_path / "orbax", tmp_path / "manager"):
+        before = sorted(path.rglob("*"))
+        trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads_cluster)
+        with pytest.raises(fm.CheckpointError, match=r"holds checkpoints of Orbax; .* fm\.from_orbax"):
+            trainer.fit(mlp(), data(), batch_size=4, steps=1, progress=False, checkpoint=fm.Checkpoint(path))
+        assert sorted(path.rglob("*")) == before
+
+
 def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(fm.CheckpointError, match="is no checkpoint of Orbax"):
         fm.from_orbax(tmp_path)

@@ -76,6 +76,8 @@ def whole(launched: LaunchedCluster) -> dict[str, fm.TrainingResult]:
 def train(cluster: fm.Cluster, policy: str, path: Path, **options: Any) -> fm.TrainingResult:
     """A fit that writes no checkpoint before its end."""
     options["checkpoint"] = fm.Checkpoint(path)
+    policy, _, on_loss = policy.partition(" ")
+    options |= {"on_loss": on_loss} if on_loss else {}
     if policy == "untrained":
         return with_rows(cluster, **options)
     return (fit if policy in EXACT else count)(cluster, policy, **options)
@@ -205,7 +207,7 @@ def brief() -> Iterator[LaunchedCluster]:
         yield cluster
 
 
-@pytest.mark.parametrize("policy", [*EXACT, "asynchronous", "untrained"])
+@pytest.mark.parametrize("policy", [*EXACT, "asynchronous", "untrained", "synchronous replace", "DiLoCo shrink"])
 def test_if_no_driver_comes_the_workers_write_the_last_checkpoint(
     launched: LaunchedCluster, brief: LaunchedCluster, whole: dict[str, fm.TrainingResult], policy: str, tmp_path: Path
 ) -> None:
@@ -222,8 +224,23 @@ def test_if_no_driver_comes_the_workers_write_the_last_checkpoint(
             return
     assert found.resumed_at == step
     assert [record["step"] for record in found.history] == list(range(step, STEPS))
-    assert_fates(found, policy, whole.get(policy))
+    assert_fates(found, policy.split(maxsplit=1)[0], whole.get(policy.split(maxsplit=1)[0]))
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".last")]
+
+
+def test_a_fit_that_is_refused_leaves_the_name_of_the_one_before(launched: LaunchedCluster, tmp_path: Path) -> None:
+    def refused() -> None:
+        with pytest.raises(ValueError, match="batch"):
+            train(cluster, "synchronous", tmp_path, batch_size=REPLICAS + 1)
+
+    with fm.Cluster.connect(launched.address, launched.token) as cluster:
+        refused()
+        assert list(tmp_path.iterdir()) == []
+        before = checkpoints.identity(tmp_path, anew=True)
+        refused()
+        assert checkpoints.identity(tmp_path, anew=False) == before, "workers know that fit by it"
+        train(cluster, "synchronous", tmp_path)
+        assert checkpoints.identity(tmp_path, anew=False) != before
 
 
 def test_workers_that_must_end_write_the_last_checkpoint(

@@ -23,8 +23,8 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -35,10 +35,12 @@ import xxhash
 
 from flowml.arrays import ArraySpec, dtype_of
 from flowml.callers import warn
-from flowml.errors import CheckpointError
+from flowml.errors import CheckpointError, InUseError
 
 FORMAT = 1
 DATA, MANIFEST, LOCK, TOKEN, IDENTITY = "buffers.bin", "manifest.json", ".fit", ".token", ".identity"
+ORBAX = "_CHECKPOINT_METADATA"
+"""The file by which Orbax knows its checkpoints."""
 ALIGNMENT = 64
 MOST_BYTES = 2**30
 """Of a manifest."""
@@ -192,7 +194,8 @@ def write_invited(folder: Path, file: str, token: str, arrays: Mapping[str, Any]
 
 
 def prepare(directory: Path) -> None:
-    """Make the directory if it is not there. Raises CheckpointError if nothing could be written into it."""
+    """Make the directory if it is not there. Raises CheckpointError if nothing could be written into it, or it is one
+    of Orbax."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         writable = os.access(directory, os.W_OK | os.X_OK)
@@ -203,16 +206,11 @@ def prepare(directory: Path) -> None:
         raise CheckpointError(
             f"no checkpoint can be written into {directory}: {why}; give fm.Checkpoint a directory that can be written"
         )
-
-
-class InUseError(CheckpointError):
-    """Another fit writes into a directory: that of the driver `driver`, "" if it has said no name."""
-
-    def __init__(self, directory: Path, holder: str, driver: str) -> None:
-        super().__init__(
-            f"{directory} is in use by a fit of {holder}; wait for its end, stop it, or give another directory"
+    if (directory / ORBAX).exists() or any(directory.glob(f"[0-9]*/{ORBAX}")):
+        raise CheckpointError(
+            f"{directory} holds checkpoints of Orbax; give fm.Checkpoint another directory, and begin from "
+            "fm.from_orbax of this one"
         )
-        self.driver = driver
 
 
 @contextmanager
@@ -233,7 +231,11 @@ def locked(directory: Path, driver: str = "", lost: Collection[str] = ()) -> Gen
                 if _holder(path)[2] in lost:
                     path.unlink(missing_ok=True)
         elif (pid and WORKERS not in (driver, of)) or time.monotonic() > until:
-            raise InUseError(directory, f"process {pid} on {host}" if pid else "another process", of)
+            holder = f"process {pid} on {host}" if pid else "another process"
+            raise InUseError(
+                f"{directory} is in use by a fit of {holder}; wait for its end, stop it, or give another directory",
+                driver=of,
+            )
         else:
             threading.Event().wait(AGAIN_S)
     with file:
@@ -314,6 +316,23 @@ def identity(directory: Path, *, anew: bool) -> str:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can be neither read nor written: {error}; give another directory") from None
     return known
+
+
+@contextmanager
+def undone(directory: Path, *, unless: Callable[[], bool]) -> Generator[None]:
+    """If the body raises an error, leave in a directory the name of a fit that was there before, `unless` the new fit
+    has begun: workers may keep that for another driver."""
+    path = directory / IDENTITY
+    before = path.read_bytes() if path.is_file() else None
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if before is not None and not unless():
+                write_file(path, before)
+            elif not unless():
+                path.unlink(missing_ok=True)
+        raise
 
 
 def snapshots(directory: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from flowml.errors import CheckpointError
+from flowml.errors import CheckpointError, InUseError
 from flowml_runtime.environment import checkpoints, last_checkpoints
 from flowml_runtime.environment.last_checkpoints import Known
 from flowml_runtime.protocol.training.kept_fits import Write
@@ -55,7 +55,7 @@ def write_last(asked: Write, worker: str, found: Mapping[str, Found]) -> bool:
         if asked.again:
             return _is_gone(directory, asked.keys) or _complete(directory, asked)
         return not _write_parts(directory, worker, found) or _complete(directory, asked)
-    except checkpoints.InUseError as error:
+    except InUseError as error:
         _warn(asked, str(error))
         return True
     except (OSError, CheckpointError) as error:

@@ -60,6 +60,8 @@ class KeptFit:
         self._answers: dict[int, _Answer | None] = {}
         """Number of a question -> the answer. None if the worker was lost."""
         self._asked: dict[int, str] = {}
+        self.begun = False
+        """Whether a run of the fit has begun."""
         self._told: set[str] = set()
         """The workers that have what no step changes."""
         self._written: dict[str, Any] = {}
@@ -99,6 +101,7 @@ class KeptFit:
 
     def begin(self, workers: Iterable[str]) -> None:
         """A run begins on these workers, some of which may have taken the places of lost ones."""
+        self.begun = True
         for worker in workers:
             self._session.tell(worker, self._claim(next(self._numbers)))
         self._told.clear()

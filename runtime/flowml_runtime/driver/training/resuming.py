@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flowml.callers import warn
-from flowml.errors import CheckpointError
+from flowml.errors import CheckpointError, InUseError
 from flowml.plan import Training
 from flowml_runtime.driver.checkpoint import Checkpoint, newest
 from flowml_runtime.driver.training.copied import copying
@@ -72,7 +72,7 @@ def _taken(stack: ExitStack, checkpoint: Checkpoint, cluster: Any, *, anew: bool
 
     try:
         stack.enter_context(checkpoints.locked(directory, me))
-    except checkpoints.InUseError as error:
+    except InUseError as error:
         if anew or not error.driver:
             raise
         try:
@@ -82,7 +82,10 @@ def _taken(stack: ExitStack, checkpoint: Checkpoint, cluster: Any, *, anew: bool
         stack.enter_context(checkpoints.locked(directory, me, kept.lost))
         return kept
     _check_empty(directory, anew=anew)
-    return claim(OWNED_S, anew=anew)
+    found: list[KeptFit] = []
+    stack.enter_context(checkpoints.undone(directory, unless=lambda: any(kept.begun for kept in found)))
+    found.append(claim(OWNED_S, anew=anew))
+    return found[0]
 
 
 def _check_empty(directory: Path, *, anew: bool) -> None:
