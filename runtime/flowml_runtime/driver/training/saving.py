@@ -167,10 +167,11 @@ class Saving:
 
     def events(self, machine: TrainingDriver, step: int, now: float) -> Iterator[Offer | Pause]:
         """What the driver's machine is to hear of, after `step` steps of the whole fit."""
-        offer = None if self._writer is None else self._writer.offer(machine.offered)
+        known = machine.snapshots
+        offer = None if self._writer is None else self._writer.offer(known.offer)
         if offer is not None:
             yield offer
-        if not machine.misses and self.due(step, now, aligned=machine.aligned, partial=machine.is_partial):
+        if not known.misses and self.due(step, now, aligned=machine.aligned, partial=bool(known.silent)):
             yield Pause(self.push_within(step, now))
 
     def due(self, step: int, now: float, *, aligned: bool, partial: bool = False) -> bool:

@@ -238,14 +238,15 @@ class TrainingDriver:
         """The replicas that know that there are no more items for them."""
         stages = start.stopped.stages if start.stopped else ()
         self._untold = Untold(terms, {s.replica: s.unsettled for s in stages if s.stage == 0})
-        self._snapshots = Snapshots(terms, places, rhythm, max(clocks), outlives=outlives)
+        self.snapshots = Snapshots(terms, places, rhythm, max(clocks), outlives=outlives)
+        """When snapshots are taken, and what has come of one."""
         self.traffic: dict[str, wire.Traffic] = {}
         """The newest Traffic message of each worker."""
         self.versions: dict[int, int] = {}
         """Store -> the version of its final value, for the values that have arrived."""
         self.number = 0
         """The number of the newest event."""
-        self._start = msgspec.structs.replace(start, hold=self._snapshots.hold)
+        self._start = msgspec.structs.replace(start, hold=self.snapshots.hold)
         self._steps = range(start.run, start.run + terms.most_clocks)
         self._work, self._item_size = work, work.item_size
         self._terms, self._places, self._all = terms, places, places.workers
@@ -262,7 +263,7 @@ class TrainingDriver:
     @property
     def over(self) -> bool:
         """Whether every stage has retired, every store is finished, and the last snapshot is here."""
-        return not self._to_retire and not self._to_finish and not self._snapshots.under_way
+        return not self._to_retire and not self._to_finish and not self.snapshots.under_way
 
     @property
     def trained(self) -> bool:
@@ -272,7 +273,7 @@ class TrainingDriver:
     @property
     def hold(self) -> int:
         """The clock before which replicas stop next."""
-        return self._snapshots.hold
+        return self.snapshots.hold
 
     @property
     def aligned(self) -> bool:
@@ -280,24 +281,9 @@ class TrainingDriver:
         return self._terms.aligned
 
     @property
-    def offered(self) -> Offer:
-        """Where workers may write the next snapshot."""
-        return self._snapshots.offer
-
-    @property
     def heard(self) -> int:
         """How much has come of a snapshot that late replicas hold up, which others could go on without; 0: of none."""
-        return self._snapshots.heard
-
-    @property
-    def misses(self) -> bool:
-        """Whether a snapshot was withdrawn, and none is taken before the replicas are heard of that held it up."""
-        return self._snapshots.misses
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether the next snapshot is without such replicas."""
-        return bool(self._snapshots.silent)
+        return self.snapshots.heard
 
     def unfinished(self, worker: str) -> tuple[int, ...]:
         """The stores that a worker has not finished, by their numbers."""
@@ -311,7 +297,7 @@ class TrainingDriver:
             return [] if handle is None else [Release(handle, self.number)]
         if type(event) is Received:  # not `match`: nearly every event is one
             actions = self._receive(event)
-            return [*actions, *self._hear(event.message)] if self._snapshots.silent else actions
+            return [*actions, *self._hear(event.message)] if self.snapshots.silent else actions
         match event:
             case Begin():
                 return self._begin()
@@ -320,15 +306,15 @@ class TrainingDriver:
             case WorkerLost():
                 return self._lose(event)
             case Pause(within):
-                return [*self._snapshots.pause(self._ids(), self.ledger.newest, within)]
+                return [*self.snapshots.pause(self._ids(), self.ledger.newest, within)]
             case Offer():
-                self._snapshots.offer = event
+                self.snapshots.offer = event
                 return []
             case Withdraw():
-                return [*self._snapshots.withdraw(self._ids())]
+                return [*self.snapshots.withdraw(self._ids())]
             case ReplicaLost(replica):
                 self.ledger.step(event)
-                go_on = self._snapshots.lose(self._ids())
+                go_on = self.snapshots.lose(self._ids())
                 return [*go_on, *self._close(retired=[at for at in self._to_retire if at[0] == replica])]
             case Stop():
                 self._ended = True
@@ -336,7 +322,7 @@ class TrainingDriver:
 
     def goes_on_without(self, worker: str) -> tuple[int, ...]:
         """The replicas without which the run would go on if this worker were lost now; none if it would end."""
-        if not (self._departed.goes_on and self._snapshots.active):
+        if not (self._departed.goes_on and self.snapshots.active):
             return ()
         lost = alone_on(worker, self._terms, self._places)
         if self._sharded and lost:  # another one has to take what is left of their shards
@@ -346,7 +332,7 @@ class TrainingDriver:
 
     def _lose(self, event: WorkerLost) -> list[Action]:
         """Go on without a worker, or end the fit."""
-        done = not self._to_retire and not self._snapshots.under_way and not self.unfinished(event.worker)
+        done = not self._to_retire and not self.snapshots.under_way and not self.unfinished(event.worker)
         if done or event.worker not in self._places.workers:
             return []
         replicas = self.goes_on_without(event.worker) if event.may_leave else ()
@@ -361,7 +347,7 @@ class TrainingDriver:
         told = [Send(workers, wire.LeaveOut(**ids, replica=replica)) for replica in replicas]
         self._to_retire.difference_update([at for at in self._to_retire if at[0] in replicas])
         left = LeaveOut(event.worker, replicas, event.reason, self.number)
-        return [*told, *self._snapshots.leave(ids, self._places), left]
+        return [*told, *self.snapshots.leave(ids, self._places), left]
 
     def kept(self, taken: Save) -> LedgerState | None:
         """The accounts at a snapshot, just after it was taken; None if they are unknown without a silent replica."""
@@ -432,7 +418,7 @@ class TrainingDriver:
             case wire.OwnState(store=store, replica=replica) if replica == self._first:
                 return [KeepState(store, event.handle, cause)]
             case wire.Paused() | wire.Exported() | wire.Buffers() | wire.Copied():
-                made = self._snapshots.take(self._ids(), event.peer, message, event.handle)
+                made = self.snapshots.take(self._ids(), event.peer, message, event.handle)
                 for action in made:
                     if isinstance(action, Save):
                         self._departed.saved(action.stopped.clocks)
@@ -467,7 +453,7 @@ class TrainingDriver:
     def _hear(self, message: Any) -> Sequence[Action]:
         """Note that a replica runs that held a snapshot up."""
         replica = getattr(message, "replica", None)
-        return () if replica is None else self._snapshots.hear(self._ids(), replica, self.ledger.newest)
+        return () if replica is None else self.snapshots.hear(self._ids(), replica, self.ledger.newest)
 
     def _grant(self, ask: wire.Ask) -> list[Action]:
         actions: list[Action] = []
