@@ -32,7 +32,7 @@ def test_each_folder_is_for_one_snapshot_and_there_is_none_while_the_driver_is_b
     driver.step(FOLDER)
     export = stopped(driver, 0, 5)
     assert (export.folder, export.token, export.whole) == ("/there", "token", True)
-    assert driver.offered == Offer(busy=True)
+    assert driver.snapshots.offer == Offer(busy=True)
     save = saved(driver, export)
     assert (save.folder, save.whole, [h for *_, h in save.buffers]) == ("/there", True, [None, None])
     export = stopped(driver, 1, 10)
