@@ -90,11 +90,11 @@ def test_what_came_of_an_export_is_freed() -> None:
     *freed, hold = driver.step(Withdraw())
     assert freed == [Release(5, driver.number), Release(6, driver.number)]
     assert holds([hold]) == [(AT_END, 2)]
-    assert driver.misses, "the worker whose buffers are missing"
+    assert driver.snapshots.misses, "the worker whose buffers are missing"
     assert driver.step(Received("c", buffers, 7)) == [Release(7, driver.number)]
     assert not any(isinstance(a, Save) for a in driver.step(Received("c", told)))
     ask(driver, 2, 0)
-    assert not driver.misses
+    assert not driver.snapshots.misses
     assert holds(driver.step(Pause())) == [(0, 3)]
 
 
@@ -125,5 +125,5 @@ def test_after_a_loss_nothing_is_withdrawn_or_missed() -> None:
         paused(driver, replica, EVERY, 0)
     driver.step(Withdraw())
     driver.step(ReplicaLost(2))
-    assert not driver.misses
+    assert not driver.snapshots.misses
     assert driver.step(Withdraw()) == []

@@ -6,7 +6,7 @@ Each patches the real machine in this process only. Nothing of it is in the prod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -83,8 +83,8 @@ def _commits_before_the_quorum(patch: Patch) -> None:
 def _counts_folded_items_as_used(patch: Patch) -> None:
     real: Callable[..., None] = Ledger._account  # pyright: ignore[reportPrivateUsage]
 
-    def account(self: Ledger, who: int, item: object, fate: str, *rest: tuple[int, ...]) -> None:
-        real(self, who, item, "used" if fate == "folded" else fate, *rest)
+    def account(self: Ledger, who: int, fates: Iterable[tuple[object, str]], *rest: tuple[int, ...]) -> None:
+        real(self, who, [(item, "used" if fate == "folded" else fate) for item, fate in fates], *rest)
 
     patch.setattr(Ledger, "_account", account)
 

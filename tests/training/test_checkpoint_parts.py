@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from flowml_runtime.driver.training import parts
 from flowml_runtime.environment import checkpoints
 from flowml_runtime.transport.ending import Ending
 from flowml_runtime.worker.checkpoint_parts import CheckpointParts
+from tests.conftest import wait_until
 from tests.training.reference import assert_same
 from tests.training.test_checkpoint_files import TEAR
 from tests.training.test_kills import doom
-from tests.training.test_lost_and_replaced import STEPS, fit
+from tests.training.test_lost_and_replaced import EVERY, STEPS, fit
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,10 +46,28 @@ def told(processes: fm.Cluster, monkeypatch: pytest.MonkeyPatch) -> list[tuple[s
     return found
 
 
+def paced(cluster: fm.Cluster, path: Path) -> Callable[[dict[str, Any]], None]:
+    """A callback in which a fit waits for the checkpoints that are due, while all workers live: if the disk is slower
+    than the steps, some are left out, and the driver writes the last one."""
+
+    everyone = set(cluster.pids)
+
+    def callback(record: dict[str, Any]) -> None:
+        due = record["step"] // EVERY * EVERY
+
+        def is_written() -> bool:
+            written = max(map(checkpoints.step_of, checkpoints.snapshots(path)), default=0) >= due
+            return everyone != set(cluster.pids) or (written and any(path.glob(f".offered-*/{checkpoints.TOKEN}")))
+
+        wait_until(is_written, f"the checkpoint after step {due} is written", 60)
+
+    return callback
+
+
 def test_workers_write_what_they_keep_and_the_driver_gets_names(
     processes: fm.Cluster, told: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    found = fit(processes, "synchronous", tmp_path)
+    found = fit(processes, "synchronous", tmp_path, callbacks=[paced(processes, tmp_path)])
     assert {name for name, _ in told} == {"Buffers", "Wrote"}
     assert sum(nbytes for _, nbytes in told) == 0
     newest = checkpoints.snapshots(tmp_path)[0]
@@ -104,7 +123,7 @@ def test_a_worker_that_dies_while_it_writes_leaves_the_checkpoint_before(
     try:
         with warnings.catch_warnings(), pytest.raises(fm.WorkerLostError):
             warnings.filterwarnings("ignore", "the checkpoint after step .* was lost before it had written its part")
-            fit(processes, "synchronous", tmp_path)
+            fit(processes, "synchronous", tmp_path, callbacks=[paced(processes, tmp_path)])
     finally:
         processes.bring_back(processes.lost)
     assert not list(tmp_path.glob(".offered-*"))
