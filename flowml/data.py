@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flowml.errors import named
 from flowml.leaves import check_array
 from flowml.rows import swapped
 from flowml.splits import Shards, Shuffle, WithReplacement
@@ -57,7 +58,7 @@ def as_source(source: Any) -> Source:
     leaves, tree = ([], None) if hasattr(source, "__next__") else jax.tree_util.tree_flatten_with_path(source)
     arrays = [isinstance(x, np.ndarray | jax.Array) for _, x in leaves]
     if leaves and (all(arrays) or _is_tree_of_arrays(source, arrays)):
-        return _array_source(leaves, tree)
+        return _array_source(leaves, tree, _are_examples(source))
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise TypeError(
             f"a source needs len(source) and source[indices], or to be a pytree of arrays; got {type(source).__name__}"
@@ -78,21 +79,34 @@ def _is_tree_of_arrays(source: Any, arrays: Sequence[bool]) -> bool:
     return any(isinstance(x, np.ndarray | jax.Array) for x in elements)
 
 
+def _are_examples(source: Any) -> bool:
+    """Whether a sequence seems to hold examples, and not columns: it has several containers of the same shapes."""
+    elements: Any = source if isinstance(source, list | tuple) else ()
+    kinds = {str(jax.tree_util.tree_map(np.shape, element)) for element in elements}
+    return len(elements) > 1 and len(kinds) == 1 and isinstance(elements[0], list | tuple | dict)
+
+
 def _name(path: Any) -> str:
     return f"source leaf {jax.tree_util.keystr(path, simple=True, separator='/')!r}" if path else "the source"
 
 
-def _array_source(leaves: Sequence[tuple[Any, Any]], tree: Any) -> Source:
+_UNSTACKED = (
+    "its elements seem to be examples; stack them: jax.tree.map(lambda *rows: np.stack(rows), *source), or give an "
+    "object with len(source) and source[indices]"
+)
+
+
+def _array_source(leaves: Sequence[tuple[Any, Any]], tree: Any, are_examples: bool) -> Source:
     for path, leaf in leaves:
         check_array(_name(path), leaf)
     arrays = tuple(np.asarray(x) for _, x in leaves)
     sizes = {a.shape[0] if a.ndim else None for a in arrays}
     if len(sizes) != 1 or None in sizes:
-        shapes = ", ".join(str(a.shape) for a in arrays)
+        shapes = named([str(a.shape) for a in arrays])
         wrong = swapped({_name(path): a.shape for (path, _), a in zip(leaves, arrays, strict=True)})
         raise ValueError(
             f"the arrays of a source differ in their first dimension: {shapes}; "
-            f"{wrong or 'each needs one row an example'}"
+            f"{_UNSTACKED if are_examples else wrong or 'each needs one row an example'}"
         )
     return Source(arrays[0].shape[0], tree, lambda indices: [a[indices] for a in arrays], arrays)
 

@@ -174,6 +174,10 @@ def test_an_optimizer_state_of_something_else(threads_cluster: fm.Cluster) -> No
 def test_arrays_of_different_lengths(threads_cluster: fm.Cluster) -> None:
     with pytest.raises(ValueError, match=r"differ in their first dimension: \(96, 12\), \(95, 2\); each needs one row"):
         fit(threads_cluster, source={**SOURCE, "y": SOURCE["y"][:-1]})
+    with pytest.raises(
+        ValueError, match=r"… \(192 in all\); its elements seem to be examples; stack them: jax.tree.map"
+    ):
+        fit(threads_cluster, source=[{name: leaf[i] for name, leaf in SOURCE.items()} for i in range(96)])
     with pytest.raises(TypeError, match=r"a source needs len\(source\) and source\[indices\]"):
         fit(threads_cluster, source=iter([1, 2]))
     with pytest.raises(ValueError, match=r"the source, a Records, has no examples"):
