@@ -1,6 +1,7 @@
 """Runs a function of a model over all examples of a source: metrics of a `Trainer`, and predictions.
 
-The function is a dataflow program on the trainer's cluster, with its placement. Parameters and state are brought to the
+The function is a dataflow program on the trainer's cluster, with its placement. A function of a part of the model,
+which that placement does not fit, runs where training has the parameters. Parameters and state are brought to the
 workers once. All examples are used; the last batch may be shorter, and counts by its examples.
 """
 
@@ -17,7 +18,7 @@ from flowml.arrays import ArraySpec
 from flowml.callers import raising_line
 from flowml.data import as_source
 from flowml.effects import EffectsChoice
-from flowml.errors import FlowmlError, UnsupportedError, named, one_line
+from flowml.errors import FlowmlError, PlacementError, UnsupportedError, named, one_line
 from flowml.ir._jax import path_name, spec_of
 from flowml.numbers import whole_number
 from flowml.placement import Placement
@@ -113,7 +114,11 @@ class Evaluation:
             rows = np.arange(start, min(start + size, examples))
             batch = jax.tree_util.tree_unflatten(data.tree, data.take(rows))
             try:
-                result = program(*held, batch)
+                try:
+                    result = program(*held, batch)
+                except PlacementError:  # before anything ran: it names layers or stages that this function lacks
+                    program = self._program(cluster, fn, "auto")
+                    result = program(*held, batch)
             except FlowmlError:
                 raise
             except Exception as error:
@@ -121,16 +126,19 @@ class Evaluation:
                 raise
             yield len(rows), batch, result
 
-    def _program(self, cluster: Any, fn: Function) -> Function:
+    def _program(self, cluster: Any, fn: Function, placement: Placement | None = None) -> Function:
+        """The program of a function, with the trainer's placement, or from now on with another: "auto" runs each layer
+        where training has its parameters."""
         key = fn, cluster
         program = self._programs.pop(key, None)
-        if program is None:
+        if program is None or placement is not None:
             if isinstance(cluster, SimulatedCluster):
                 if not cluster.session.arithmetic:
                     raise UnsupportedError(f"{cluster} computes nothing; give it arithmetic=True to evaluate on it")
                 program = jax.jit(fn)  # what is evaluated takes no virtual time
             else:
-                program = dataflow(fn, cluster=cluster, placement=self._placement, effects=self._effects)
+                placed = self._placement if placement is None else placement
+                program = dataflow(fn, cluster=cluster, placement=placed, effects=self._effects)
         self._programs[key] = program  # as the newest
         if len(self._programs) > MOST_PROGRAMS:
             del self._programs[next(iter(self._programs))]

@@ -46,6 +46,23 @@ def test_a_short_last_batch_counts_by_its_examples(
         np.testing.assert_allclose(rows["y"], predict(params, SOURCE["x"]), rtol=1e-5, atol=1e-6)
 
 
+def features(params: Any, batch: Any) -> Any:
+    return jnp.tanh(batch["x"] @ params["fc0"]["kernel"])
+
+
+@pytest.mark.parametrize("placement", [fm.Pipeline(stages=2), {"fc0": "worker:0", "fc*": "worker:1"}])
+def test_a_function_of_a_part_of_the_model_runs_where_its_parameters_are(
+    process_cluster: fm.Cluster, placement: Any
+) -> None:
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=process_cluster, placement=placement)
+    for _ in range(2):
+        found = trainer.predict(mlp(), SOURCE, features, batch_size=16)
+        np.testing.assert_allclose(found, features(mlp(), SOURCE), rtol=1e-5, atol=1e-6)
+        validation = SOURCE, lambda _, batch: {"mean": jnp.mean(batch["x"])}
+        result = trainer.fit(mlp(), data(), batch_size=BATCH, steps=1, validation=validation, progress=False)
+        np.testing.assert_allclose(result.validation[-1]["mean"], np.mean(SOURCE["x"]), rtol=1e-5, atol=1e-6)
+
+
 def test_functions_with_state_get_it(threads_cluster: fm.Cluster) -> None:
     def loss(params: Any, state: Any, batch: Any) -> Any:
         return mlp_loss(params, {**batch, "x": batch["x"] - state["mean"]}), {"mean": jnp.mean(batch["x"], axis=0)}
