@@ -37,6 +37,11 @@ def why_no_array(value: Any, fix: str = "") -> str:
     return ""
 
 
+def has_no_values(value: Any) -> bool:
+    """Whether this is an array of float0, the type of the gradient of an integer."""
+    return getattr(value, "dtype", None) == jax.dtypes.float0
+
+
 def check_known(what: str, value: Any, function: str) -> None:
     """Raise TypeError for a leaf without values, of which `function` needs them: a struct, or what another
     transformation traces."""

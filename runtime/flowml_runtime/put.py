@@ -11,7 +11,7 @@ from flowml.errors import PlacementError, named, shadowed
 from flowml.ir._jax import path_name
 from flowml.ir.label import layer_of, matches
 from flowml.ir.objects import array_leaves
-from flowml.leaves import check_known, why_no_array
+from flowml.leaves import check_known, has_no_values, why_no_array
 from flowml.plan import ArraySpec
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.remote import Kind, Remote
@@ -25,7 +25,7 @@ def put(tree: Any, cluster: Cluster | None = None, placement: Any = None) -> Any
 
     Args:
         tree: a pytree of arrays and numbers. Handles in it stay where they are, and so does what is no array in an
-            equinox module.
+            equinox module, and what has no values (float0).
         cluster: by default that of the innermost `with cluster:` block.
         placement: a device ("worker:1", "worker:1/cpu:0") for all, or a mapping from patterns to devices, matched with
             the path of each leaf and its layers; what matches none, and everything without a placement, goes to the
@@ -50,6 +50,8 @@ def put(tree: Any, cluster: Cluster | None = None, placement: Any = None) -> Any
         if type(leaf) is Remote:
             leaf.check(session.held)
             continue
+        if has_no_values(leaf):
+            continue
         check_known(f"fm.put: leaf {path!r}" if path else "fm.put: the value", leaf, "fm.put")
         try:
             shape, dtype, weak = signature(leaf)
@@ -62,7 +64,8 @@ def put(tree: Any, cluster: Cluster | None = None, placement: Any = None) -> Any
         adds[kind.device] = adds.get(kind.device, 0) + kind.nbytes
     session.held.check_room(adds, where.devices, "put")
     handles = iter(session.held.bring(arrays, kinds, "put").handles() if kinds else ())
-    return made([leaf if type(leaf) is Remote else next(handles) for _, leaf in leaves])
+    stays = [type(leaf) is Remote or has_no_values(leaf) for _, leaf in leaves]
+    return made([leaf if here else next(handles) for (_, leaf), here in zip(leaves, stays, strict=True)])
 
 
 def placed(paths: Sequence[str], devices: Sequence[Device], placement: Any, verb: str = "put") -> list[str]:

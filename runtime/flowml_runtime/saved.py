@@ -24,7 +24,7 @@ from flowml.arrays import ArraySpec, dtype_of
 from flowml.errors import CheckpointError
 from flowml.ir._jax import path_name
 from flowml.ir.objects import array_leaves, leaves_of_modules
-from flowml.leaves import check_known, why_no_array
+from flowml.leaves import check_known, has_no_values, why_no_array
 from flowml.numbers import whole_number
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.checkpoint import nested, newest
@@ -57,6 +57,8 @@ class Tree(msgspec.Struct, frozen=True):
     hollow: tuple[tuple[Key, ...], ...] = ()
     """The paths of containers without leaves."""
 
+
+_FLOAT0 = str(jax.dtypes.float0)
 
 MOST_SAVED = 8
 """How many saved trees a session knows, from which its loops may go on after a loss."""
@@ -123,7 +125,7 @@ def taken_from(record: Saved, values: Mapping[int, tuple[Any, tuple[int, int]]])
     tree, arrays = _read(record.path)
     found: dict[int, Any] = {}
     for number, (value, (start, end)) in values.items():
-        leaves = [jnp.asarray(from_buffer(arrays[str(i)], tree.leaves[i].dtype)) for i in range(start, end)]
+        leaves = [_here(arrays[str(i)], tree.leaves[i].dtype) for i in range(start, end)]
         found[number] = array_leaves(value)[1](leaves)
     return found
 
@@ -238,7 +240,13 @@ def _loaded(
     if cluster is not None:
         return tree, _on_cluster(path, tree, body, cluster, placement)
     _, arrays = _read(path)
-    return tree, [jnp.asarray(from_buffer(arrays[str(i)], leaf.dtype)) for i, leaf in enumerate(tree.leaves)]
+    return tree, [_here(arrays[str(i)], leaf.dtype) for i, leaf in enumerate(tree.leaves)]
+
+
+def _here(array: Any, dtype: str) -> Any:
+    """A value in this process."""
+    value = from_buffer(array, dtype)
+    return value if has_no_values(value) else jnp.asarray(value)
 
 
 def _keys(path: Iterable[Key]) -> list[str | int]:
@@ -307,19 +315,21 @@ def _on_cluster(path: Path, tree: Tree, body: checkpoints.Body, cluster: Cluster
         there = {device.name for device in cluster.devices}
         before = [leaf.device for leaf in tree.leaves]
         devices = [device if device in there else first for device, first in zip(before, devices, strict=True)]
+    empty = {i: np.zeros(x.shape, jax.dtypes.float0) for i, x in enumerate(tree.leaves) if x.dtype == _FLOAT0}
+    sent = [i for i in range(len(names)) if i not in empty]
     kinds = [
-        KeptKind(ArraySpec(leaf.shape, _canonical(leaf.dtype)), device, name)
-        for leaf, device, name in zip(tree.leaves, devices, names, strict=True)
+        KeptKind(ArraySpec(tree.leaves[i].shape, _canonical(tree.leaves[i].dtype)), devices[i], names[i]) for i in sent
     ]
     session.held.check_room(bytes_on_devices(kinds), cluster.devices, "load")
     by_name = {entry.name: entry for entry in body.arrays}
-    entries = [by_name[str(i)] for i in range(len(kinds))]
+    entries = [by_name[str(i)] for i in sent]
 
-    def elsewhere(i: int) -> Any:
-        entry = entries[i]
-        return from_buffer(checkpoints.read_arrays(path, entry.file, [entry])[entry.name], tree.leaves[i].dtype)
+    def elsewhere(k: int) -> Any:
+        entry = entries[k]
+        return from_buffer(checkpoints.read_arrays(path, entry.file, [entry])[entry.name], tree.leaves[sent[k]].dtype)
 
-    return session.held.load(entries, kinds, path, elsewhere, "load") if kinds else []
+    brought = iter(session.held.load(entries, kinds, path, elsewhere, "load") if kinds else [])
+    return [empty[i] if i in empty else next(brought) for i in range(len(names))]
 
 
 def _canonical(dtype: str) -> str:

@@ -115,6 +115,19 @@ def test_what_has_no_values_is_not_saved_and_not_put(threads_cluster: fm.Cluster
         jax.jit(lambda x: fm.save({"w": x}, tmp_path))(jnp.ones(2))
 
 
+def test_gradients_of_integers_come_back(cluster: fm.Cluster, tmp_path: Path) -> None:
+    params = {"n": jnp.int32(2), "w": jnp.ones(3)}
+    step = fm.dataflow(jax.grad(lambda p: jnp.sum(p["n"] * p["w"]), allow_int=True), cluster=cluster, keep=0)
+    tree = {"gradients": step(params), "params": fm.put(params, cluster)}
+    assert fm.put(tree, cluster)["gradients"]["n"].dtype == jax.dtypes.float0
+    fm.save(tree, tmp_path)
+    for found in (fm.load(tmp_path), fm.load(tmp_path, cluster), fm.load(tmp_path, cluster, like=tree)):
+        assert found["gradients"]["n"].dtype == jax.dtypes.float0
+        assert found["gradients"]["n"].shape == ()
+        np.testing.assert_array_equal(found["gradients"]["w"], [2, 2, 2])
+        np.testing.assert_array_equal(found["params"]["n"], 2)
+
+
 def test_the_newest_complete_tree_is_loaded(tmp_path: Path) -> None:
     for n in range(4):
         fm.save({"n": n}, tmp_path, keep=2)

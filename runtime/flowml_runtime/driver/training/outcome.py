@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from flowml.ir.keys import key_implementation
+from flowml.leaves import has_no_values
 from flowml.splits import Shuffle
 from flowml_runtime.driver.training.delays import Rows
 from flowml_runtime.driver.training.history import Record
@@ -80,7 +82,9 @@ class Outcome:
 
 
 def as_buffer(value: Any) -> Any:
-    """An array that can be sent: the words of a typed key."""
+    """An array that can be sent: the words of a typed key, and as many booleans as a float0 array has places."""
+    if has_no_values(value):
+        return np.zeros(value.shape, np.bool_)
     if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(value)
     return value
@@ -88,6 +92,8 @@ def as_buffer(value: Any) -> Any:
 
 def from_buffer(array: Any, dtype: str) -> Any:
     """The value that was sent as this array."""
+    if dtype == str(jax.dtypes.float0):
+        return np.zeros(np.shape(array), jax.dtypes.float0)
     if not dtype.startswith("key<"):
         return array
     return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=key_implementation(dtype))
