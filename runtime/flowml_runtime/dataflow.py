@@ -26,6 +26,7 @@ from flowml.errors import FlowmlError, PlacementError
 from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
 from flowml.ir.calls import Call, Returned, bind, check_apart, finish, static_of
 from flowml.leaves import why_no_array
+from flowml_runtime.bound import Method
 from flowml_runtime.chained import brought, noticed, without_futures
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.loaded_plan import LoadedPlan
@@ -149,6 +150,10 @@ class Dataflow(Generic[P, R]):
         self._loads: weakref.WeakKeyDictionary[ClusterLike, weakref.WeakSet[LoadedPlan]] = weakref.WeakKeyDictionary()
         """What was loaded and may still be, also of programs that were forgotten while they were loaded again."""
         weakref.finalize(self, _release, self._loads).atexit = False
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """A program that a class has is a method, as under jit: calls get the instance first."""
+        return self if instance is None else Method(self, instance)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function on the cluster. Inside another JAX transformation it is inlined, like jit.

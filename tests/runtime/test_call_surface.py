@@ -57,6 +57,44 @@ def test_static_arguments_are_named_as_for_jit(cluster: fm.Cluster, options: Any
     np.testing.assert_array_equal(decorate(power)(*args, **kwargs), expected)
 
 
+def test_a_program_in_a_class_is_a_method_as_under_jit(cluster: fm.Cluster) -> None:
+    decorate = functools.partial(fm.dataflow, cluster=cluster)
+
+    class Cubes:
+        n = 3
+
+        @functools.partial(decorate, static_argnums=0)
+        def powers(self, x: Any) -> Any:
+            return x**self.n
+
+    class Line(eqx.Module):
+        slope: Any
+
+        @decorate
+        def __call__(self, x: Any) -> Any:
+            return self.slope * x
+
+    class Counter(nnx.Module):
+        def __init__(self) -> None:
+            self.calls = nnx.Variable(jnp.int32(0))
+
+        @decorate
+        def __call__(self, x: Any) -> Any:
+            self.calls[...] += 1
+            return x * self.calls[...]
+
+    cubes, counter = Cubes(), Counter()
+    for _ in range(2):
+        np.testing.assert_array_equal(cubes.powers(X), X**3)
+        np.testing.assert_array_equal(cubes.powers.submit(x=X).result(timeout=60), X**3)
+        np.testing.assert_array_equal(Cubes.powers(cubes, X), X**3)
+        np.testing.assert_array_equal(Line(jnp.float32(2))(X), 2 * X)
+    assert cubes.powers.plan(X).name == cubes.powers.__name__ == "powers"
+    np.testing.assert_array_equal([counter(jnp.int32(2)), counter(jnp.int32(2))], [2, 4])
+    with pytest.raises(TypeError, match=r"powers\(\) missing 1 required positional argument: 'x'"):
+        cubes.powers()
+
+
 def test_a_static_argument_is_the_same_however_it_is_passed(cluster: fm.Cluster) -> None:
     seen: list[Any] = []
 
