@@ -282,7 +282,7 @@ def test_without_workers_it_is_said_why_nothing_can_be_measured(measure: Any) ->
         os.kill(cluster.pids["worker:0"], 9)
         wait_until(lambda: cluster.devices == (), "the loss of worker:0 is known")
         with pytest.raises(
-            fm.WorkerLostError, match=r"^worker:0 was lost \(.*, so no .* can be .*; close this cluster"
+            fm.WorkerLostError, match=r"^worker:0 was lost \(.*, so no .* can be .*; start it again with cluster"
         ):
             measure(cluster)
     with pytest.raises(ClusterError, match="the cluster is closed; start another"):
