@@ -20,7 +20,8 @@ class Every(Value, frozen=True, tag=True):
     Args:
         push: the number of steps between pushes. Between them a replica adds up its gradients, or updates its local
             parameters (`Delta`, `Weights`).
-        pull: the number of steps between takes of the home's value, if it differs from `push`.
+        pull: the number of steps between takes of the home's value, if it differs from `push`. With an unbounded
+            staleness and a multiple of `push`, the home sends a replica only what it takes.
         offset: the first push is after `offset` steps (0: after `push` steps).
         fragments: the layers are split into so many groups of neighbours, which push in turn, `push / fragments` steps
             after each other (Douillard et al., Streaming DiLoCo, 2025).
@@ -95,6 +96,16 @@ class Every(Value, frozen=True, tag=True):
         """The first step that computes with the value that step `clock` computes with."""
         delayed = max(clock - self.delay, 0)
         return window(delayed, self.pull or self.push, self.offset)
+
+    @property
+    def takes_after_push(self) -> bool:
+        """Whether each take comes right after a push, and not each step begins with one."""
+        pull = self.pull or self.push
+        return pull > 1 and pull % self.push == 0 and not self.delay
+
+    def asks(self, clock: int) -> bool:
+        """Whether the step after `clock` takes, where each take comes right after a push."""
+        return due(clock, self.pull or self.push, -1, self.offset)
 
     def needed(self, clock: int, staleness: float) -> float:
         """How many clocks the version that step `clock` takes has to contain to be fresh enough for the last step that

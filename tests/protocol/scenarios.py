@@ -6,6 +6,7 @@ the order of sending, but for links that are held.
     run replicas=3 stages=1 clocks=2 items=6 stores=quorum(2;4),every(2)
                          begin a run, with all stores at the first stage of replica 0. quorum(2;4): two, each 4th clock.
                          fold(2): two, and late ones join a later clock. softsync(2): two at a time, without clocks
+                         pull(1;2): gradients are sent at each step, and parameters taken at each 2nd, without clocks
                          save=K: with a snapshot every K clocks and at the end; save=0: only at the end
     finish R[.S]         the stage pushes what is due and leaves its step
     push R[.S], leave R[.S]   the same in two
@@ -31,7 +32,7 @@ from typing import Any
 import msgspec
 
 from flowml import policies
-from flowml.policy import UNBOUNDED, Policy, Quorum, check_composition
+from flowml.policy import UNBOUNDED, Every, Policy, Quorum, check_composition
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.ledger import LedgerState, Work
@@ -50,6 +51,7 @@ RULES: dict[str, Callable[..., Policy]] = {
     "fold": lambda n, k=1: policies.quorum(int(n), late="fold", every=int(k)),
     "softsync": lambda n: Policy(staleness=UNBOUNDED, quorum=Quorum(int(n), late="fold")),
     "async": lambda *s: policies.asynchronous(*map(int, s)),
+    "pull": lambda push, pull: policies.asynchronous(every=Every(int(push), int(pull))),
     "sum": policies.all_reduce,
 }
 TOLD = {

@@ -87,7 +87,7 @@ def test_a_replica_is_lost_at_any_time(
 
 def test_the_others_take_steps_while_the_homes_are_asked() -> None:
     """Nothing holds them back: between the news of the loss and the last answer they begin steps."""
-    made = world("Downpour", 5, 6.0, speeds=(1, 1, 1, 1))
+    made = world("Downpour", 5, 6.5, speeds=(1, 1, 1, 1))
     made.go()
     facts = made.history.facts
     (heard,) = (n for n, f in enumerate(facts) if any(isinstance(a, driver.LeaveOut) for a in wanted(f)))

@@ -14,13 +14,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowml.policy import UNBOUNDED, Arrivals, Quorum, Wait, spec
+from flowml.policy import UNBOUNDED, Arrivals, Every, Quorum, Wait, spec
 from flowml_runtime.protocol.training import replica, silent
 from flowml_runtime.protocol.training.accounts import Accounts
 from flowml_runtime.protocol.training.accumulator import Accumulator
 from flowml_runtime.protocol.training.decision import Decision
 from flowml_runtime.protocol.training.home import Home
 from flowml_runtime.protocol.training.ledger import Ledger, WorkQueue
+from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.protocol.training.site import Site
@@ -218,6 +219,15 @@ def _publishes_differences_of_versions(patch: Patch) -> None:
     patch.setattr(PublicCopy, "advance", advance)
 
 
+def _answers_each_push(patch: Patch) -> None:
+    """Also one after which the replica does not take, so that bytes do not fall with the rhythm of takes."""
+    patch.setattr(Every, "asks", lambda *_: True)
+
+
+def _answers_a_push_to_all(patch: Patch) -> None:
+    patch.setattr(Places, "told", lambda self, store, home, replica=None: self.readers[store][home])
+
+
 def _sums_a_site_before_its_quorum(patch: Patch) -> None:
     real: Callable[..., Any] = Site.__init__
 
@@ -385,6 +395,8 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "a residual is lost with a dropped push": _loses_the_residual_with_a_dropped_push,
     "mirrors end without what filters still keep": _ends_without_what_filters_still_keep,
     "differences of versions are published": _publishes_differences_of_versions,
+    "each push is answered with a version": _answers_each_push,
+    "all get the answer to a push of one": _answers_a_push_to_all,
     "a site is summed before its quorum": _sums_a_site_before_its_quorum,
     "a site waits past its limit": _waits_in_a_site_past_its_limit,
     "a late contribution to a site is lost": _loses_a_late_contribution_of_a_site,

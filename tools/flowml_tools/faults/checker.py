@@ -10,6 +10,8 @@
                 before the take where those are applied at once; steps between two takes read the same version
     sites' own  the replicas of a site that has parameters of its own compute each step with the same ones
     publications  versions and floors that a home publishes, and versions that a worker reads, never go back
+    answers     a home whose readers take only after some of their pushes publishes to a replica when it has such a
+                push, and else nothing but the first version
     payloads    each payload is applied, read, or freed, once
     items       the ledger adds up, and a store contains each item that its group used once, and no other
     snapshots   each is one cut through the run, as `snapshots` says
@@ -26,8 +28,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flowml.policy import UNBOUNDED, Coded, Consensus, Deadline, Gossip, Policy, Quorum, Sum, window
+from flowml.policy import UNBOUNDED, Coded, Consensus, Deadline, Gossip, Mix, Policy, Quorum, Sum, window
 from flowml.policy.apply import base_of, scales
+from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.snapshot import Save
 from flowml_runtime.protocol.training.terms import Group
@@ -42,7 +45,8 @@ _CLOSE = 1e-9
 def check(history: History) -> list[str]:
     """The violations in a history, as sentences. A run that was interrupted is checked as far as it came."""
     seen = Timeline.of(history)
-    rules = (_decisions, _sites, _alone, _applies, _reads, _held, _publications, _payloads, items, snapshots, _bytes)
+    rules = (_decisions, _sites, _alone, _applies, _reads, _held, _publications, _answers)
+    rules = (*rules, _payloads, items, snapshots, _bytes)
     return [text for rule in rules for text in rule(seen)]
 
 
@@ -382,6 +386,50 @@ def _publications(seen: Timeline) -> Iterator[str]:
                     shown[turn.who, store] = version
                 case _:
                     pass
+
+
+def _takes_after_push(seen: Timeline, store: int) -> bool:
+    """Whether replicas take a store only after some of their pushes, and nothing about it depends on others."""
+    terms, policy = seen.terms.stores[store], seen.terms.stores[store].policy
+    if terms.clocked or terms.shared or terms.sites or policy.staleness < UNBOUNDED or seen.terms.drops:
+        return False
+    if isinstance(base_of(policy.apply), Mix | Consensus) or not all(f.lossless for f in policy.pull_filters):
+        return False
+    push, pull, delay = policy.every.push, policy.every.pull or policy.every.push, policy.every.delay
+    return pull > 1 and pull in range(push, pull + 1, push) and delay == 0
+
+
+def _answers(seen: Timeline) -> Iterator[str]:
+    for store in range(len(seen.terms.stores)):
+        if not _takes_after_push(seen, store):
+            continue
+        home, taken = seen.places.homes[store][0], seen.terms.stores[store].policy.every.taken
+        answered: set[tuple[int, int]] = set()
+        loaded = False
+        for turn in (turn for turn in seen.turns if turn.who == home):
+            told = turn.event.message if isinstance(turn.event, actions.Received) else None
+            loads = isinstance(told, wire.StoreValue) and told.store == store
+            key = (told.replica, told.clock) if isinstance(told, wire.Contribution) and told.store == store else None
+            if key and not loaded:
+                answered.add(key)  # the first version has it, or comes after it
+            loaded = loaded or loads
+            for action in turn.wanted:
+                if not isinstance(action, actions.Publish) or action.store != store:
+                    continue
+                what = f"{home} publishes version {action.version} of store {store} to {action.to}"
+                if not action.value:
+                    yield f"{what} without its value"
+                elif key is None and not loads:
+                    yield f"{what}, and none of them has just pushed"
+                elif key is not None and taken(key[1] + 1) != key[1] + 1:
+                    yield f"{what}, and {_named(key)} does not take then"
+                elif key is not None and not {*action.to} <= {*seen.places.stages[key[0]]}:
+                    yield f"{what} when {_named(key)} has pushed"
+                elif key is not None:
+                    answered.add(key)
+        for key in seen.complete(home, store):
+            if seen.whole and taken(key[1] + 1) == key[1] + 1 and key not in answered and key[0] not in seen.lost:
+                yield f"{home} does not answer the push of {_named(key)} to store {store}, after which it takes"
 
 
 def _payloads(seen: Timeline) -> Iterator[str]:

@@ -477,8 +477,8 @@ class Fit:
                     actions.append(Apply(store, version, contributions, cause, staleness, full, decays))
                 case home.Couple() | home.Forgo():
                     actions += couple(action, places.partners[action.coupling][self._me], **self._ids)
-                case home.Publish(store, version, floor, value):
-                    actions.append(Publish(store, version, floor, value, places.readers[store][self._me], cause))
+                case home.Publish(store, version, floor, value, who):
+                    actions.append(Publish(store, version, floor, value, places.told(store, self._me, who), cause))
                 case home.Release(handle):
                     actions.append(Release(handle, cause))
                 case home.Finished(store):

@@ -16,6 +16,9 @@
   a mean over fewer than the quorum, each contribution counts as in one over all of it. What is applied together is
   published once, so that readers get no version without what waited for the same. The first consensus that they get
   has a report of every replica: a report is the change since the replica's last one, or since version 0.
+* If each take of a replica comes right after a push, and it may be as stale as it likes (`store.answers`), the home
+  publishes to this replica alone, when it has that push. A version is sent to no one who does not take it then, and no
+  floor, because none waits for it.
 * Replicas update a shared store themselves, and its home counts the updates (`Updated`). A repeated one is an error.
 * A collective store has a home on every worker that reads it. Each home gets the sum of all replicas' contributions of
   a clock, under the name of replica 0. It applies the sum when it is complete, and moves the floor. So all homes
@@ -75,6 +78,7 @@ from flowml_runtime.protocol.training.store import (
     Gathering,
     Handle,
     Store,
+    answers,
     parts,
     waiting_part,
 )
@@ -89,7 +93,7 @@ class Home:
         self._terms = terms
         self._lost = NONE
         found = {
-            i: Store(s, senders, None if s.clocked else Clocks(terms.replicas, senders))
+            i: Store(s, senders, None if s.clocked else Clocks(terms.replicas, senders), answers(terms, s))
             for i, s, senders in ((i, terms.stores[i], terms.stores[i].senders(terms.members)) for i in stores)
         }
         self._stores: Mapping[int, Store] = found or NO_ENTRIES
@@ -188,6 +192,8 @@ class Home:
         published, applied = Publish(index, version, store.floor), list[Action]()
         if store.batch and store.clocks is not None and self._is_enough(store, store.clocks):
             applied = self._apply_batch(index, store.clocks)  # of a snapshot, after which replicas were left out
+            if store.answers:
+                applied.append(Publish(index, store.version, store.floor))
         return [published, *applied, *self._finish(index)]
 
     def _count(self, update: Updated) -> list[Action]:
@@ -244,6 +250,8 @@ class Home:
             return [*self._apply(index, [(gathering, 1.0)], clock), *self._finish(index)]
         store.batch[replica, clock] = gathering
         applied = self._apply_batch(index, store.clocks) if self._is_enough(store, store.clocks) else []
+        if store.answers and store.loaded and store.terms.policy.every.asks(clock):
+            applied.append(Publish(index, store.version, store.floor, replica=replica))
         return [*applied, SendApplied(index, replica, clock, store.version), *self._finish(index)]
 
     def _is_enough(self, store: Store, clocks: Clocks) -> bool:
@@ -283,7 +291,12 @@ class Home:
             chosen = [(gathering, 1.0) for _, gathering in batch]
             made = self._apply(index, chosen, missing=need - len(batch))
             actions += (a for a in made if not isinstance(a, Publish))
-        return [*actions, Publish(index, store.version, store.floor, value=store.version > before)]
+        return [*actions, *self._news(index, value=store.version > before)]
+
+    def _news(self, index: int, *, value: bool) -> list[Publish]:
+        """Tell all readers, unless each gets a version when it is about to take. These get none without its value."""
+        store = self._stores[index]
+        return [] if store.answers else [Publish(index, store.version, store.floor, value)]
 
     def _commit(self, event: Committed) -> list[Action]:
         actions: list[Action] = []
@@ -446,7 +459,7 @@ class Home:
             if store.batch and self._is_enough(store, store.clocks):
                 actions += self._apply_batch(index, store.clocks)
             elif store.loaded:
-                actions.append(Publish(index, store.version, store.floor, value=False))
+                actions += self._news(index, value=False)
             actions += self._finish(index)
         return actions
 

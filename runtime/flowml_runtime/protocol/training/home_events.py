@@ -58,12 +58,16 @@ class Apply(msgspec.Struct, frozen=True):
 
 
 class Publish(msgspec.Struct, frozen=True):
-    """Send the store's floor to its readers, and its value too if `value`, after every preceding Apply."""
+    """Send the store's floor to its readers, and its value too if `value`, after every preceding Apply.
+
+    With a `replica` only those of this replica get it.
+    """
 
     store: int
     version: int
     floor: int
     value: bool = True
+    replica: int | None = None
 
 
 class SendApplied(msgspec.Struct, frozen=True):

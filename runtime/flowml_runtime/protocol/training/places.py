@@ -82,6 +82,11 @@ class Places:
         """The workers that run the replicas of a site."""
         return tuple(dict.fromkeys(worker for replica in site for worker in self.stages[replica]))
 
+    def told(self, store: int, home: str, replica: int | None = None) -> tuple[str, ...]:
+        """The workers to which a home publishes a store: all its readers, or those of one replica."""
+        readers = self.readers[store][home]
+        return readers if replica is None else tuple(w for w in dict.fromkeys(self.stages[replica]) if w in readers)
+
     def told_commits(self, group: Group) -> tuple[str, ...]:
         """The workers that get the decisions of a group. Those of sites pass them on."""
         if not group.relayed:

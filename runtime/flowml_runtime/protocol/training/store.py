@@ -8,6 +8,9 @@ from operator import attrgetter
 
 import msgspec
 
+from flowml.policy import UNBOUNDED, Consensus, Mix
+from flowml.policy.apply import base_of
+from flowml.policy.filters import is_lossless
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.clocks import Clocks
@@ -80,6 +83,8 @@ class Store:
     senders: Sequence[int]  # the replicas, or portions, that are counted
     clocks: Clocks | None
     """The clocks of a store that applies on arrival. Other stores have one clock for all replicas, `floor`."""
+    answers: bool = False
+    """Whether it is published to a replica only as the answer to a push after which the replica takes."""
     floor: int = 0
     version: int = -1
     loaded: bool = False
@@ -191,6 +196,18 @@ class Store:
         ensure(all(p.incarnation == gathering.incarnation for p in parts), f"{where}: parts are of two lives")
         complete = self.is_complete(gathering)
         ensure(self.terms.decided or not complete, f"{where}: a complete contribution was not applied on arrival")
+
+
+def answers(terms: Terms, store: StoreTerms) -> bool:
+    """Whether a store is published to a replica only when that is about to take.
+
+    So it is if each take comes right after a push, and no replica leaves a push out. Readers must not wait for others,
+    or need each version in turn. A replica with `Mix` takes before its push is applied, to see what others have sent.
+    """
+    policy, every = store.policy, store.policy.every
+    own = store.clocked or store.shared or store.collective or store.sites or terms.drops
+    waits = policy.staleness < UNBOUNDED or isinstance(base_of(policy.apply), Mix | Consensus)
+    return not (own or waits) and every.takes_after_push and is_lossless(policy.pull_filters)
 
 
 def parts(gathered: Iterable[Gathering]) -> list[ContributionReceived]:
