@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from flowml.arguments import flag
 from flowml.devices import Device
@@ -15,7 +15,9 @@ from flowml.placement.links import GRPC, Link, Links
 from flowml.signatures import worded
 from flowml.sim import AT_ONCE, Churn, ComputeModel, Crash, Fault, Homes, NetworkModel, Partition
 from flowml_runtime.current import blocks
-from flowml_runtime.sim.session import Models, SimulatedSession
+
+if TYPE_CHECKING:
+    from flowml_runtime.sim.session import Models, SimulatedSession
 
 
 class SimulatedCluster:
@@ -63,6 +65,11 @@ class SimulatedCluster:
         jobs: int | None = None,
         compiled: bool = False,
     ) -> None:
+        from flowml_runtime.sim.session import (
+            Models,
+            SimulatedSession,
+        )  # a `Trainer` on real workers imports this module
+
         workers = whole_number("workers", workers, least=1)
         kinds = ("compute", compute, ComputeModel), ("network", network, NetworkModel), ("homes", homes, Homes)
         for name, value, kind in kinds:
