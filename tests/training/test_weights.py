@@ -258,6 +258,27 @@ def test_a_loss_that_is_no_mean_over_examples_warns_once(
         trainer.fit(params(), SOURCE, batch_size=BATCH, steps=1, shuffle=False)  # warnings are errors here
 
 
+def test_a_loss_that_is_a_mean_is_evaluated_once_on_the_same_examples(threads_cluster: fm.Cluster) -> None:
+    evaluated: list[int] = []
+
+    def loss(params: Any, batch: Any) -> Any:
+        evaluated.append(len(batch["x"]))
+        return masked_mean(params, batch)
+
+    def fit(source: dict[str, np.ndarray]) -> list[int]:
+        evaluated.clear()
+        trainer = fm.Trainer(loss, optax.sgd(0.0), cluster=threads_cluster, replicas=2)
+        trainer.fit(params(), source, batch_size=BATCH, steps=1, shuffle=False)
+        return evaluated[:]
+
+    equal = {**SOURCE, "mask": np.ones_like(SOURCE["mask"])}
+    assert BATCH in fit(equal), "on the whole batch; replicas take half of it"
+    assert BATCH not in fit(equal)
+    assert BATCH in fit({**equal, "x": equal["x"] + 1})
+    with pytest.warns(fm.FlowmlWarning, match="is no mean over examples"):  # on others it may be none
+        fit(SOURCE)
+
+
 @pytest.mark.parametrize("loss", [mean, noisy, of_one_shape])
 def test_a_loss_of_which_nothing_can_be_said_does_not_warn(threads_cluster: fm.Cluster, loss: Any) -> None:
     trainer = fm.Trainer(loss, optax.sgd(0.0), cluster=threads_cluster, replicas=2)

@@ -2,19 +2,23 @@
 
 The loss is evaluated on a few examples of the first batch: on each half and on both together. There is no check if that
 would take long, if the loss accepts only certain shapes, if it is random, or if it calls Python, which a fit does as
-often as its steps say and not once more.
+often as its steps say and not once more. A loss that was found to be a mean is not evaluated again on the same
+examples: compiling it takes a core some tenths of a second, while workers compile too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from xxhash import xxh3_128_digest
 
 from flowml.callers import warn
 from flowml.data import Source
@@ -39,6 +43,10 @@ _QUICKLY: dict[str, str | bool] = {
 _CLOSE, _CLOSE_NARROW = 1e-3, 3e-2
 """The largest relative difference between a mean over examples and the mean of its halves that rounding can explain:
 if all dtypes have the precision of float32 or more, and if some dtype has less."""
+
+_MOST_MEANS = 16
+_means: WeakKeyDictionary[FunctionType, set[Hashable]] = WeakKeyDictionary()
+"""The losses that were found to be means: by which weight, with parameters of which shapes, and on which examples."""
 
 
 class Looked:
@@ -73,6 +81,9 @@ def mean_warning(
     if half < 1:
         return None
     leaves = source.take(order[: 2 * half])
+    known, key = _known(spec), _about(spec, params, source, leaves)
+    if key in known:
+        return None
     batches = [
         jax.tree_util.tree_unflatten(source.tree, [x[piece] for x in leaves])
         for piece in (slice(None), slice(half), slice(half, None))
@@ -87,7 +98,11 @@ def mean_warning(
     mean = (first * one + second * other) / (one + other) if min(one, other) >= 0 and one + other else math.nan
     scale = max(abs(whole), abs(first), abs(second))
     close = _CLOSE_NARROW if _is_narrow([params, leaves]) else _CLOSE
-    if not math.isfinite(whole) or not math.isfinite(mean) or abs(whole - mean) <= close * scale:
+    if not math.isfinite(whole) or not math.isfinite(mean):
+        return None
+    if abs(whole - mean) <= close * scale:
+        if len(known) < _MOST_MEANS:
+            known.add(key)
         return None
     weighted = "" if spec.weight is None else " by its weight"
     return (
@@ -97,6 +112,19 @@ def mean_warning(
         "Trainer(weight=) what it is a mean over: a leaf of aux, such as 'tokens', or a function of the batch"
         f"{seems_swapped(source.shapes_of(leaves))}"
     )
+
+
+def _known(spec: TrainingSpec) -> set[Hashable]:
+    """What is known of a loss. A weight that is a function could hold the loss alive, and callable objects change."""
+    kept = isinstance(spec.loss, FunctionType) and isinstance(spec.weight, str | None)
+    return _means.setdefault(spec.loss, set()) if kept else set()
+
+
+def _about(spec: TrainingSpec, params: Any, source: Source, leaves: Sequence[np.ndarray]) -> Hashable:
+    given, tree = jax.tree_util.tree_flatten(params)
+    kinds = tuple((np.shape(x), jax.dtypes.result_type(x)) for x in given)
+    batch = tuple((x.shape, x.dtype, xxh3_128_digest(x.tobytes())) for x in leaves)
+    return spec.weight, tree, kinds, source.tree, batch
 
 
 def _evaluate(spec: TrainingSpec, params: Any, batches: Sequence[Any]) -> list[tuple[float, float]] | None:
