@@ -135,7 +135,8 @@ class Payloads(dict[int, Any]):
         self._histories = histories
 
     def pop(self, handle: int, *default: Any) -> Any:
-        ensure(default or handle in self, f"{self._of(handle)} is used again, or after it was freed")
+        if not default and handle not in self:  # only then: what brought it is found by a walk over all facts
+            ensure(False, f"{self._of(handle)} is used again, or after it was freed")
         return super().pop(handle, *default)
 
     def _of(self, handle: int) -> str:
