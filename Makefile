@@ -65,7 +65,7 @@ pins: $(STAMP)  ## resolve constraints.txt anew
 	@$(PY) scripts/pin.py
 
 clean:  ## remove everything that is made
-	@rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) dist build .pytest_cache .jax_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Touched last, so that an interrupted install is done again.

@@ -11,9 +11,12 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import atexit
+import hashlib
+import platform
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -35,15 +38,34 @@ CACHE = tempfile.mkdtemp(prefix="flowml-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
-# Tests and their processes compile many equal programs: what one has compiled, the others of the run load.
+
+def _programs() -> Path:
+    """Where compiled programs are kept: in the checkout, for processors of this kind; `make clean` removes it. If the
+    checkout cannot be written, for this run."""
+    root = Path(__file__).resolve().parent.parent
+    processor = Path("/proc/cpuinfo")
+    able = [x for x in processor.read_text().splitlines() if x.startswith("flags")][:1] if processor.exists() else []
+    place = root / ".jax_cache" / hashlib.sha256("".join([platform.machine(), *able]).encode()).hexdigest()[:16]
+    return place if os.access(root, os.W_OK) else Path(CACHE, "programs")
+
+
+# Tests and their processes compile many equal programs, which takes half of the time of a first run: what one has
+# compiled, the others and later runs load. JAX's key of a program is its StableHLO, the options and the versions.
 # The workers of a parallel run inherit the directory from the process that starts them.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(CACHE, "programs")))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_programs()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Tests start many interpreters. Where the environment forbids byte code, each one would compile all modules of flowml.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    sys.dont_write_bytecode = False
 
 SEED = int(os.environ.get("FLOWML_TEST_SEED", "0"))
 EXAMPLES_SEED = SEED if "FLOWML_TEST_SEED" in os.environ else random.SystemRandom().randrange(2**31)
 """Of Hypothesis."""
+
+MOST_PROGRAMS_BYTES = 2**30
+"""When more programs are kept, as after many changes, a run starts without them."""
 
 LEAK_DEADLINE_S = 10.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -62,6 +84,8 @@ hypothesis.settings.load_profile("flowml")
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     _heed_signals()
+    if not hasattr(config, "workerinput"):
+        _discard_programs(_programs())
     if config.getoption("--hypothesis-seed", None) is None:
         config.option.hypothesis_seed = str(EXAMPLES_SEED)
 
@@ -73,6 +97,11 @@ def _heed_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _discard_programs(place: Path) -> None:
+    if place.is_dir() and sum(entry.stat().st_size for entry in os.scandir(place)) > MOST_PROGRAMS_BYTES:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
