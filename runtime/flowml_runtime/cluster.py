@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from flowml.arguments import flag, flag_or_none, seconds
 from flowml.callers import warn
@@ -421,9 +421,8 @@ class Cluster:
         check_startable()
         found, shared = address_of(address), options.shared_memory
         check_exposure(found, tls, token, "connect to")
-        endpoint = GrpcEndpoint(
-            passing_name(), token, bind=bind_towards(found), tls=tls, shared_memory=shared, checksum=options.checksum
-        )
+        ways: dict[str, Any] = {"tls": tls, "shared_memory": shared, "checksum": options.checksum}
+        endpoint = GrpcEndpoint(passing_name(), token, bind=bind_towards(found), apart_from=found, **ways)
         stack.callback(endpoint.close)
         driver = DriverEvents(Prober(endpoint))
         stack.callback(driver.prober.close)

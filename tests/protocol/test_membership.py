@@ -236,6 +236,27 @@ def logged(actions: list[Action]) -> list[Record]:
     return [a.record for a in actions if isinstance(a, Append)]
 
 
+def test_a_newcomer_at_the_address_of_one_that_has_not_come_back() -> None:
+    """It has ended while the coordinator was away, and the system has given its port to another process."""
+    first, log = Coordinator(VERSION, PROTOCOL, away_s=60.0), list[Record]()
+    first.step(Tick(0.0))
+    for number, name in enumerate(("driver-a", "worker:0", "driver-b")):
+        log += logged(first.step(Received(f"joining-{number}", join(name, at=f"h:{number}"))))
+    machine, _ = restarted(first, log, 10.0)
+    machine.step(Received("joining-2", join("driver-b", at="h:2")))
+    actions = machine.step(Received("new", join("driver-c", 2, at="h:0")))
+    machine.validate()
+    assert logged(actions) == [Left(("driver-a",)), Joined(machine.members[-1], PROCESS)]
+    assert Forget("driver-a") in actions
+    views = {a.peer: a.message for a in actions if isinstance(a, Send) and isinstance(a.message, wire.Members)}
+    assert views.keys() == {"driver-b", "driver-c"}
+    assert views["driver-b"].lost == (("driver-a", "another process listens at its address"),)
+    assert [m.worker for m in machine.members] == ["worker:0", "driver-b", "driver-c"]
+    assert "each peer needs a different address" in refusal(
+        machine.step(Received("newer", join("driver-d", 3, at="h:2")))
+    ), "that one is there"
+
+
 def test_a_restarted_coordinator_has_its_members_and_gives_them_time_to_come_back() -> None:
     machine, log = cluster(away_s=60.0), list[Record]()
     for number, name in enumerate(["driver", "worker:0", "worker:1"]):

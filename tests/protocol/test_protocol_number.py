@@ -10,7 +10,7 @@ import msgspec
 from flowml_runtime import wire
 from flowml_runtime.wire.base import Message
 
-KNOWN = (13, "a5d38d9d5c2c7b09")
+KNOWN = (14, "72c9b6d28791ad8d")
 """The number of the protocol, and the layout of the messages that it stands for."""
 
 

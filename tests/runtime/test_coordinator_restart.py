@@ -157,6 +157,36 @@ def test_workers_that_have_not_come_back_yet_stay_while_others_join() -> None:
         assert devices() == 2
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "gRPC"])
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_coordinator_that_ends_while_it_is_asked(logged: bool, shared: bool, tmp_path: Path) -> None:
+    """It may have logged the newcomer, and its successor is asked."""
+    asked, first = threading.Event(), GrpcEndpoint("coordinator", TOKEN, shared_memory=shared)
+    newcomer = GrpcEndpoint(passing_name(), TOKEN, shared_memory=shared)
+    membership = Membership(newcomer, first.address, lambda *_: None, lambda *_: None)
+    first.start(lambda *_: asked.set(), lambda *_: None)
+    names: list[str] = []
+    joining = threading.Thread(target=lambda: names.append(membership.join("", (CPU,))))
+    joining.start()
+    try:
+        assert asked.wait(10.0)
+        if logged:
+            here = wire.Member(
+                worker="worker:7", address=newcomer.address, incarnation=newcomer.incarnation, devices=(CPU,)
+            )
+            with closing(RosterLog(tmp_path)) as log:
+                log.append([Joined(here)])
+        first.close()
+        with closing(coordinator(tmp_path, first.address)):
+            joining.join(10.0)
+            assert names == ["worker:7" if logged else "worker:0"]
+            membership.leave()
+    finally:
+        first.close()
+        joining.join()
+        newcomer.close()
+
+
 def test_a_lost_member_stays_refused_after_a_restart(tmp_path: Path) -> None:
     first = coordinator(tmp_path)
     with ExitStack() as stack:

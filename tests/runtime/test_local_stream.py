@@ -155,7 +155,9 @@ def record(frame: bytes, slot: int = 0, new: int = 0) -> bytes:
     return struct.pack("<IIQQ", len(frame), 0, slot, new) + frame
 
 
-HELLO = record(pack(wire.Hello(peer="x", incarnation=1, protocol=wire.PROTOCOL, version=flowml.__version__)).first)
+HELLO = record(
+    pack(wire.Hello(peer="x", incarnation=1, protocol=wire.PROTOCOL, version=flowml.__version__, to="a")).first
+)
 
 
 def goodbye(link: socket.socket) -> str:
@@ -301,7 +303,9 @@ def test_sealed_messages_arrive_and_a_changed_byte_in_shared_memory_is_refused()
     big = np.ones(MEGABYTE, np.uint8)
     for number, changed in ((1, 1), (2, 0)):  # a byte that changed; a message that was lost
         link = dial(b)
-        hello = pack(wire.Hello(peer=f"x{number}", incarnation=1, protocol=wire.PROTOCOL, version=flowml.__version__))
+        hello = pack(
+            wire.Hello(peer=f"x{number}", incarnation=1, protocol=wire.PROTOCOL, version=flowml.__version__, to="a")
+        )
         link.sendall(record(hello.sealed(0)))
         slot, fd = SlotPool().take(MEGABYTE)
         slot.data[:] = 1

@@ -83,7 +83,7 @@ def server() -> Generator[Server]:
 
 
 def hello(number: int) -> bytes:
-    greeting = wire.Hello(peer=f"p{number}", incarnation=1, protocol=wire.PROTOCOL, version=flowml.__version__)
+    greeting = wire.Hello(peer=f"p{number}", incarnation=1, protocol=wire.PROTOCOL, version=flowml.__version__, to="a")
     return pack(greeting).first
 
 

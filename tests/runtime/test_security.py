@@ -38,7 +38,7 @@ TOKEN = "the right token"
 WAIT_S = 10.0
 QUICK_S = 3.0
 """Most of it for a machine that is busy with other things."""
-HELLO = wire.Hello(peer="b", incarnation=1, protocol=wire.PROTOCOL, version=flowml.__version__)
+HELLO = wire.Hello(peer="b", incarnation=1, protocol=wire.PROTOCOL, version=flowml.__version__, to="a")
 
 
 def framed(header: bytes, inline: bytes = b"") -> bytes:

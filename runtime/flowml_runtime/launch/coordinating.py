@@ -6,6 +6,7 @@ processes that it started have ended. It finds the coordinator again as every me
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import uuid
@@ -19,11 +20,13 @@ from flowml_runtime import service, wire
 from flowml_runtime.environment.processes import machine
 from flowml_runtime.launch.local import LocalWorkers
 from flowml_runtime.membership.etcd import is_etcd
-from flowml_runtime.membership.member import COORDINATOR, Membership, passing_name
+from flowml_runtime.membership.member import Membership, passing_name
 from flowml_runtime.membership.process import CoordinatorConfig, tls_of
-from flowml_runtime.transport.addresses import bind_towards
+from flowml_runtime.protocol.membership import COORDINATOR
+from flowml_runtime.transport.addresses import bind_towards, reserve
 from flowml_runtime.transport.ending import Ending
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
+from flowml_runtime.transport.security import split_address
 
 MOST_IN_VAIN = 5
 """A coordinator that has ended as often in a row without having listened is not started again."""
@@ -56,6 +59,8 @@ class CoordinatorProcess:
         self._changed = threading.Condition()
         self._ended = ""
         self._ending: Ending | None = None
+        self._place: socket.socket | None = None
+        """Keeps the port while no coordinator listens: another process would get the requests to it otherwise."""
         self._membership: Membership | None = None
         self._endpoint: GrpcEndpoint | None = None
 
@@ -64,6 +69,7 @@ class CoordinatorProcess:
 
         Raises ClusterError if it ends, or does not listen in time. `deadline_s` is of the monotonic clock.
         """
+        self._keep_port(self._config.bind)
         self._start(deadline_s)
         with self._changed:
             self._changed.wait_for(lambda: self.address or self._ended, max(0.0, deadline_s - time.monotonic()))
@@ -117,6 +123,7 @@ class CoordinatorProcess:
             self._on_failure(f"it could not be started again: {reason}")
             return
         with service.going_on("the coordinator could not be started again"):
+            self._keep_port(self.address)
             self._start(time.monotonic() + START_S)
 
     def end_with(self, ending: Ending | None) -> None:
@@ -129,6 +136,19 @@ class CoordinatorProcess:
             self._membership.leave("the launcher ends")
         if self._endpoint is not None:
             self._endpoint.close()
+        if self._place is not None:
+            self._place.close()
+
+    def _keep_port(self, address: str) -> None:
+        """Keep the port of an address, or any for port 0. One whose log is in etcd is found wherever it is."""
+        port = split_address(address)[1]
+        if is_etcd(self._config.state) or (self._place is not None and self._place.getsockname()[1] == port):
+            return
+        if self._place is not None:
+            self._place.close()
+        self._place = reserve(address)
+        if self._place is not None:
+            self._config = structs.replace(self._config, reserved=self._place.getsockname()[1])
 
     def _start(self, deadline_s: float) -> None:
         ending, self._ending = self._ending, None

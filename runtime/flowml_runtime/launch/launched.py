@@ -27,9 +27,8 @@ from flowml_runtime.launch.spares import Spares
 from flowml_runtime.launch.starting import Restarts, Starting
 from flowml_runtime.membership.coordinator import CoordinatorHost
 from flowml_runtime.membership.etcd import is_etcd
-from flowml_runtime.membership.member import COORDINATOR
 from flowml_runtime.membership.process import CoordinatorConfig, coordinator_of
-from flowml_runtime.protocol.membership import LEAST_LOST_AFTER_S, SPARE, TIMEOUT_S, TOO_SOON
+from flowml_runtime.protocol.membership import COORDINATOR, LEAST_LOST_AFTER_S, SPARE, TIMEOUT_S, TOO_SOON
 from flowml_runtime.transport.addresses import advertised_host
 from flowml_runtime.transport.ending import Ending
 from flowml_runtime.transport.security import TLS, check_exposure, new_token, split_address

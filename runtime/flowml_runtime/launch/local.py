@@ -43,7 +43,7 @@ from flowml_runtime.launch.spawning import (
     hear,
     save_s_of,
 )
-from flowml_runtime.membership.member import COORDINATOR
+from flowml_runtime.protocol.membership import COORDINATOR
 
 END_S = 1.0
 """How long workers may take to end after SIGINT. After that they are killed, unless they write a last checkpoint. At

@@ -49,8 +49,8 @@ from flowml_runtime.launch.spawning import (  # noqa: E402
     hear,
     save_s_of,
 )
-from flowml_runtime.membership.member import COORDINATOR  # noqa: E402
 from flowml_runtime.membership.process import CoordinatorConfig, serve_coordinator  # noqa: E402
+from flowml_runtime.protocol.membership import COORDINATOR  # noqa: E402
 from flowml_runtime.worker.kept_fits import KeptFits  # noqa: E402
 from flowml_runtime.worker.leaving import heed_notice  # noqa: E402
 from flowml_runtime.worker.process import LOST_COORDINATOR, serve  # noqa: E402

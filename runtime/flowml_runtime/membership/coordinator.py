@@ -13,9 +13,9 @@ from flowml.errors import WorkerLostError
 from flowml_runtime import service, wire
 from flowml_runtime.environment.processes import AtWork, machine
 from flowml_runtime.membership.log import Log
-from flowml_runtime.membership.member import COORDINATOR
 from flowml_runtime.protocol.membership import (
     AWAY_S,
+    COORDINATOR,
     HEARTBEAT_S,
     PATIENCE_S,
     TIMEOUT_S,
@@ -38,6 +38,7 @@ from flowml_runtime.protocol.membership import (
     Working,
 )
 from flowml_runtime.transport.ending import Ending, Ends
+from flowml_runtime.transport.endpoint import new_incarnation
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from flowml_runtime.transport.security import TLS
 
@@ -92,13 +93,14 @@ class CoordinatorHost:
         self._tick_s = heartbeat_s / 2
         self._events: queue.Queue[Event | None] = queue.Queue(MAX_WAITING_EVENTS)
         self._members: tuple[wire.Member, ...] = ()
+        # Before it listens: what connects to an endpoint that is not started would wait for it in vain.
+        incarnation = new_incarnation() if log is None else log.next_incarnation(new_incarnation())
         self._on_members = on_members
         self._endpoint = GrpcEndpoint(
             COORDINATOR, token, bind=bind, tls=tls, shared_memory=shared_memory, checksum=checksum
         )
         self.address = self._endpoint.address
-        if log is not None:
-            self._endpoint.incarnation = log.next_incarnation(self._endpoint.incarnation)
+        self._endpoint.incarnation = incarnation
         self._on_failure, self._on_restart = on_failure, on_restart
         on_message = self._on_message
         if ending is not None:

@@ -30,12 +30,13 @@ from flowml_runtime import service, wire
 from flowml_runtime.environment.processes import machine
 from flowml_runtime.membership.etcd import is_etcd
 from flowml_runtime.membership.etcd_log import finder
-from flowml_runtime.protocol.membership import SPARE
+from flowml_runtime.protocol.membership import COORDINATOR, SPARE
+from flowml_runtime.transport.counted_out import NOT_HERE
 from flowml_runtime.transport.endpoint import OnLost, OnMessage, new_incarnation
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from flowml_runtime.transport.grpc_streams import TURNED_AWAY
+from flowml_runtime.transport.local_stream import BROKE, CLOSED
 
-COORDINATOR = "coordinator"
 _CORE_FLOPS_PER_S = Device("").flops_per_s
 
 REPORT_S = 1.0
@@ -50,6 +51,9 @@ MOST_PAUSE_S = 60.0
 
 AGAIN_S = 0.25
 """How long to wait before joining again if the coordinator had too many connections, or is away."""
+
+RETURN_S = 10.0
+"""How long to look for a coordinator that ended while it was asked: one with a log is there again by then."""
 
 REFUSES = f"cannot be reached: {os.strerror(errno.ECONNREFUSED)}"
 """The reason if no process listens at an address."""
@@ -127,7 +131,8 @@ class Membership:
         """Join as `name` ("": any free name) and return the name. Raises ClusterError with the reason for a failure.
 
         A coordinator that refuses connections may be started again at the moment: it is tried for `patience_s`, and
-        `on_wait` is called once with the reason.
+        `on_wait` is called once with the reason. One that ends while it is asked may have noted this peer in its log.
+        Its successor is asked, with the same incarnation, and answers as to a member that comes back.
         """
         endpoint = self._endpoint
         endpoint.start(self._on_message, self._on_lost)
@@ -147,8 +152,10 @@ class Membership:
         self._ask(join, deadline)
         while self._may_ask_again(patient) and time.monotonic() + AGAIN_S < deadline:
             if self._is_away and patience_s and not told:
-                told = True
-                on_wait(f"the coordinator at {self._address} {REFUSES}; trying again for up to {patience_s:g} s")
+                told, why = True, REFUSES if REFUSES in (self._refusal or "") else f"is not there: {self._refusal}"
+                on_wait(f"the coordinator at {self._address} {why}; trying again for up to {patience_s:g} s")
+            if self._has_ended:
+                patient = max(patient, time.monotonic() + RETURN_S)
             self._over.wait(AGAIN_S)
             self._has_moved()
             with self._changed:
@@ -206,16 +213,22 @@ class Membership:
         return self._endpoint.name
 
     def _may_ask_again(self, patient: float) -> bool:
-        """Whether the coordinator had too many connections, or another is about to take its place, or it may be there
-        again until the time `patient`."""
+        """Whether the coordinator had too many connections, or has ended meanwhile, or another is about to take its
+        place, or it may be there again until the time `patient`."""
         moves = self._may_move and self._refusal is not None and not self._was_refused
         comes = self._is_away and time.monotonic() + AGAIN_S < patient
-        return moves or comes or (self._refusal or "").endswith(TURNED_AWAY)
+        return moves or comes or self._has_ended or (self._refusal or "").endswith(TURNED_AWAY)
+
+    @property
+    def _has_ended(self) -> bool:
+        """Whether the coordinator was there, and has ended before it answered."""
+        return not self._was_refused and (self._refusal or "").endswith((BROKE, CLOSED))
 
     @property
     def _is_away(self) -> bool:
-        """Whether no process listened where the coordinator should be."""
-        return not self._was_refused and REFUSES in (self._refusal or "")
+        """Whether no coordinator listened where it should be."""
+        refusal = self._refusal or ""
+        return not self._was_refused and (REFUSES in refusal or NOT_HERE in refusal)
 
     def _ask(self, join: wire.Join, deadline: float) -> None:
         """Send the request until the answer and the members are here, or the reason of a failure."""

@@ -44,6 +44,8 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     checksum: bool | None = None
     lost_after_s: float = TIMEOUT_S
     ends_cluster: bool = True
+    reserved: int = 0
+    """The port that its starter keeps for it, for a `bind` with port 0 and a log without an address."""
     ending: Ending | None = None
     """For tests: where its process ends."""
 
@@ -118,6 +120,8 @@ def _listen(config: CoordinatorConfig, log: Log, on_failure: Callable[[str], Non
     host, port = split_address(bind)
     if not port and earlier and split_address(earlier)[0] == host:
         bind = earlier
+    elif not port:
+        bind = f"{bind.rpartition(':')[0]}:{config.reserved}"
     deadline = time.monotonic() + (BIND_S if bind == earlier else 0.0)
     while True:
         try:

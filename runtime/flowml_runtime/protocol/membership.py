@@ -12,7 +12,8 @@ another with the same log goes on. Meanwhile members work, and ask to join again
 have passed. Nobody is lost because the coordinator was away: a member of the log is lost when it has been silent for
 `timeout_s` of the new coordinator's time. It is sent nothing before it has asked to join again: it makes its connection
 anew with each question, and a message on the one before would break it. One that was lost before is refused as ever,
-because its incarnation is in the log.
+because its incarnation is in the log. One that has ended meanwhile may have left its address to a newcomer: it is lost
+when that one joins.
 
 A *spare* is an observer that may become a worker. When a driver asks for another in the place of a lost worker, the
 coordinator asks the first spare that is free, and that one joins under the worker's name in a later incarnation. It
@@ -62,6 +63,8 @@ AWAY_S = 60.0
 
 _WORKER = re.compile(r"worker:(0|[1-9]\d{0,8})")
 _OBSERVER = re.compile(r"(driver|launcher|spare)(-[0-9a-zA-Z]{1,64})?")
+COORDINATOR = "coordinator"
+"""The name of every coordinator."""
 WORKER, LAUNCHER, SPARE = "worker", "launcher", "spare"
 """What the names of workers and of these observers begin with."""
 
@@ -341,19 +344,22 @@ class Coordinator:
             answer = Send(peer, wire.Refused(reason=objection))
             return [] if peer in self._heard else [Know(peer, join.address), answer, Forget(peer)]
         lost = {name: f"a new {name} took its place"} if name in self._heard else {}
-        if spare:
-            lost[spare] = f"it took the place of {name}"
-            del self._heard[spare]
-            self._asked.pop(spare, None)
+        gone = {spare: f"it took the place of {name}"} if spare else {}
+        if not spare and (holder := self._holder(join)) not in ("", name):
+            gone[holder] = "another process listens at its address"
+        for left in gone:
+            del self._heard[left]
+            self._asked.pop(left, None)
+        lost |= gone
         devices = tuple(_named(d, name) for d in join.devices)
         member = wire.Member(
             worker=name, address=join.address, incarnation=join.incarnation, devices=devices, python=join.python
         )
         self._heard[name] = _Heard(self._now(), came=peer)
         return [
-            *([self._change(Left((spare,)))] if spare else []),
+            *([self._change(Left(tuple(gone)))] if gone else []),
             self._change(Joined(member, join.process)),
-            *([Forget(spare)] if spare and spare != peer else []),
+            *(Forget(left) for left in gone if left != peer),
             Know(peer, join.address),
             *([Rename(peer, name)] if peer != name else []),
             Send(name, self._welcome(name, join.incarnation)),
@@ -372,6 +378,10 @@ class Coordinator:
         if not join.devices:
             return ""
         return next((m.worker for m in self.members if m.address == join.address and _is(m.worker, SPARE)), "")
+
+    def _holder(self, join: wire.Join) -> str:
+        """The member that has the address of the peer that asks, or ""."""
+        return next((m.worker for m in self.members if m.address == join.address), "")
 
     def _note(self, worker: str) -> list[Action]:
         """A worker will leave soon. Nobody else can do that, and once is enough."""
@@ -399,9 +409,9 @@ class Coordinator:
             return f"{name!r} is not a valid name for a {role}; give no name, and the cluster chooses one"
         if len({d.name.rpartition("/")[2] for d in join.devices}) != len(join.devices):
             return f"two of its devices have the same name: {', '.join(d.name for d in join.devices)}; name each once"
-        for holder, member in self._roster.members.items():
-            if holder != name and member.address == join.address and holder != self._spare_of(join):
-                return f"its address {join.address} is that of {holder}; each peer needs a different address"
+        holder = self._holder(join)
+        if holder not in ("", name, self._spare_of(join)) and self._heard[holder].back:
+            return f"its address {join.address} is that of {holder}; each peer needs a different address"
         latest = self._latest_life(name)
         if join.incarnation <= latest:
             return (

@@ -40,6 +40,28 @@ def bind_towards(address: str) -> str:
         return f"{probe.getsockname()[0]}:0"
 
 
+def reserve(address: str) -> socket.socket | None:
+    """Keep the port of an address, or any free one for port 0, for the servers of which the caller knows, until the
+    socket is closed. None if another process has it.
+
+    The socket is bound and does not listen: connections to the port are refused while no server is there. A server that
+    sets SO_REUSEADDR, as gRPC's do, may listen at it, and the system gives the port to nobody else.
+    """
+    host, port = split_address(address)
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        held = socket.socket(family, socket.SOCK_STREAM)
+    except OSError:
+        return None
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(place)
+    except OSError:
+        held.close()
+        return None
+    return held
+
+
 def _own_addresses(family: socket.AddressFamily) -> Iterator[str]:
     """The source address of this machine's traffic to others, then the addresses of its host name."""
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:

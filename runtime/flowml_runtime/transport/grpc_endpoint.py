@@ -31,7 +31,7 @@ from flowml_runtime.transport import local_stream as unix_stream
 from flowml_runtime.transport.arrays import Buffer
 from flowml_runtime.transport.arrivals import Arrivals
 from flowml_runtime.transport.buffers import NEVER_KEPT_BYTES, BufferPool, keep_freed_memory
-from flowml_runtime.transport.counted_out import counts_as_lost, why_refused
+from flowml_runtime.transport.counted_out import counts_as_lost, why_not_taken, why_refused
 from flowml_runtime.transport.endpoint import (
     MAX_QUEUED_BYTES,
     Arrays,
@@ -43,7 +43,7 @@ from flowml_runtime.transport.endpoint import (
     unreachable,
 )
 from flowml_runtime.transport.framing import Assembler, FrameError, Outgoing, pack
-from flowml_runtime.transport.grpc_streams import Stream, StreamServer
+from flowml_runtime.transport.grpc_streams import Stream, server_apart
 from flowml_runtime.transport.local_server import Expectation, Incoming, UnixServer
 from flowml_runtime.transport.local_stream import UnixStream
 from flowml_runtime.transport.refusals import Refusal
@@ -107,8 +107,10 @@ class GrpcEndpoint:
         shared_memory: bool = True,
         checksum: bool | None = None,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
+        apart_from: str = "",
     ) -> None:
-        """Bind the port. Without `shared_memory`, peers of this machine are reached by gRPC too.
+        """Bind the port: if the system chooses one, not that of the address `apart_from`, which is another's. Without
+        `shared_memory`, peers of this machine are reached by gRPC too.
 
         `checksum` adds checksums to all sent messages (True), to none (False), or to those that leave this machine
         (None). A received message is checked if it carries a checksum.
@@ -135,7 +137,7 @@ class GrpcEndpoint:
         self._on_lost: OnLost = lambda *_: None
         self.on_sent: Callable[[str, int, float], None] = lambda *_: None
         """Called with (peer, bytes, seconds) for every message that a gRPC connection has accepted."""
-        self._server = StreamServer(bind, tls, token, self._receive)
+        self._server = server_apart(bind, tls, token, self._receive, apart_from)
         self._delivery = Delivery(name, max_queued_bytes)
         self.address = f"{bind.rpartition(':')[0]}:{self._server.port}"
         self._shared_memory = shared_memory and tls is None and unix_stream.AVAILABLE
@@ -255,7 +257,7 @@ class GrpcEndpoint:
         if self._closed or known is None or not known.lost or not known.address:
             return ""
         try:
-            return why_refused(self._dial(known, self._hello()), self.name)
+            return why_refused(self._dial(known, self._hello(peer)), self.name)
         except OSError:
             return ""
 
@@ -324,13 +326,13 @@ class GrpcEndpoint:
         if not peer.address:
             raise unreachable(peer.name, "it has not joined, or has left")
 
-    def _hello(self) -> Outgoing:
+    def _hello(self, to: str) -> Outgoing:
         own, life = self.name, self.incarnation
-        return pack(wire.Hello(peer=own, incarnation=life, protocol=wire.PROTOCOL, version=flowml.__version__))
+        return pack(wire.Hello(peer=own, incarnation=life, protocol=wire.PROTOCOL, version=flowml.__version__, to=to))
 
     def _connect(self, peer: _Peer) -> AnyStream:
         """Make a new connection. A shortage of resources may be over soon, so it is retried for `SHORTAGE_S`."""
-        hello = self._hello()
+        hello = self._hello(peer.name)
         deadline = time.monotonic() + SHORTAGE_S
         while True:
             try:
@@ -451,11 +453,8 @@ class GrpcEndpoint:
         """The peer that a stream's first message names. Raises _Refused."""
         if not isinstance(hello, wire.Hello):
             raise _Refused(f"a stream begins with Hello, not with {type(hello).__name__}")
-        if (hello.protocol, hello.version) != (wire.PROTOCOL, flowml.__version__):
-            raise _Refused(
-                f"{hello.peer} runs flowml {hello.version} (protocol {hello.protocol}) and {self.name} flowml "
-                f"{flowml.__version__} (protocol {wire.PROTOCOL}); install the same version on both"
-            )
+        if reason := why_not_taken(hello, self.name):
+            raise _Refused(reason)
         with self._lock:
             peer = self._peers.setdefault(hello.peer, _Peer(hello.peer))
             earliest = max(peer.incarnation, peer.earliest)

@@ -257,6 +257,17 @@ class StreamServer:
         return self._server.add_secure_port(bind, credentials)
 
 
+def server_apart(bind: str, tls: TLS | None, token: str, receive: Receive, apart_from: str) -> StreamServer:
+    """A server at `bind`. If the system chooses the port, it is another than that of the address `apart_from`."""
+    server = StreamServer(bind, tls, token, receive)
+    if split_address(bind)[1] or not apart_from or server.port != split_address(apart_from)[1]:
+        return server
+    try:
+        return StreamServer(bind, tls, token, receive)  # while the first has that port
+    finally:
+        server.stop()
+
+
 class _Push(grpc.GenericRpcHandler):
     def __init__(self, handler: Any) -> None:
         self._handler = handler

@@ -86,12 +86,15 @@ from flowml_runtime.wire.training import Waiting as Waiting
 
 
 class Hello(Message, frozen=True):
-    """First message of every stream: the sender's name, its incarnation and its flowml version."""
+    """First message of every stream: the sender's name, its incarnation and its flowml version, and for whom the stream
+    is meant."""
 
     peer: Name
     incarnation: Count
     protocol: Count
     version: Name
+    to: Name
+    """The name that the sender has for the receiver."""
 
 
 class DeviceInfo(msgspec.Struct, frozen=True):

@@ -61,16 +61,16 @@ def serve(
     before = threads()
     devices = _devices(config)
     turns = share_compilations(config, Spread(everywhere, threads() - before))
-    tls = tls_of(config.tls)
     hosted = _Hosted()
-    bind = bind_towards(address_of(config.coordinator))
+    towards = address_of(config.coordinator)
     endpoint = GrpcEndpoint(
         passing_name(),
         config.token,
-        bind=bind,
-        tls=tls,
+        bind=bind_towards(towards),
+        tls=tls_of(config.tls),
         shared_memory=config.shared_memory,
         checksum=config.checksum,
+        apart_from=towards,
     )
     on_message = hosted.on_message
     if config.ending is not None:
