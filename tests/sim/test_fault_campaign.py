@@ -25,6 +25,29 @@ TIME_S = 75.0
 """The time for them all. A machine that has two idle cores takes less."""
 WITHIN = 1000
 """The seeds within which a bug is found."""
+FINDS = {
+    "folded items are counted as used": 37,
+    "a push of own parameters is left out": 263,
+    "a stage retires while a sum is under way": 38,
+    "a step contributes to the fit after its own": 188,
+    "each copy of a portion counts": 89,
+    "a cut step weighs as a whole one": 131,
+    "mirrors end without what filters still keep": 288,
+    "differences of versions are published": 559,
+    "each push is answered with a version": 39,
+    "all get the answer to a push of one": 39,
+    "a site is summed before its quorum": 155,
+    "a site waits past its limit": 777,
+    "a late contribution to a site is lost": 138,
+    "the step of a site is divided by all of its replicas": 288,
+    "a snapshot is taken before all is applied": 37,
+    "a snapshot without a silent replica drops all of its items": 358,
+    "a replica stops for a hold that is over": 108,
+    "who had stopped for a withdrawn snapshot counts": 53,
+    "a snapshot is withdrawn without a new hold": 53,
+    "a shared update is not counted": 70,
+}
+"""Bug -> a seed that finds it, for those that early ones do not: it is run first, and the others if it does not."""
 
 
 def flowml(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -67,8 +90,10 @@ def test_what_is_used_twice_is_named() -> None:
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(bug: str) -> None:
+    seeds = (FINDS.get(bug, 0), *range(WITHIN))
+    assert seeds[0] < WITHIN
     with planted(bug):
-        found = next((f for _, f in campaign(range(WITHIN)) if f is not None), None)
+        found = next((f for _, f in campaign(seeds) if f is not None), None)
     assert found is not None
     assert found.violations
     assert not [broken for broken in found.violations if is_crash(broken)], "it is found by a rule and not by a crash"
