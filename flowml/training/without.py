@@ -137,8 +137,8 @@ def _in_sites(store: StoreSpec, training: Training, lost: Collection[int]) -> St
     return msgspec.structs.replace(store, sites=tuple(sites))
 
 
-def check_shrinks(training: Training, optimizer: Any) -> None:
-    """Raise UnsupportedError if a fit of this plan cannot go on with fewer replicas."""
+def check_shrinks(training: Training, optimizer: Any, given: str) -> None:
+    """Raise UnsupportedError if a fit of this plan cannot go on with fewer replicas, which `given` asks for."""
     why = ""
     if has_inside(optimizer, PrivateOptimizer):
         why = "the noise of the optimizer is for the whole batch of each step, and that of fewer replicas needs more"
@@ -149,7 +149,7 @@ def check_shrinks(training: Training, optimizer: Any) -> None:
         elif isinstance(store.policy.remote, Gossip):
             why = _why_graph_stays(store, store.policy.remote) or why
     if why:
-        raise UnsupportedError(f"on_loss='shrink': {why}, so none can be left out; give on_loss='replace'")
+        raise UnsupportedError(f"{given}: {why}, so none can be left out; give on_loss='replace' in its place")
 
 
 def _why_graph_stays(store: StoreSpec, gossip: Gossip) -> str:

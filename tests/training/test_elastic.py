@@ -200,6 +200,15 @@ def test_what_cannot_be(threads: fm.Cluster) -> None:
         fit(threads, {}, min_replicas=5)
     with pytest.raises(fm.WorkerLostError, match=r"the fit needs 4 \(min_replicas=\); give a smaller min_replicas$"):
         fit(threads, {5: lambda: threads.end_worker("worker:1")}, min_replicas=4)
+    stages: dict[str, Any] = {"microbatches": 4}
+    with pytest.raises(
+        fm.WorkerLostError,
+        match=r"0 of 1 replicas are left, and the fit needs at least one; give more replicas, so that some are left$",
+    ):
+        fit(threads, {5: lambda: threads.end_worker("worker:1")}, replicas=1, placement=fm.Pipeline(3), **stages)
+    without(threads, "worker:1", "worker:2")
+    with pytest.raises(ValueError, match=r"0 of 2 .* needs at least one to begin; start worker:1, .* `flowml worker`$"):
+        fit(threads, {}, replicas=2, placement=fm.Pipeline(2), **stages)
     without(threads, "worker:1", "worker:2")
     with pytest.raises(
         ValueError, match=r"2 of 4 replicas have their workers, and the fit needs 3 .*worker:1, worker:2"

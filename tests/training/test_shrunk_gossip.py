@@ -82,5 +82,10 @@ def test_the_graph_is_formed_anew_among_those_that_are_left(threads: fm.Cluster,
 )
 def test_what_cannot_be_formed_anew_is_refused(threads: fm.Cluster, policy: fm.Policy, why: str) -> None:
     trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads, replicas=WORKERS, policies=policy)
-    with pytest.raises(UnsupportedError, match=f"{why}.* give on_loss='replace'"):
-        trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=STEPS, on_loss="shrink")
+    asked: dict[str, Any]
+    for asked in ({"on_loss": "shrink"}, {"replicas": "elastic"}):  # the error names what was given
+        ((name, value),) = asked.items()
+        with pytest.raises(
+            UnsupportedError, match=f"^{name}='{value}': .*{why}.* give on_loss='replace' in its place$"
+        ):
+            trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=STEPS, **asked)

@@ -76,7 +76,8 @@ class Losses:
         self._program = program
         self._least = least
         if on_loss == "shrink":
-            check_shrinks(program.training, program.spec.optimizer)
+            given = "replicas='elastic'" if elastic else "on_loss='shrink'"
+            check_shrinks(program.training, program.spec.optimizer, given)
             if least > len(program.training.replicas):
                 raise ValueError(
                     f"min_replicas={least} can never be met: the Trainer has {len(program.training.replicas)} replicas"
@@ -121,11 +122,9 @@ class Losses:
         self.gone = {worker: None for worker in self._program.workers() if worker not in there}
         left = self._left(self.gone)
         if len(left) < self._least:
-            raise ValueError(
-                f"{len(left)} of {len(training.replicas)} replicas have their workers, and the fit needs "
-                f"{self._least} (min_replicas=) to begin; start {', '.join(self.gone)} with `flowml worker`, or give a "
-                "smaller min_replicas"
-            )
+            few, smaller = self._few(len(left), "have their workers")
+            other = f", or give {smaller}" if self._least > 1 else ""
+            raise ValueError(f"{few} to begin; start {', '.join(self.gone)} with `flowml worker`{other}")
         if few := too_few(training, left):
             raise ValueError(f"{few.why}; start {', '.join(self.gone)} with `flowml worker`")
 
@@ -204,7 +203,6 @@ class Losses:
 
     def _leave_out(self, workers: Sequence[str], error: FlowmlError) -> None:
         self.gone.update(dict.fromkeys(workers))
-        replicas = self._program.training.replicas
         left = self._left(self.gone)
         if few := too_few(self._program.training, left):
             raise WorkerLostError(
@@ -213,13 +211,17 @@ class Losses:
                 step=error.step,
             ) from error
         if len(left) < self._least:
-            smaller = "a smaller min_replicas" if self._least > 1 else "more replicas, so that some are left"
+            few, smaller = self._few(len(left), "are left")
             raise WorkerLostError(
-                f"{without_remedy(str(error))}. {len(left)} of {len(replicas)} replicas are left, and the fit needs "
-                f"{self._least} (min_replicas=); {self._remedy} {smaller}",
-                worker=workers[0],
-                step=error.step,
+                f"{without_remedy(str(error))}. {few}; {self._remedy} {smaller}", worker=workers[0], step=error.step
             ) from error
+
+    def _few(self, left: int, are: str) -> tuple[str, str]:
+        """That too few replicas are there, and what to give. The fewest are named if they were given."""
+        replicas = len(self._program.training.replicas)
+        asked = f"{self._least} (min_replicas=)" if self._least > 1 else "at least one"
+        smaller = "a smaller min_replicas" if self._least > 1 else "more replicas, so that some are left"
+        return f"{left} of {replicas} replicas {are}, and the fit needs {asked}", smaller
 
 
 def _check_least(program: Program, least: int) -> None:
