@@ -13,11 +13,12 @@ import pytest
 import flowml as fm
 from flowml_runtime.environment.machine import share_cores
 from flowml_runtime.environment.spread import Spread, threads
+from tests.conftest import compiled_anew
 
 
 def test_a_pinned_worker_generates_code_on_every_core_and_computes_on_its_own() -> None:
     everywhere = os.sched_getaffinity(0)
-    with fm.Cluster.local(workers=2) as cluster:
+    with compiled_anew(), fm.Cluster.local(workers=2) as cluster:
         fm.dataflow(lambda x: x * 2 + 1, cluster=cluster, placement=fm.Pipeline(1))(np.ones((4, 4), np.float32))
         compiled = next(pid for pid in cluster.pids.values() if _allowed_on(pid, everywhere) >= len(everywhere))
         share = dict(zip(cluster.pids.values(), share_cores(tuple(sorted(everywhere)), 2), strict=True))[compiled]
