@@ -394,7 +394,7 @@ class Trainer:
         saving = saving_of(asked, program.training, (params, state, program.spec.untrained), model, about)
         if asked.validation is not None:
             saving.validation = self._validation(cluster, program, asked)
-        saving.copies = asked.copies
+        saving.copies, saving.total = asked.copies, asked.total
         saving.keeps = asked.on_loss != "raise" or asked.kept is not None
         return saving
 

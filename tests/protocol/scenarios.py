@@ -137,7 +137,7 @@ class Scenario:
         self.terms = Terms(replicas, stages, 1, tuple(stores), clocks)
         self.places = Places(names, tuple(homes), tuple(readers))
         self.work = Work(replicas, int(given.get("items", replicas * clocks)), 8, clocks, aligned=self.terms.aligned)
-        self._rhythm = Rhythm(int(given["save"])) if "save" in given else None
+        self._rhythm = Rhythm(int(given["save"]), partial=True) if "save" in given else None
         self._begin()
 
     def _begin(self) -> None:

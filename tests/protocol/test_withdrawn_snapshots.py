@@ -127,3 +127,67 @@ def test_after_a_loss_nothing_is_withdrawn_or_missed() -> None:
     driver.step(ReplicaLost(2))
     assert not driver.snapshots.misses
     assert driver.step(Withdraw()) == []
+
+
+def without_silent(places: Places, *, copied: int = 0) -> tuple[TrainingDriver, wire.Export | None, tuple[str, ...]]:
+    """Replica 2 is silent, all others stand: what workers are asked for without it, and which ones."""
+    ids: dict[str, Any] = {**IDS, "seed": 0, "shuffle": False, "examples": 1, "source": "fed"}
+    replicas = len(places.stages)
+    terms = Terms(replicas, 1, 1, (StoreTerms((0,), Policy(quorum=Quorum(1))),), CLOCKS)
+    start, work = wire.StartTraining(**ids, total_clocks=CLOCKS), Work(replicas, 99, 8, CLOCKS, aligned=True)
+    driver = TrainingDriver(start, terms, work, places, Rhythm(0, 0, copied, partial=True))
+    driver.step(Begin())
+    actions = driver.step(Pause())
+    for _ in range(2):
+        number, told = holds(actions)[-1][1], list[Any]()
+        for replica in (r for r in range(replicas) if r != 2):
+            stands = wire.Paused(**IDS, replica=replica, hold=driver.hold, clock=0, number=number)
+            told += driver.step(Received(places.stages[replica][0], stands))
+        for action in told:
+            if isinstance(action, Send) and isinstance(action.message, wire.Export):
+                return driver, action.message, tuple(action.to)
+        driver.step(Withdraw())
+        actions = driver.step(Pause())
+        if not holds(actions):
+            break
+    return driver, None, ()
+
+
+def test_a_replica_beside_a_silent_one_is_left_out_too() -> None:
+    """If the worker of both is lost, both are."""
+    places = Places((("a",), ("b",), ("c",), ("c",)), (("a",),), ({},))
+    driver, export, asked = without_silent(places)
+    assert export is not None
+    assert asked == ("a", "b")
+    assert {replica for replica, *_ in export.pushed} <= {0, 1}
+    for worker in asked:
+        made = driver.step(
+            Received(worker, wire.Exported(**IDS, stages=(), stores=(), buffers=0, number=export.number))
+        )
+    (save,) = [action for action in made if isinstance(action, Save)]
+    assert save.without == (2, 3)
+
+
+def test_where_a_silent_one_is_beside_all_others_or_a_home_no_snapshot_is_taken() -> None:
+    assert without_silent(Places((("a",), ("b", "c"), ("c",)), (("d",),), ({},)))[1] is not None
+    assert without_silent(Places((("c",), ("c",), ("c",)), (("d",),), ({},)))[1] is None
+    assert without_silent(Places((("a",), ("b",), ("c",)), (("c",),), ({},)))[1] is None
+
+
+def test_without_a_silent_one_there_are_no_copies_but_the_buffers() -> None:
+    """A copy may be on its way through the silent worker. The newest copies stay those of the snapshot before."""
+    _, export, _ = without_silent(PLACES, copied=1)
+    assert export is not None
+    assert (export.copied, export.whole, export.complete) == (False, True, None)
+
+
+def test_one_that_is_heard_of_meanwhile_is_not_in_the_snapshot() -> None:
+    """Homes have told what they keep without waiting for what it has sent."""
+    driver, export, asked = without_silent(PLACES)
+    assert export is not None
+    assert asked == ("a", "b")
+    told = wire.Exported(**IDS, stages=(), stores=(), buffers=0, number=export.number)
+    driver.step(Received("a", told))
+    assert not any(isinstance(action, Send) for action in paused(driver, 2, 0, export.number))
+    (save,) = [action for action in driver.step(Received("b", told)) if isinstance(action, Save)]
+    assert save.without == (2,)

@@ -159,7 +159,8 @@ def test_a_simulated_fit_is_validated_as_a_real_one(threads_cluster: fm.Cluster)
     "policy", [fm.policies.quorum(0.75), fm.policies.asynchronous(), fm.policies.quorum(3, late="fold")]
 )
 def test_others_go_on_without_a_replica_that_holds_a_snapshot_up(tmp_path: Path, policy: fm.Policy) -> None:
-    """A second is lost, and snapshots and validations are taken again when the replica is heard of."""
+    """A second is lost, and snapshots and validations are taken again when the replica is heard of. Meanwhile those of
+    the others are written where decisions say what counts."""
     parted = fm.sim.Partition([3], 2.0, 8.0)
     cluster = simulated(4, fm.sim.Constant(0.1), faults=[parted])
     trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=cluster, replicas=4, policies=policy)
@@ -181,7 +182,8 @@ def test_others_go_on_without_a_replica_that_holds_a_snapshot_up(tmp_path: Path,
     assert max(np.diff(times)) < 1.5
     steps = [int(p.name.removeprefix("step-")) for p in sorted(tmp_path.iterdir()) if p.name.startswith("step-")]
     written = np.interp(steps, range(1, 151), times)
-    assert not any(parted.start_s + 1 < at < parted.end_s for at in written)
+    without = sum(parted.start_s + 1 < at < parted.end_s for at in written)
+    assert without > 5 if policy.clocked else not without
     assert sum(at >= parted.end_s for at in written) > 5
     assert steps[-1] == 150
-    assert sum("validation" in record for record in result.history) == len(steps)
+    assert sum("validation" in record for record in result.history) == len(steps) - without

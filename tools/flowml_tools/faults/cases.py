@@ -256,12 +256,14 @@ def _with_silence(case: Case) -> Case:
         return case
     replicas, stages, start = min(case.replicas, 4), rng.choice([1, 1, 2]), rng.uniform(0, 3)
     replica = rng.randrange(1, replicas)
-    suspended = range(replica * stages, (replica + 1) * stages)
+    workers = rng.choice([None, None, 2, 3]) if stages == 1 else None
+    suspended = range(replica * stages, (replica + 1) * stages) if workers is None else [rng.randrange(1, workers)]
     faults = [f for f in case.faults if not isinstance(f, sim.Partition)]
     parted = sim.Partition(tuple(suspended), start, start + rng.choice([3.0, 8.0, 20.0]))
     pauses = tuple(sorted(rng.uniform(start, start + 8) for _ in range(4)))
     clocks, items = 2 * MOST_STEPS // (replicas * stages), replicas * rng.randint(1, 3) + rng.randrange(2)
     changes: dict[str, Any] = {"policies": quorums(rng, replicas), "replicas": replicas, "stages": stages}
+    changes["workers"] = workers
     changes |= {"clocks": clocks, "items": items, "compute": sim.ShiftedExponential(0.1, rng.choice([0.02, 0.2]))}
     changes |= {"faults": (*faults, parted), "rhythm": Rhythm(rng.choice([0, 2, 3, 5])), "pauses": pauses}
     network = sim.Network(rng.choice([0.0, 1e-3, 0.1]), 1e9)

@@ -337,10 +337,25 @@ def quorums(rng: random.Random, replicas: int) -> tuple[Policy, ...]:
         quorum = rng.choice([Quorum(share, late=late), Deadline(share, 0.3, late=late)])
         own = rng.random() < 0.4
         knobs: dict[str, Any] = {"payload": Delta(), "apply": "mean"} if own else {"staleness": rng.choice([0, 0, 1])}
+        knobs |= {"filters": _chain(rng)} if rng.random() < 0.3 else {}
+        knobs |= {"pull_filters": _pull_chain(rng)} if rng.random() < 0.2 else {}
         return Policy(quorum=quorum, every=rng.choice([1, 2, 3] if not own else [2, 3, 4]), **knobs)
 
+    def apart() -> Policy:
+        chain = {"filters": _chain(rng)} if rng.random() < 0.3 else {}
+        own: Any = {"payload": Delta(), "apply": rng.choice(["sum", "mean"])} if rng.random() < 0.4 else {}
+        own = {"payload": Weights(), "apply": Mix(0.3)} if rng.random() < 0.2 else own
+        every = rng.choice([1, 2, 3] if "payload" in own and own["apply"] != "sum" else [1, 2, 3, Every(2, pull=4)])
+        return Policy(staleness=UNBOUNDED, every=every, **own, **chain)
+
+    def sited() -> Policy:
+        return Policy(**_gathered(rng, replicas))
+
     def model() -> tuple[Policy, ...]:
-        chosen = tuple(one() for _ in range(rng.choice([1, 1, 2, 3])))
+        kind = rng.choice([*[one] * 6, apart, apart, sited, sited, None])
+        codes = Coded(1, "cyclic"), Coded(1, "fractional"), Speculate(rng.choice([1, 2, 4]))
+        same = Policy(quorum=rng.choice(codes))  # for all layers
+        chosen = tuple(kind() if kind else same for _ in range(rng.choice([1, 1, 2, 3])))
         check_drawn(chosen, replicas)
         return chosen
 

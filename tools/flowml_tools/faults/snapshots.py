@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -97,9 +98,10 @@ def _stores(seen: Timeline, saved: Saved, place: int, where: str) -> Iterator[st
         if seen.terms.stores[store].shared:
             continue
         for home in seen.places.homes[store]:
-            made = sum(apply.place < place for apply in seen.applies.get((home, store), ()))
-            if made != state.version:
-                yield f"{where} has version {state.version} of store {store}, and {home} has made {made}"
+            made = [apply for apply in seen.applies.get((home, store), ()) if apply.place < place]
+            late = {replica for apply in made[state.version :] for replica, _ in apply.keys}
+            if len(made) < state.version or not late <= set(saved.without):
+                yield f"{where} has version {state.version} of store {store}, and {home} has made {len(made)}"
         yield from _cut(seen, saved, store, place, where)
         yield from _value(seen, saved, store, state.version, where)
 
@@ -110,12 +112,13 @@ def _cut(seen: Timeline, saved: Saved, store: int, place: int, where: str) -> It
     waiting = {
         (w.replica, w.clock) for w in saved.stopped.waiting if w.store == store and (w.of_site or not terms.relayed)
     }
-    for apply in seen.applies.get((seen.places.homes[store][0], store), ()):
+    version = next(state.version for state in saved.stopped.stores if state.store == store)
+    for number, apply in enumerate(seen.applies.get((seen.places.homes[store][0], store), ())):
         for replica, clock in apply.keys:
             site = seen.site_of(store, replica)
             if replica in seen.left_out:
                 continue  # its clock is that of others
-            if replica in saved.without and apply.place > place:
+            if replica in saved.without and number >= version:
                 continue  # it was late, and is left out
             whole = terms.collective or seen.terms.speculation is not None
             next_clock = max(clocks) if whole else max(clocks[r] for r in site)
@@ -139,18 +142,22 @@ def _partial(seen: Timeline, saved: Saved, place: int, where: str) -> Iterator[s
     if not seen.made or not all(adds_up(seen, store) for store in range(len(seen.terms.stores))):
         return
     found: defaultdict[int, set[str]] = defaultdict(set)
+    versions = {state.store: state.version for state in saved.stopped.stores}
     for store in range(len(seen.terms.stores)):
-        home, group = seen.places.homes[store][0], seen.terms.group_of[store]
-        before = {key for apply in seen.applies.get((home, store), ()) if apply.place < place for key in apply.keys}
-        late = {key for c in seen.commits[group] for key in c.message.folded}
+        home, group = seen.places.homes[store][0], seen.terms.group_of.get(store)
+        before = {key for apply in seen.applies.get((home, store), ())[: versions[store]] for key in apply.keys}
+        late = {key for c in seen.commits[group] for key in c.message.folded} if group is not None else set[Any]()
         for key, payload in payloads(seen, home, store):
-            for q in amounts(payload) if key in before and key[0] in saved.without else ():
+            for q in amounts(payload) if key in before else ():
                 found[q].add("folded" if key in late else "used")
     over = {first + i: fate for first, number, fate in ledger.over for i in range(number)}
+    same = any(store.sites for store in seen.terms.stores)  # what a site folds in is in its sum as all else
     for q, holder in _holders(seen, place).items():
         fate = over.get(q, "nothing")
         told = fate if fate in ("used", "folded") else "neither"
         there = "used" if "used" in found[q] else "folded" if found[q] else "neither"
+        if same:
+            told, there = ("used" if what != "neither" else what for what in (told, there))
         if holder in saved.without and there != told:
             yield f"{where} says that item {q} of the silent replica {holder} is {fate}, and stores have it {there}"
 

@@ -355,7 +355,8 @@ class Driver:
         self.history = history
         ids: dict[str, Any] = {"total_clocks": world.terms.total_clocks, "seed": 0, "shuffle": False, "examples": 1}
         start = wire.StartTraining(plan_id=PLAN, run=history.run, source=world.source, **ids)
-        about = world.terms, world.work, world.places, world.rhythm
+        rhythm = world.rhythm and replace(world.rhythm, partial=True)
+        about = world.terms, world.work, world.places, rhythm
         self.machine = driver.TrainingDriver(start, *about, outlives=world.outlives)
         self.final: dict[int, Any] = {}
         self.ended = False

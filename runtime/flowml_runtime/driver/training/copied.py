@@ -4,7 +4,8 @@
 
 The driver has no arrays of such a snapshot, only where the machines stood and what the ledger said. A step is
 *acknowledged* when a snapshot with it is complete: callbacks and the history get its record then, and not before. So
-what was told is never done again. After a loss the driver asks the workers that are left for the buffers.
+what was told is never done again. After a loss the driver asks the workers that are left for the buffers. Of a snapshot
+without silent replicas the driver has the arrays, and there are no copies.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ class Copies:
             self._memory[device.worker] = max(self._memory.get(device.worker, 0), device.memory_bytes or 1)
         self.newest: Copied | None = None
         """The newest snapshot of which there are copies."""
+        self.without_copies = 0
+        """The steps of a newer snapshot in the driver's memory, without silent replicas, which needs no copies."""
         self._waiting: list[Record] = []
         """Records of steps that are not acknowledged."""
 
@@ -96,7 +99,7 @@ class Copies:
 
     @property
     def acknowledged(self) -> int:
-        return 0 if self.newest is None else self.newest.step
+        return max(0 if self.newest is None else self.newest.step, self.without_copies)
 
     @property
     def releases(self) -> bool:

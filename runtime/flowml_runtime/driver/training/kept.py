@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
@@ -107,22 +107,23 @@ class KeptFit:
         self._told.clear()
         self._workers = tuple(dict.fromkeys((*self._workers, *workers)))
 
-    def completed(self, key: str, snapshot: Snapshot) -> None:
+    def completed(self, key: str, snapshot: Snapshot, new: Collection[str] = (), without: Collection[str] = ()) -> None:
         """A snapshot is complete: each worker keeps its part, and the rest. What is not trained comes with the first
-        snapshot of a run."""
+        snapshot of a run. No worker has parts of the `new` owners, and some are not told."""
         content = snapshot.content
-        of_owners = {f"{owner}/{name}" for owner, names in content.owners.items() for name in names}
-        leaves = (leaf.buffer for leaf in (*content.params, *content.opt_state, *content.state))
+        of_owners = {f"{owner}/{name}" for owner, names in content.owners.items() for name in names if owner not in new}
+        leaves = [leaf.buffer for leaf in (*content.params, *content.opt_state, *content.state)]
+        leaves += [f"{owner}/{name}" for owner in new for name in content.owners[owner]]
         rest = [buffer for buffer in dict.fromkeys(leaves) if buffer not in of_owners]
         fixed = [leaf.buffer for leaf in content.untrained]
         encoded = np.frombuffer(msgspec.json.encode(content), np.uint8)
         about: dict[str, Any] = {"plan_id": self.fit, "key": key, "steps": content.steps, "names": tuple(rest)}
-        for worker in self._workers:
-            new = () if worker in self._told else tuple(fixed)
-            arrays = [encoded, *(np.asarray(snapshot.arrays[name]) for name in (*rest, *new))]
+        for worker in (worker for worker in self._workers if worker not in without):
+            first = () if worker in self._told else tuple(fixed)
+            arrays = [encoded, *(np.asarray(snapshot.arrays[name]) for name in (*rest, *first))]
             specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
             with suppress(WorkerLostError):
-                self._session.endpoint.send(worker, wire.Completed(**about, fixed=new, specs=specs), arrays)
+                self._session.endpoint.send(worker, wire.Completed(**about, fixed=first, specs=specs), arrays)
                 self._told.add(worker)
 
     def buffers(self, key: str, owners: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]] | None:
@@ -185,7 +186,7 @@ class KeptFit:
         content = msgspec.json.decode(rest.pop("/").tobytes(), type=Content)
         arrays = {name.removeprefix("/"): array for name, array in rest.items()}
         places = {owner: worker for worker, version in kept.items() for owner in version.owners}
-        gone = [owner for owner in content.owners if owner not in places]
+        gone = [o for o, names in content.owners.items() if o not in places and not arrays.keys() >= _named(o, names)]
         written = self._on_disk(key, content, gone) if gone else {}
         if written is None:
             return None
@@ -204,8 +205,8 @@ class KeptFit:
             found = last_checkpoints.read(self._directory, key, owners)
         except CheckpointError:
             return None
-        names = [f"{owner}/{name}" for owner in owners for name in content.owners[owner]]
-        return found if found.keys() >= set(names) else None
+        names = {name for owner in owners for name in _named(owner, content.owners[owner])}
+        return found if found.keys() >= names else None
 
     def _read(self, wanted: Mapping[str, Sequence[str]], key: str) -> dict[str, Any] | None:
         """The buffers of these owners at these workers, by "owner/name"."""
@@ -249,6 +250,11 @@ class KeptFit:
             if self._asked.pop(number, None) is not None:
                 self._answers[number] = answer
                 self._changed.notify_all()
+
+
+def _named(owner: str, names: Iterable[str]) -> set[str]:
+    """The names of the arrays of an owner."""
+    return {f"{owner}/{name}" for name in names}
 
 
 @contextmanager

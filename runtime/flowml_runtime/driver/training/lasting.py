@@ -318,7 +318,7 @@ class Runs:
                 step=error.step,
             ) from error
         handle, gone = self._losses.after(error)
-        self._next(handle, gone)
+        self._next(handle)
         why = str(error) if before.lost is None else before.lost.reason
         loss = Loss(gone, why, before.step, self.fit.saving.first, now() - lost_at)
         self._losses.survive(loss)
@@ -335,11 +335,11 @@ class Runs:
         self._changes.append(Change(joined, self.fit.saving.first, replicas, now() - stopped_at, left))
         return before.held(self.fit.saving.first, stopped_at - began)
 
-    def _next(self, handle: LoadedPlan, gone: Collection[str] = ()) -> None:
-        """The next run is of this plan, after these workers were lost."""
+    def _next(self, handle: LoadedPlan) -> None:
+        """The next run is of this plan."""
         before, training = self.fit, handle.plan.training
         assert training is not None
-        saving = before.saving.again(training, before.total, lost_replicas(training, gone))
+        saving = before.saving.again(training, before.total)
         self.fit = self._make(handle, self._program.reserve(before.total), saving)
         self._regroup_to(self.fit, self._losses)
 

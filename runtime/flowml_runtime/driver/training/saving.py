@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from flowml.callers import warn
+from flowml.devices import worker_of
 from flowml.plan import Training
 from flowml.training.without import left_out
 from flowml_runtime.driver.checkpoint import Checkpoint
@@ -16,7 +17,7 @@ from flowml_runtime.driver.training.copied import Copied, Copies
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.kept import KeptFit
 from flowml_runtime.driver.training.model import Model
-from flowml_runtime.driver.training.newcomers import with_newcomers
+from flowml_runtime.driver.training.newcomers import forgotten, with_newcomers
 from flowml_runtime.driver.training.parts import Parts
 from flowml_runtime.driver.training.patience import Patience
 from flowml_runtime.driver.training.regrouping import Regrouped
@@ -30,6 +31,7 @@ from flowml_runtime.protocol.training.clocks import after_push
 from flowml_runtime.protocol.training.driver import Pause, TrainingDriver
 from flowml_runtime.protocol.training.ledger import LedgerState
 from flowml_runtime.protocol.training.snapshot import Offer, Rhythm, Save
+from flowml_runtime.protocol.training.terms import Terms
 
 LEAST_PAUSE_S = 0.25
 """The least time between two snapshots that are taken for memory."""
@@ -71,8 +73,8 @@ class Saving:
         """Whether the newest snapshot stays in memory, so that the fit can go on from it after a loss."""
         self.newest = resumed
         """The newest snapshot in memory."""
-        self._partial: tuple[Snapshot, frozenset[int]] | None = None
-        """A newer one, which lacks these silent replicas: the fit goes on from it if all of them are lost."""
+        self.total = 0
+        """The number of steps of the whole fit."""
         self._kept_at: float | None = None
         self._stood_at: float | None = None
         """Since when replicas stand for the snapshot that is being taken."""
@@ -91,10 +93,9 @@ class Saving:
         self._withdrawn = False
         """Whether a snapshot was withdrawn, so that the next one is not due at a clock."""
 
-    def again(self, training: Training, total: int, lost: Collection[int] = ()) -> Saving:
-        """The snapshots of the run of `training` that goes on from the newest one in memory, or from the beginning.
-        `lost` are the replicas that had a stage on a lost worker."""
-        newest, trees = self._without_lost(training, total, lost) or self._newest(), self.trees
+    def again(self, training: Training, total: int) -> Saving:
+        """The snapshots of the run of `training` that goes on from the newest one in memory, or from the beginning."""
+        newest, trees = self._newest(), self.trees
         there = {stage.replica for stage in newest.content.stopped.stages} if newest is not None else set[int]()
         grows = bool(there) and not there.issuperset(training.live)  # with portions no replica has a state of its own
         found = newest and (self._grown(newest, training, total) if grows else newest.of_live(training))
@@ -107,17 +108,10 @@ class Saving:
         model = model.with_sums() if grows else model
         after = Saving(self._checkpoint, found, self._figures, trees, model, self._kept)
         after.keeps, after.validation, after.copies = self.keeps, self.validation, self.copies
-        after._on_disk = self._on_disk
+        after._on_disk, after.total = self._on_disk, total
         if after.validation is not None:
             after.validation.go_back(after.first)
         return after
-
-    def _without_lost(self, training: Training, total: int, lost: Collection[int]) -> Snapshot | None:
-        """The snapshot without silent replicas, if these are lost. Those that are replaced begin anew there."""
-        snapshot, silent = self._partial or (None, frozenset[int]())
-        if snapshot is None or not silent.issubset(lost):
-            return None
-        return with_newcomers(snapshot, silent.difference(training.lost), training, total)
 
     def _newest(self) -> Snapshot | None:
         """The newest snapshot: the one in memory, or a newer one of which workers have copies."""
@@ -158,7 +152,9 @@ class Saving:
             return None
         written = self._checkpoint.every_steps if self._checkpoint else None
         copied = self.copies.rhythm(training) if self.copies else 0
-        return Rhythm(written or 0, self.validation.every if self.validation else 0, copied)
+        terms = Terms.of(training, 0)  # without common clocks the machine notes what is sent only if the fit goes on
+        partial = (self.keeps or terms.aligned) and "sum" not in self.model.rules  # what a silent one adds is not known
+        return Rhythm(written or 0, self.validation.every if self.validation else 0, copied, partial)
 
     @property
     def wanted(self) -> bool:
@@ -175,7 +171,7 @@ class Saving:
             yield Pause(self.push_within(step, now))
 
     def due(self, step: int, now: float, *, aligned: bool, partial: bool = False) -> bool:
-        """Whether a snapshot is due that the rhythm of clocks does not bring. A `partial` one is only for memory."""
+        """Whether a snapshot is due that the rhythm of clocks does not bring. A `partial` one is not validated."""
         self._aligned = aligned
         if self._saved_at is None:
             self._saved_at = self._kept_at = now
@@ -184,7 +180,7 @@ class Saving:
         if self.keeps and now - (self._kept_at or 0.0) >= self._pause_s:
             return True
         if partial:
-            return False
+            return self._is_old(step, now)
         if self.regroups():
             return True
         if self._checkpoint is not None and self._checkpoint.every_s is not None and self._is_old(step, now):
@@ -250,7 +246,10 @@ class Saving:
         written = {owner: names for owner, names, handle in action.buffers if names and handle is None}
         figures, parts = self._figures, self._writer and self._writer.written(action.folder)
         if figures is not None and step != self.first and action.without:
-            self._take_partial(training, step, action, ledger, buffers, figures, now)
+            if ledger is not None and (self.newest is None or step > self.newest.content.steps):
+                self._take_partial(training, step, action, ledger, buffers, now, key)
+            self._patience.went_on()
+            self._note_kept(now)
         elif figures is not None and step != self.first and ledger is not None:
             if action.copied and self.copies is not None:
                 owners = {owner: names for owner, names, _ in action.buffers}
@@ -279,34 +278,51 @@ class Saving:
             values = zip((*self.trees[:2], self.model.state()), snapshot.trees, strict=True)
             params, _, state = (restored(like, snapshot.leaves(leaves)) for like, leaves in values)
             self.validation.give(step, params, state)
-        if self._writer is not None and (over or parts is not None or self._is_old(step, now)):
-            self._saved_step, self._saved_at, self._on_disk = step, now, step
-            self._writer.put(snapshot, parts)
-            if snapshot.content.figures.workers != "real":
-                self._writer.flush()  # how fast the disk is changes nothing in virtual time
+        if over or parts is not None or self._is_old(step, now):
+            self._write(snapshot, now, parts)
 
     def _take_partial(
         self,
         training: Training,
         step: int,
         action: Save,
-        ledger: LedgerState | None,
+        ledger: LedgerState,
         buffers: Mapping[str, Mapping[str, Any]],
-        figures: Figures,
         now: float,
+        key: str,
     ) -> None:
-        """Keep a snapshot without silent replicas, if its ledger is known."""
-        if ledger is not None:
-            others = left_out(training, action.without)
-            found = taken(others, figures, step, action.stopped, ledger, buffers, self.trees, self.model, {})
-            self._partial = found.of_live(others), frozenset(action.without)
-        self._patience.went_on()
-        self._note_kept(now)
+        """Keep and write a snapshot without silent replicas, in which these begin anew."""
+        assert self._figures is not None
+        ended = self.model.replicas if self.newest is None else self.newest.states(training, self.model)
+        model, others = self.model.without((*training.lost, *action.without), ended), left_out(training, action.without)
+        known = forgotten(buffers, action.without, training)
+        found = taken(others, self._figures, step, action.stopped, ledger, known, self.trees, model, {}).of_live(others)
+        model = model.after(found.states(others, model))
+        snapshot = with_newcomers(found, action.without, training, self.total, model)
+        self._keep(snapshot, now)
+        if self.copies is not None:
+            self.copies.without_copies = step
+        if self._kept is not None:
+            new = snapshot.content.owners.keys() - found.content.owners.keys()
+            silent = {worker_of(device) for replica in action.without for device in training.replicas[replica]}
+            self._kept.completed(key, snapshot, new, silent)
+        if self._is_old(step, now):
+            self._write(snapshot, now)
+
+    def _write(self, snapshot: Snapshot, now: float, parts: Parts | None = None) -> None:
+        """Write a snapshot. Workers write `parts` of it."""
+        if self._writer is None:
+            return
+        step = snapshot.content.steps
+        self._saved_step, self._saved_at, self._on_disk = step, now, step
+        self._writer.put(snapshot, parts)
+        if snapshot.content.figures.workers != "real":
+            self._writer.flush()  # how fast the disk is changes nothing in virtual time
 
     def _keep(self, snapshot: Snapshot, now: float) -> None:
         """Keep a snapshot in memory."""
         if self.keeps:
-            self.newest, self._partial = snapshot, None
+            self.newest = snapshot
             self._note_kept(now)
 
     def _note_kept(self, now: float) -> None:

@@ -31,6 +31,8 @@ from flowml_runtime.environment import checkpoints
 from flowml_runtime.protocol.training.ledger import LedgerState
 from flowml_runtime.worker.training.resident import of_waiting
 
+Buffers = Mapping[str, Mapping[str, Any]]
+"""The arrays of owners, by owner and name."""
 Trees = tuple[Any, Any, Untrained | None]
 """The trained parameters, the optimizer state, and the parameters that are not trained."""
 
@@ -227,7 +229,7 @@ def taken(
     steps: int,
     stopped: wire.Stopped,
     ledger: LedgerState,
-    buffers: Mapping[str, Mapping[str, Any]],
+    buffers: Buffers,
     trees: Trees,
     model: Model,
     written: Mapping[str, tuple[str, ...]],
@@ -270,7 +272,7 @@ NONE, EMPTY = "none", "empty"
 """The kinds of the last key in the path of a None, and in that of an empty list or tuple."""
 
 
-def _states(training: Training, buffers: Mapping[str, Mapping[str, Any]], model: Model) -> tuple[tuple[Any, ...], ...]:
+def _states(training: Training, buffers: Buffers, model: Model) -> tuple[tuple[Any, ...], ...]:
     """The leaves of the model's state at each replica. What no step has changed yet is as it began."""
     found: list[tuple[Any, ...]] = []
     for replica, begun in enumerate(model.replicas):

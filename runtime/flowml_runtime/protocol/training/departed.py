@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+import msgspec
+
 from flowml.policy import UNBOUNDED, Consensus, Gossip
 from flowml.policy.apply import base_of
 from flowml_runtime import wire
@@ -29,15 +31,22 @@ from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled
 from flowml_runtime.protocol.training.notes import NoteLeftOut
 from flowml_runtime.protocol.training.places import Places
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.terms import RETIRED, StoreTerms, Terms
+from flowml_runtime.protocol.training.work import Work
 
 Unsent = tuple[int, int, wire.Item]
 """(replica, clock, item)"""
 
 
 def waits_for_none(terms: Terms) -> bool:
-    """Whether no replica ever waits for another one: each store applies every contribution alone as it arrives, and
-    lets replicas read however late others are. A replica has one stage, and no state of the model."""
+    """Whether no replica ever waits for another one, and a run goes on without a lost one. A replica has one stage, and
+    no state of the model."""
+    return terms.stages == 1 and not terms.stateful and applies_alone(terms)
+
+
+def applies_alone(terms: Terms) -> bool:
+    """Whether each store applies every contribution alone as it arrives, and lets replicas read however late others
+    are."""
 
     def alone(store: StoreTerms) -> bool:
         policy = store.policy
@@ -46,7 +55,7 @@ def waits_for_none(terms: Terms) -> bool:
             return False
         return policy.staleness == UNBOUNDED and policy.quorum.need(terms.replicas) == 1
 
-    return terms.stages == 1 and not terms.stateful and not terms.couplings and all(map(alone, terms.stores))
+    return not terms.couplings and all(map(alone, terms.stores))
 
 
 def alone_on(worker: str, terms: Terms, places: Places) -> tuple[int, ...]:
@@ -90,10 +99,30 @@ class Departed:
         """For a snapshot: the items that are used, and that their replicas have not sent to all stores."""
         return tuple((r, clock, item) for r, found in sorted(self._used.items()) for clock, item in found.items())
 
-    def saved(self, clocks: Sequence[int]) -> None:
+    def without(self, work: Work, taken: wire.Stopped, replicas: Collection[int]) -> LedgerState | None:
+        """The accounts at a snapshot without these replicas, whose items have the fates that stores say. None if it is
+        not known what replicas have told and not sent, or if a step counts that was not reported: no record has it."""
+        if not self._keeps:
+            return None
+        all_held = tuple(RETIRED if r in replicas else clock for r, clock in enumerate(taken.clocks))
+        ledger = Ledger(work)
+        ledger.restore(self._ledger.kept(all_held), taken.clocks)
+        then = Departed(self._terms, ledger, watches=True)
+        then._used = {replica: dict(found) for replica, found in self._used.items()}
+        for replica in replicas:
+            reached, reported = [store.clocks[replica] for store in taken.stores], self._reported.get(replica, set())
+            if any(clock < max(reached) and clock not in reported for _, clock, _ in ledger.held(replica)):
+                return None
+            then._settle(replica, reached, 0)
+        ledger.validate()
+        return msgspec.structs.replace(ledger.kept(taken.clocks), unsent=then.unsent())
+
+    def saved(self, clocks: Sequence[int], without: Collection[int] = ()) -> None:
         """A snapshot was taken when replicas were at these clocks: the stores have all pushes before."""
         for known in (self._used, self._reported):
             for replica, found in known.items():
+                if replica in without:
+                    continue
                 sent = min(contained(self._terms, s.policy.every, clocks[replica]) for s in self._terms.stores)
                 for clock in [clock for clock in found if clock < sent]:
                     found.pop(clock) if isinstance(found, dict) else found.discard(clock)

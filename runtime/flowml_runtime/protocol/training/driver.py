@@ -238,7 +238,7 @@ class TrainingDriver:
         """The replicas that know that there are no more items for them."""
         stages = start.stopped.stages if start.stopped else ()
         self._untold = Untold(terms, {s.replica: s.unsettled for s in stages if s.stage == 0})
-        self.snapshots = Snapshots(terms, places, rhythm, max(clocks), outlives=outlives)
+        self.snapshots = Snapshots(terms, places, rhythm, max(clocks))
         """When snapshots are taken, and what has come of one."""
         self.traffic: dict[str, wire.Traffic] = {}
         """The newest Traffic message of each worker."""
@@ -352,6 +352,8 @@ class TrainingDriver:
     def kept(self, taken: Save) -> LedgerState | None:
         """The accounts at a snapshot, just after it was taken; None if they are unknown without a silent replica."""
         clocks = taken.stopped.clocks
+        if taken.without and not self._terms.aligned:
+            return self._departed.without(self._work, taken.stopped, taken.without)
         state = self.ledger.kept(clocks)
         if taken.without:
             return silent.without(state, self._work, clocks, taken.without, self._untold)
@@ -421,7 +423,7 @@ class TrainingDriver:
                 made = self.snapshots.take(self._ids(), event.peer, message, event.handle)
                 for action in made:
                     if isinstance(action, Save):
-                        self._departed.saved(action.stopped.clocks)
+                        self._departed.saved(action.stopped.clocks, action.without)
                 return [*made, *self._close()]
             case wire.ModelState(replica=replica, stage=stage):
                 return [KeepModel(replica, stage, event.handle, cause)]

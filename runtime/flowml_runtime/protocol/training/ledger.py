@@ -318,6 +318,10 @@ class Ledger:
         """The lost replicas."""
         return sorted(self._lost)
 
+    def is_over(self, item: wire.Item) -> bool:
+        """Whether some grant of an item is settled, so that its fate is known."""
+        return item.sequence in self._over
+
     def close(self) -> None:
         """The run has ended well. With a code, late replicas may not have asked for their last clocks. What lost
         replicas still have is dropped. Of portions, what they have sent counts where no other grant does."""

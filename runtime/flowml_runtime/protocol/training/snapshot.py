@@ -16,8 +16,8 @@
 * A late replica, or one whose worker is late, holds a snapshot up. If others could go on without it, the caller
   withdraws the snapshot after a while: those that have stopped go on, and no other is taken before each of the late
   ones is heard of. One that was due at a clock is then taken later. The last one waits.
-* If the fit goes on after losses, snapshots are meanwhile taken of the others where that is sound (`silent`): for the
-  case that the silent ones are lost.
+* If the fit goes on after losses, or has checkpoints, snapshots are meanwhile taken of the others where that is sound
+  (`silent`): for the case that the silent ones are lost. Of these the driver gets the buffers, and there are no copies.
 * Each Hold has the next number. What comes because of an earlier one, or again, changes nothing.
 * Work items that a replica holds and has not begun count as not granted, if there are no common clocks.
 * Workers may copy what they tell to others. Where replicas wait for each other at each clock anyway, this is done as
@@ -53,12 +53,14 @@ class Rhythm(msgspec.Struct, frozen=True):
     """A snapshot after every so many clocks, counted from the first of the fit, and at the end; 0: only at the end.
 
     A second number counts too, if it is not 0. `copied`: workers copy what they keep to others, after so many clocks
-    where replicas wait for each other anyway; 0: they do not.
+    where replicas wait for each other anyway; 0: they do not. `partial`: snapshots may be taken without silent
+    replicas.
     """
 
     every: int = 0
     also: int = 0
     copied: int = 0
+    partial: bool = False
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -90,10 +92,7 @@ class Save(msgspec.Struct, frozen=True):
 class Snapshots:
     """The snapshots of one run. Without a `rhythm` there are none."""
 
-    def __init__(
-        self, terms: Terms, places: Places, rhythm: Rhythm | None, first: int, *, outlives: bool = False
-    ) -> None:
-        """`outlives`: the fit goes on after a loss."""
+    def __init__(self, terms: Terms, places: Places, rhythm: Rhythm | None, first: int) -> None:
         self._terms = terms
         self._places, self._workers = places, places.workers
         self._live = frozenset(range(terms.replicas)).difference(places.lost)
@@ -116,7 +115,7 @@ class Snapshots:
         self._folder = ""
         """Where workers write what they have been asked for."""
         self._complete: int | None = None
-        """The number of the newest complete snapshot."""
+        """The number of the newest complete snapshot of all replicas, of which workers may have copies."""
         self._numbers = 0
         """The Holds so far, without that with which the run began."""
         self._number = 0
@@ -127,7 +126,7 @@ class Snapshots:
         """The replicas that may retire, because they have no more items and others may wait for them."""
         self.silent: set[int] = set()
         """The replicas that held up the snapshot that was withdrawn last, and have not been heard of since."""
-        self._leaves_out = outlives and not self._copies and goes_without(terms)
+        self._leaves_out = rhythm is not None and rhythm.partial and goes_without(terms)
         """Whether snapshots are taken without silent replicas."""
         self._without: frozenset[int] = frozenset()
         """The replicas without which the snapshot is taken that is under way."""
@@ -160,13 +159,15 @@ class Snapshots:
     @property
     def _absent(self) -> frozenset[int]:
         """The silent replicas without which the next snapshot is taken, unless it is the last one."""
-        silent = frozenset(self.silent) if self._leaves_out else frozenset[int]()
-        return silent if silent < self._live and apart(silent, self._places) else frozenset()
+        if not self.silent or not self._leaves_out:
+            return frozenset()
+        absent = apart(self.silent, self._terms, self._places)
+        return absent if absent < self._live else frozenset()
 
     @property
     def _asked(self) -> tuple[str, ...]:
         """The workers that tell what they keep."""
-        absent = apart(self._without, self._places) if self._without else frozenset[str]()
+        absent = {worker for replica in self._without for worker in self._places.stages[replica]}
         return tuple(worker for worker in self._workers if worker not in absent)
 
     @property
@@ -199,7 +200,8 @@ class Snapshots:
     @property
     def _awaited(self) -> list[Mapping[tuple[str, str], object]]:
         """What is here of the buffers and of the word of copies that come."""
-        return [*([self._buffers] if self._whole else []), *([self._copied] if self._copies else [])]
+        copies = self._copies and not self._without
+        return [*([self._buffers] if self._whole else []), *([self._copied] if copies else [])]
 
     def _forget(self, cause: int) -> list[Release]:
         """Drop what workers have told for a snapshot."""
@@ -241,13 +243,17 @@ class Snapshots:
             return [] if handle is None else [Release(handle, ids["cause"])]
         match message:
             case wire.Paused(replica=replica):
-                if replica in self._paused or replica not in self._live:
-                    return []
+                if replica in self._paused or replica not in self._live or self.under_way:
+                    return []  # homes that are asked already do not wait for what one has sent that stops now
                 self._paused[replica] = message
                 absent = frozenset[int]() if self._is_last else self._absent
                 if not self._live.difference(absent) <= self._paused.keys():
                     return self._release(ids, message)
-                self.under_way, self._without = True, self._live.difference(self._paused)
+                missing = self._live.difference(self._paused)
+                self.under_way, self._without = (
+                    True,
+                    apart(missing, self._terms, self._places) if missing else frozenset(),
+                )
                 return [Send(self._asked, self._export(ids))]
             case wire.Exported() if self.under_way:
                 self._exported[peer] = message
@@ -271,17 +277,17 @@ class Snapshots:
         due = self._rhythm is not None and any(
             n and self.hold % n == 0 for n in (self._rhythm.every, self._rhythm.also)
         )
-        self._whole = not often or due or self._wanted or self._is_last
+        self._whole = not often or due or self._wanted or self._is_last or bool(self._without)
         offer = Offer() if self._without else self._take_offer()
         self._wanted, self._folder = False, offer.folder
         return wire.Export(
             **ids,
             clocks=self._clocks,
-            pushed=tuple((r, *pair) for r, paused in sorted(self._paused.items()) for pair in paused.pushed),
+            pushed=tuple((r, *pair) for r, paused in sorted(self._there.items()) for pair in paused.pushed),
             last=self._is_last,
             number=self._number,
             whole=self._whole,
-            copied=self._copies,
+            copied=self._copies and not self._without,
             complete=self._complete,
             folder=offer.folder,
             token=offer.token,
@@ -316,8 +322,14 @@ class Snapshots:
     @property
     def _clocks(self) -> tuple[int, ...]:
         """The next clock of each replica. One that takes no part holds up nothing."""
-        newest = max(paused.clock for paused in self._paused.values())
-        return tuple(self._paused[r].clock if r in self._paused else newest for r in range(self._terms.replicas))
+        there = self._there
+        newest = max(paused.clock for paused in there.values())
+        return tuple(there[r].clock if r in there else newest for r in range(self._terms.replicas))
+
+    @property
+    def _there(self) -> Mapping[int, wire.Paused]:
+        """What the replicas have told that are in the snapshot."""
+        return {replica: told for replica, told in self._paused.items() if replica not in self._without}
 
     def _save(self, cause: int) -> Save:
         told = list(self._exported.values())
@@ -329,9 +341,12 @@ class Snapshots:
         kept = sorted(found.items(), key=lambda one: one[0][1])
         buffers = ((owner, names, handle) for (_, owner), (names, handle) in kept)
         self._complete = self._complete if self._without else self._number
-        stopped = wire.Stopped(self._clocks, tuple(stages), tuple(stores), tuple(sites), tuple(waiting))
+        clocks = list(self._clocks)
+        for replica in () if self._terms.aligned else self._without:
+            clocks[replica] = max(store.clocks[replica] for store in stores)
+        stopped = wire.Stopped(tuple(clocks), tuple(stages), tuple(stores), tuple(sites), tuple(waiting))
         without = tuple(sorted(self._without))
-        about = self._is_last, self._number, self._whole, self._copies, self._folder, without
+        about = self._is_last, self._number, self._whole, self._copies and not without, self._folder, without
         return Save(stopped, tuple(buffers), cause, *about)
 
     def _go_on(self, ids: dict[str, Any]) -> Sequence[Send]:
