@@ -41,7 +41,7 @@ FINDS = {
     "a late contribution to a site is lost": 138,
     "the step of a site is divided by all of its replicas": 288,
     "a snapshot is taken before all is applied": 37,
-    "a snapshot without a silent replica drops all of its items": 358,
+    "a snapshot without a silent replica drops all of its items": 861,
     "a replica stops for a hold that is over": 108,
     "who had stopped for a withdrawn snapshot counts": 53,
     "a snapshot is withdrawn without a new hold": 53,
