@@ -207,6 +207,7 @@ STREAMED = {
 SGD at rate 1, outer SGD at rate 2, and 6 steps between synchronisations of a fragment."""
 
 
+@pytest.mark.filterwarnings("ignore:replicas first exchange parameters of second")
 @pytest.mark.parametrize("case", STREAMED)
 def test_streaming_diloco_gives_the_weights_that_torchft_publishes(threads_cluster: fm.Cluster, case: str) -> None:
     options, weights, shared = STREAMED[case]

@@ -20,6 +20,7 @@ from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.training.copied import Copies
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.kept import KeptFit
+from flowml_runtime.driver.training.rhythms import warn_of_rhythms
 
 Callback = Callable[[Record], Any]
 OnLoss = Literal["raise", "replace", "shrink"]
@@ -129,7 +130,8 @@ def rest_of(source: Source, batch_size: int, last: Last) -> int:
 
 def check_items(training: Training, asked: Asked) -> None:
     """Raise ValueError or UnsupportedError if a fit of this plan cannot use the short batch at the end of an epoch, or
-    cannot give its replicas examples of their own."""
+    cannot give its replicas examples of their own. Warn if it ends before its replicas first exchange something."""
+    warn_of_rhythms(training, asked.total)
     if isinstance(asked.shuffle, Shards):
         _check_shards(training)
     if asked.rest:
