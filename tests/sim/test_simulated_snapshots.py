@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 
 import flowml as fm
 from flowml_runtime.environment import checkpoints
+from flowml_runtime.sim import kept
 from tests.training import test_site_quorum as sites
 from tests.training import test_sites_that_decide as deciding
 from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
@@ -187,3 +189,12 @@ def test_others_go_on_without_a_replica_that_holds_a_snapshot_up(tmp_path: Path,
     assert sum(at >= parted.end_s for at in written) > 5
     assert steps[-1] == 150
     assert sum("validation" in record for record in result.history) == len(steps) - without
+
+
+def test_a_snapshot_that_was_withdrawn_meanwhile_is_not_told() -> None:
+    """Applies may take so long that a step has begun again, whose gradients have no fate yet."""
+    told: list[Any] = []
+    node: Any = SimpleNamespace(machine=SimpleNamespace(held=5), send=lambda *message: told.append(message))
+    asked: Any = SimpleNamespace(number=4)
+    kept.export(node, asked)
+    assert not told

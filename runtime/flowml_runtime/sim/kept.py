@@ -103,7 +103,12 @@ def residents_of(node: Node) -> list[Resident]:
 
 
 def export(node: Node, asked: protocol.Export) -> None:
-    """Tell the driver, other workers or both what lives on a worker between steps."""
+    """Tell the driver, other workers or both what lives on a worker between steps.
+
+    Nothing if the snapshot was withdrawn while applies took their time: a step has begun meanwhile.
+    """
+    if node.machine.held > asked.number:
+        return
     residents, names = residents_of(node), node.world.layout.names
     for waiting, handle in asked.waiting:
         if not waiting.empty:
