@@ -2,16 +2,17 @@
 
 The executables and the instruction lists of the others stay as they are, so that nothing is compiled again. Stores that
 were on devices of those replicas move to the same stage of one that is left, and those of a lost worker that only held
-parameters to another such worker, or if none is left to a replica. Where each replica has a copy, the sums of
-gradients are among the workers that are left, and the graph of a gossip is among the replicas that are left. The number
-of replicas stays too: each clock has as many places as before, and the machines know from its beginning that some are
-lost.
+parameters to another such worker, or if none is left to a replica: each to the one that has least by then. Where each
+replica has a copy, the sums of gradients are among the workers that are left, and the graph of a gossip is among the
+replicas that are left. The number of replicas stays too: each clock has as many places as before, and the machines know
+from its beginning that some are lost.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -38,7 +39,18 @@ def without(plan: Plan, workers: Collection[str]) -> Plan:
     left = [devices for r, devices in enumerate(training.replicas) if r not in lost]
     homes = [home for home in alone if home not in gone]
 
-    def moved(number: int, store: StoreSpec) -> StoreSpec:
+    held = Counter[str]()
+    """Worker -> the bytes of the stores that it has when some have moved."""
+    for store in training.stores:
+        held[worker_of(store.home)] += 0 if store.collective or store.home in gone else store.nbytes
+
+    def given(store: StoreSpec, places: Sequence[str]) -> StoreSpec:
+        """The store at that one of these devices whose worker has least."""
+        place = min(places, key=lambda place: held[worker_of(place)])
+        held[worker_of(place)] += store.nbytes
+        return msgspec.structs.replace(store, home=place)
+
+    def moved(store: StoreSpec) -> StoreSpec:
         if store.sites:
             store = _in_sites(store, training, lost)
         if store.collective:
@@ -48,12 +60,11 @@ def without(plan: Plan, workers: Collection[str]) -> Plan:
         if store.home not in gone:
             return store
         if store.home in alone:
-            to = homes[number % len(homes)] if homes else left[number % len(left)][store.parts[0].stage]
-            return msgspec.structs.replace(store, home=to)
+            return given(store, homes or [devices[store.parts[0].stage] for devices in left])
         stage = next(devices.index(store.home) for devices in training.replicas if store.home in devices)
-        return msgspec.structs.replace(store, home=left[number % len(left)][stage])
+        return given(store, [devices[stage] for devices in left])
 
-    stores = tuple(moved(number, store) for number, store in enumerate(training.stores))
+    stores = tuple(map(moved, training.stores))
     programs = tuple(program for program in plan.programs if program.device not in gone)
     shrunk = msgspec.structs.replace(training, lost=lost, stores=stores)
     return msgspec.structs.replace(plan, programs=programs, training=shrunk)
