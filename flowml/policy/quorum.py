@@ -113,6 +113,8 @@ class Never:
 
 Answer = Wait | Decide | Never
 
+_WAIT = Wait()
+
 
 class Quorum(Value, frozen=True, tag=True):
     """How many contributions complete a clock, and what happens to later ones.
@@ -215,7 +217,12 @@ class Quorum(Value, frozen=True, tag=True):
         """Decide when there is enough. A share is one of the replicas that are left, but a number stays a number."""
         if self.cuts:
             return Quorum(limit_s=self.limit_s).decide(arrivals, now)
-        if arrivals.count and self._reached(arrivals):
+        here = len(arrivals.times)
+        if self.of == "replicas" and self.limit_s == math.inf:  # nearly always; it is asked at each arrival
+            need = self.need(arrivals.members)
+            if here < need <= here + arrivals.hopeful:
+                return _WAIT
+        if here and self._reached(arrivals):
             return Decide()
         if not arrivals.hopeful and not self.counted:
             return Decide() if arrivals.count else Wait()

@@ -192,6 +192,8 @@ class Replica:
         news, terms = self._published[store], self._terms.stores[store]
         if news is None or terms.shared:
             return news is not None
+        if news.floor < clock - terms.staleness and terms.steps_alike:  # asked again after each event that may help
+            return False
         every = terms.policy.every
         if news.floor < clock and not (
             can_read(clock, (news.floor,), terms.policy.staleness, every.push, every.offset, every.delay)

@@ -101,6 +101,15 @@ class StoreTerms:
         return self.policy.every.push
 
     @cached_property
+    def steps_alike(self) -> bool:
+        """Whether each step takes a version and pushes, so that a read needs all but `staleness` of the clocks."""
+        return self.every == 1 and self.policy.every.pull in (None, 1) and not self.policy.every.delay
+
+    @cached_property
+    def staleness(self) -> float:
+        return self.policy.staleness
+
+    @cached_property
     def keeps(self) -> bool:
         """Whether gradients of one step may wait for the push of a later one."""
         return self.every > 1 or self.feeds_back
@@ -176,7 +185,7 @@ class Terms:
     microbatches: int
     stores: tuple[StoreTerms, ...]
     total_clocks: int
-    rows: float = 1
+    rows: float = 1.0
     cuts_at: int = 0
     stateful: frozenset[int] = frozenset()
     couplings: tuple[Coupling, ...] = ()
@@ -458,6 +467,9 @@ class Terms:
         return frozenset(s.policy.every for s in self.stores if s.keeps)
 
 
+NO_WAITS = Waits()
+
+
 class Committed(msgspec.Struct, frozen=True, eq=False):
     """The decision of a group for `clock`: it includes the work of every replica except those in `excluded`, in order.
 
@@ -472,7 +484,7 @@ class Committed(msgspec.Struct, frozen=True, eq=False):
     coefficients: tuple[tuple[int, float], ...] = ()
     folded: tuple[tuple[int, int], ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
-    waits: Waits = Waits()
+    waits: Waits = NO_WAITS
 
     def __eq__(self, other: object) -> bool:
         """Whether both decide the same, whatever they waited for."""

@@ -35,6 +35,9 @@ Held = tuple[int, int, wire.Item]
 _FEW = 64
 """So many decisions are kept without a search for those that are of no use any more."""
 
+_ITEMS_EACH = 16
+"""A search looks at no more items than this for each decision that has come since the one before."""
+
 
 class Untold:
     """The decisions of one run that may concern items whose fates are unknown. `unsettled` are the accounts that a
@@ -62,7 +65,7 @@ class Untold:
         if self._keeps:
             self._log.append(commit)
             if len(self._log) > self._most:
-                self._forget(held())
+                self._forget(list(held()))
 
     def report(self, replica: int, clock: int) -> None:
         """A step of a replica has ended."""
@@ -109,8 +112,9 @@ class Untold:
             return not group.relayed
         return replica in group.sites[told.site]
 
-    def _forget(self, held: Iterable[Held]) -> None:
-        """Keep only what may concern an item whose fate is unknown."""
+    def _forget(self, held: Sequence[Held]) -> None:
+        """Keep only what may concern an item whose fate is unknown. The next search comes when as many decisions are
+        kept as a share of these items, so that the time of searches is one of the decisions."""
         waiting = sorted({clock for _, clock, _ in held})
         kept: list[wire.Commit] = []
         joined = list(waiting)
@@ -123,7 +127,7 @@ class Untold:
             above = joined if group.number in self._terms.above else waiting
             if folds or self._near(above, group, told.clock):
                 kept.append(told)
-        self._log, self._most = kept, max(_FEW, 2 * len(kept))
+        self._log, self._most = kept, max(_FEW, 2 * len(kept), len(held) // _ITEMS_EACH)
         oldest = waiting[0] if waiting else 0
         for replica, clocks in self._reported.items():
             self._reported[replica] = {clock for clock in clocks if clock >= oldest}

@@ -8,7 +8,8 @@ modules. The text of the modules stays as it is, but for what the compiler canno
 * a table of methods in the body of a class moves behind the class;
 * structs and dataclasses become plain classes with the same constructor, equality and order of attributes. mypyc
   stores the attributes of a plain class in its own structure, and reads them without a lookup. Those that are frozen
-  are values, of which no cycle can be made, so the collector of cyclic garbage does not know them;
+  are values, of which no cycle can be made, so the collector of cyclic garbage does not know them. A cached property
+  becomes one that keeps its value in an attribute, and `dataclasses.replace` a method;
 * `__slots__` go, since such classes have no other attributes anyway.
 """
 
@@ -38,7 +39,7 @@ _OURS = "flowml_runtime"
 
 _TRAINING = (
     "accounts accumulator actions branch clocks couple cut decision early exchange fit forwarding home home_events "
-    "items pace portions replica resting site stage staleness store worker"
+    "items pace places portions replica resting site stage staleness store terms worker"
 )
 COMPILED = (
     *(f"protocol.training.{name}" for name in _TRAINING.split()),
@@ -54,11 +55,6 @@ _REPLACED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "sim.world": (
         ("self.nodes = Nodes(", "self.nodes: Any = Nodes("),
         ("    values: Values\n", "    values: Any\n"),  # names the actions of the usual package
-        (
-            "replace(self, terms=self.terms.lasting(total_clocks))",
-            "Layout(**({n: getattr(self, n) for n in self.__match_args__} "
-            "| {'terms': self.terms.lasting(total_clocks)}))",
-        ),
     ),
     "protocol.training.fit": (
         (
@@ -81,9 +77,11 @@ def rewritten() -> dict[str, str]:
         _Imports().visit(tree)
         if name in COMPILED:
             _behind(tree, name, tables)
+            _Replaced().visit(tree)
             tree.body = [_plain(node) if isinstance(node, ast.ClassDef) else node for node in tree.body]
             last = _after_imports(tree)
-            tree.body.insert(last, ast.ImportFrom(f"{PACKAGE}.{ATTRIBUTES}", [ast.alias("mypyc_attr")], 0))
+            for module, name_of in ((f"{PACKAGE}.{ATTRIBUTES}", "mypyc_attr"), ("typing", "Any")):
+                tree.body.insert(last, ast.ImportFrom(module, [ast.alias(name_of)], 0))
         found[f"{PACKAGE}/{name.replace('.', '/')}.py"] = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
     return found
 
@@ -194,6 +192,35 @@ class _Tables(ast.NodeTransformer):
         return ast.Name(_moved(node.attr))
 
 
+class _Replaced(ast.NodeTransformer):
+    """Calls the method of plain classes that does what `dataclasses.replace` does for dataclasses."""
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        if ast.unparse(node.func) != "replace":
+            return node
+        return ast.Call(ast.Attribute(node.args[0], _REPLACED_BY), [], node.keywords)
+
+
+_REPLACED_BY = "replaced_by"
+
+
+def _cached(node: ast.ClassDef) -> list[str]:
+    """Make properties of those that are cached: each calls what makes its value once, and keeps that. Returns the names
+    of the attributes that say whether it is kept."""
+    flags: list[str] = []
+    for made in [n for n in node.body if isinstance(n, ast.FunctionDef)]:
+        if [ast.unparse(d) for d in made.decorator_list] != ["cached_property"]:
+            continue
+        name, kind = made.name, ast.unparse(made.returns or ast.Constant(None))
+        kept, flag, made.name, made.decorator_list = f"_kept_{name}", f"_has_{name}", f"_make_{name}", []
+        text = [f"{kept}: {kind}", f"{flag}: bool", "@property", f"def {name}(self) -> {kind}:"]
+        text += [f"    if not self.{flag}:", f"        self.{kept} = self.{made.name}()", f"        self.{flag} = True"]
+        node.body += ast.parse("\n".join([*text, f"    return self.{kept}"])).body
+        flags.append(flag)
+    return flags
+
+
 def _plain(node: ast.ClassDef) -> ast.ClassDef:
     """The class without slots; a plain one if it is a struct or a dataclass."""
     slots = [n for n in node.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__slots__"]
@@ -210,7 +237,9 @@ def _plain(node: ast.ClassDef) -> ast.ClassDef:
     node.keywords = []
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
     after = any(isinstance(n, ast.FunctionDef) and n.name == "__post_init__" for n in node.body)
-    text = _constructor(node.name, fields, after=after, equal=options.get("eq") != "False", hashed="frozen" in options)
+    flags = _cached(node)
+    equal, hashed = options.get("eq") != "False", "frozen" in options
+    text = _constructor(node.name, fields, flags, after=after, equal=equal, hashed=hashed)
     for field in fields:
         field.value = None
     node.body += ast.parse(text).body
@@ -226,8 +255,10 @@ def _made(default: ast.expr | None) -> str | None:
     return ast.unparse(default) if isinstance(default, ast.Dict | ast.List | ast.Set | ast.Call) else None
 
 
-def _constructor(name: str, fields: list[ast.AnnAssign], *, after: bool, equal: bool, hashed: bool) -> str:
-    """The constructor of a plain class, and what else a struct or dataclass has."""
+def _constructor(
+    name: str, fields: list[ast.AnnAssign], flags: list[str], *, after: bool, equal: bool, hashed: bool
+) -> str:
+    """The constructor of a plain class, and what else a struct or dataclass has. `flags` are false at first."""
     parameters: list[str] = []
     lines: list[str] = []
     for field in fields:
@@ -239,9 +270,12 @@ def _constructor(name: str, fields: list[ast.AnnAssign], *, after: bool, equal: 
         parameters.append(f"{own}: {kind}" + ("" if default is None else f" = {ast.unparse(default)}"))
         lines.append(f"    self.{own} = {value}")
     names = [ast.unparse(field.target) for field in fields]
+    lines += [f"    self.{flag} = False" for flag in flags]
     lines += ["    self.__post_init__()"] if after else [] if lines else ["    pass"]
     text = [f"__match_args__ = ({''.join(f'{n!r}, ' for n in names)})"]
     text += [f"def __init__(self, {', '.join(parameters)}) -> None:", *lines]
+    text += [f"def {_REPLACED_BY}(self, **changes: Any) -> {name!r}:"]
+    text += [f"    return {name}(**({{n: getattr(self, n) for n in self.__match_args__}} | changes))"]
     if equal:
         same = " and ".join(f"self.{n} == other.{n}" for n in names) or "True"
         text += ["def __eq__(self, other: object) -> bool:", f"    return isinstance(other, {name}) and {same}"]
