@@ -97,3 +97,19 @@ def test_a_replica_that_asks_ahead_and_is_lost_has_its_contributions_in_the_ledg
         applied = [key for version in run.applied[0] for key in version if key[0] == 2]
         mine = run.driver.machine.ledger.summary().replicas[2]
         assert mine.used + mine.folded == sum(f"{content:x}".count("1") for _, _, content, _ in applied)
+
+
+def test_the_search_through_decisions_is_paid_for_by_decisions_however_many_replicas_there_are() -> None:
+    """A run with many sites has many decisions a clock, and a search at each hundredth would look at all replicas."""
+    rules, looked, decisions = terms(Policy(quorum=Quorum(2)), clocks=10_000), 0, 4000
+    items = [(replica, clock, item(clock)) for clock in (0, 1) for replica in range(20_000)]
+
+    def held() -> list[tuple[int, int, wire.Item]]:
+        nonlocal looked
+        looked += len(items)
+        return items
+
+    untold = Untold(rules, {})
+    for clock in range(decisions):
+        untold.note(commit(clock), held)
+    assert 0 < looked <= 16 * decisions + len(items)

@@ -17,7 +17,7 @@ import pytest
 import flowml as fm
 from flowml_runtime.sim import session
 from flowml_runtime.sim.native import kit
-from flowml_runtime.sim.native.rewriting import COMPILED, COPIED, PACKAGE, rewritten
+from flowml_runtime.sim.native.rewriting import COMPILED, COPIED, DRIVER, PACKAGE, rewritten
 
 SITES = fm.Hierarchy(fm.ParameterServer(), fm.ParameterServer(), 3, fm.Quorum(0.75))
 POLICIES: dict[str, Any] = {
@@ -67,7 +67,8 @@ def python_kit(apart: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (tmp_path / path).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     heap, world, parallel = (importlib.import_module(f"{PACKAGE}.sim.{name}") for name in ("heap", "world", "parallel"))
-    made = kit.Kit(heap.Clock, world.Layout, parallel.Team, world.World)
+    machine = importlib.import_module(f"{PACKAGE}.protocol.training.driver")
+    made = kit.Kit(heap.Clock, machine.TrainingDriver, world.Layout, parallel.Team, world.World)
     monkeypatch.setattr(session, "compiled", lambda: made)
 
 
@@ -80,8 +81,18 @@ def test_rewritten_sources_simulate_the_same_events() -> None:
 
 def test_copies_import_copies() -> None:
     for path, text in rewritten().items():
-        for name in (*COMPILED, *COPIED):
-            assert f"from flowml_runtime.{name} import" not in text, path
+        driver = path.removeprefix(f"{PACKAGE}/").removesuffix(".py").replace("/", ".") in DRIVER
+        for name in DRIVER if driver else (*COMPILED, *COPIED):
+            taken = text.partition(f"from flowml_runtime.{name} import ")[2].partition("\n")[0]
+            assert not driver or not taken or f"/{name.rpartition('.')[2]}.py" in path, f"{path} takes {taken}"
+            assert driver or not taken, path
+
+
+def test_the_driver_of_a_compiled_simulation_speaks_in_the_usual_classes() -> None:
+    """Its actions are carried out, and its accounts kept, by code that knows only those of the usual package."""
+    for name in DRIVER:
+        text = rewritten()[f"{PACKAGE}/{name.replace('.', '/')}.py"]
+        assert "class Work:" not in text and "msgspec.Struct)" not in text
 
 
 def test_a_simulator_that_cannot_be_compiled_runs_as_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

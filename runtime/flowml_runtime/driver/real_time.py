@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from flowml_runtime import service
+from flowml_runtime.protocol.training.driver import TrainingDriver
 
 T = TypeVar("T")
 
@@ -17,6 +18,8 @@ LOOK_UP_S = 1.0
 
 class RealTime:
     """Implements `training_session.Time`."""
+
+    driver = TrainingDriver
 
     def now(self) -> float:
         return time.monotonic()

@@ -27,6 +27,7 @@ from flowml_runtime.driver.session import PlanHandler
 from flowml_runtime.driver.training.training_session import Simulated
 from flowml_runtime.execution.programs import ExecutableCache
 from flowml_runtime.execution.recorder import Recorder
+from flowml_runtime.protocol.training.driver import TrainingDriver
 from flowml_runtime.sim.arithmetic import Compiled
 from flowml_runtime.sim.copies import SimulatedCopies
 from flowml_runtime.sim.faults import NetworkFaults
@@ -125,6 +126,10 @@ class SimulatedSession:
         """The run of a fit that goes on."""
         self._simulated: Simulated | None = None
         """What the runs of the fit took until now."""
+
+    @property
+    def driver(self) -> type[TrainingDriver]:
+        return self._kit.driver
 
     @property
     def models(self) -> Models:

@@ -84,7 +84,7 @@ class Fit:
         self._aligned = terms.aligned
         start, kept = self._start_message(), saving.resumed.content.ledger if saving.resumed else None
         keeps, plan = saving.keeps, (terms, work, places)
-        self._machine = protocol.TrainingDriver(start, *plan, saving.rhythm(training), kept, outlives=keeps)
+        self._machine = self._time.driver(start, *plan, saving.rhythm(training), kept, outlives=keeps)
         computed = session.arithmetic  # else reports have no values, and every loss is NaN
         self._history = History(
             training,

@@ -16,6 +16,7 @@ from flowml_runtime import wire
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.session import PlanHandler
 from flowml_runtime.execution.recorder import Recorder
+from flowml_runtime.protocol.training.driver import TrainingDriver
 
 T = TypeVar("T")
 
@@ -40,6 +41,11 @@ class FitEndpoint(Protocol):
 
 class Time(Protocol):
     """The time of a fit, real or virtual."""
+
+    @property
+    def driver(self) -> type[TrainingDriver]:
+        """The class of the driver's machine. A simulation as machine code has its own."""
+        ...
 
     def now(self) -> float:
         """The time in seconds, from some beginning."""

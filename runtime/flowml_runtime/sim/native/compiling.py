@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flowml_runtime.sim.native.rewriting import ATTRIBUTES, BUILD_S, COMPILED, PACKAGE
+from flowml_runtime.sim.native.rewriting import ATTRIBUTES, BUILD_S, COMPILED, DRIVER, PACKAGE
 
 _MYPY = (
     "--ignore-missing-imports",
@@ -40,7 +40,7 @@ def compile_in(folder: Path, speed: str) -> None:
     roots = [str(Path(path).parent) for package in (flowml, flowml_runtime) for path in package.__path__]
     os.environ["MYPYPATH"] = os.pathsep.join([str(folder), *dict.fromkeys(roots)])
     os.chdir(folder)
-    files = [f"{PACKAGE}/{name.replace('.', '/')}.py" for name in COMPILED]
+    files = [f"{PACKAGE}/{name.replace('.', '/')}.py" for name in (*COMPILED, *DRIVER)]
     Path("mypy.ini").write_text(_CONFIGURATION)
     options = [*_MYPY, "--config-file=mypy.ini", "--cache-dir=mypy", *files]
     libraries: list[Any] = mypycify(options, multi_file=True, target_dir="c", group_name=PACKAGE)

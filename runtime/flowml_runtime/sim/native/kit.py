@@ -22,6 +22,7 @@ from typing import Any
 
 from flowml.callers import warn
 from flowml_runtime.driver.progress import shown
+from flowml_runtime.protocol.training.driver import TrainingDriver
 from flowml_runtime.sim.heap import Clock
 from flowml_runtime.sim.native.rewriting import BUILD_S, PACKAGE, rewritten, sources
 from flowml_runtime.sim.parallel import Team
@@ -33,6 +34,7 @@ class Kit:
     """The classes of one kind. Those of two kinds do not mix."""
 
     clock: type[Clock]
+    driver: type[TrainingDriver]
     layout: type[Layout]
     team: type[Team]
     world: type[World]
@@ -40,7 +42,7 @@ class Kit:
 
 SPEED = "-O1"
 """How much the C compiler optimizes. The time of a build is nearly all its own; more than this gains little."""
-USUAL = Kit(Clock, Layout, Team, World)
+USUAL = Kit(Clock, TrainingDriver, Layout, Team, World)
 
 
 def compiled() -> Kit:
@@ -54,7 +56,8 @@ def compiled() -> Kit:
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     heap, world, parallel = (importlib.import_module(f"{PACKAGE}.sim.{name}") for name in ("heap", "world", "parallel"))
-    return Kit(heap.Clock, world.Layout, parallel.Team, world.World)
+    machine = importlib.import_module(f"{PACKAGE}.protocol.training.driver")
+    return Kit(heap.Clock, machine.TrainingDriver, world.Layout, parallel.Team, world.World)
 
 
 class _MissingError(Exception):

@@ -50,6 +50,12 @@ COMPILED = (
 COPIED = tuple(f"sim.{name}" for name in ("collectives", "kept", "neighbours", "parallel", "post", "sites"))
 """Those that meet objects of them, and stay Python."""
 
+_OF_DRIVER = "commits departed driver ledger over shards silent speculation untold work"
+DRIVER = tuple(f"protocol.training.{name}" for name in _OF_DRIVER.split())
+"""Those of the driver's machine, which become machine code too. The usual driver carries out what that wants, so the
+classes of messages, events and actions stay those of the usual package: structs, and `_SHARED`."""
+_SHARED = ("Work",)
+
 _REPLACED: Mapping[str, tuple[tuple[str, str], ...]] = {
     # A worker of another process is no `Node` (`post.Away`); the compiler would check.
     "sim.world": (
@@ -69,15 +75,18 @@ _REPLACED: Mapping[str, tuple[tuple[str, str], ...]] = {
 
 def rewritten() -> dict[str, str]:
     """The sources of the package: the path of each file in it, and its text."""
-    trees = {name: ast.parse(_text(name)) for name in (*COMPILED, *COPIED)}
-    tables = {table: name for name in COMPILED for table in _tables(trees[name])}
+    trees = {name: ast.parse(_text(name)) for name in (*COMPILED, *DRIVER, *COPIED)}
+    tables = {table: name for name in (*COMPILED, *DRIVER) for table in _tables(trees[name])}
     found = {f"{folder}/__init__.py": "" for folder in (PACKAGE, *(f"{PACKAGE}/{f}" for f in _FOLDERS))}
     found[f"{PACKAGE}/{ATTRIBUTES}.py"] = _ATTRIBUTES
     for name, tree in trees.items():
-        _Imports().visit(tree)
-        if name in COMPILED:
+        _Imports(DRIVER if name in DRIVER else (*COMPILED, *COPIED)).visit(tree)
+        if name in DRIVER:
+            _share(tree, name)
+        if name not in COPIED:
             _behind(tree, name, tables)
-            _Replaced().visit(tree)
+            if any(_takes_replace(node) for node in tree.body):
+                _Replaced().visit(tree)
             tree.body = [_plain(node) if isinstance(node, ast.ClassDef) else node for node in tree.body]
             last = _after_imports(tree)
             for module, name_of in ((f"{PACKAGE}.{ATTRIBUTES}", "mypyc_attr"), ("typing", "Any")):
@@ -89,7 +98,7 @@ def rewritten() -> dict[str, str]:
 def sources() -> list[str]:
     """All on which the package depends: the text of this module, and of those that it has. To read them takes a
     hundredth of the time of `rewritten`."""
-    return [Path(__file__).read_text(), *(_source(name) for name in (*COMPILED, *COPIED))]
+    return [Path(__file__).read_text(), *(_source(name) for name in (*COMPILED, *DRIVER, *COPIED))]
 
 
 _FOLDERS = ("protocol", "protocol/training", "sim", "worker", "worker/training")
@@ -110,10 +119,13 @@ def _text(name: str) -> str:
 
 
 class _Imports(ast.NodeTransformer):
-    """Lets imports name the copies."""
+    """Lets imports name the copies of these modules."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._modules = {f"{_OURS}.{name}" for name in names}
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | list[ast.ImportFrom]:
-        module, modules = node.module or "", {f"{_OURS}.{name}" for name in (*COMPILED, *COPIED)}
+        module, modules = node.module or "", self._modules
         if module in modules:
             node.module = PACKAGE + module.removeprefix(_OURS)
             return node
@@ -123,6 +135,16 @@ class _Imports(ast.NodeTransformer):
             return node
         found = [ast.ImportFrom(PACKAGE + module.removeprefix(_OURS), copied, 0)]
         return [*found, *([ast.ImportFrom(module, others, 0)] if others else [])]
+
+
+def _share(tree: ast.Module, name: str) -> None:
+    """Let the module take the classes that are shared from the usual one."""
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
+    taken = [n for n in classes if n.name in _SHARED or "msgspec.Struct" in map(ast.unparse, n.bases)]
+    if taken:
+        last = _after_imports(tree)
+        tree.body.insert(last, ast.ImportFrom(f"{_OURS}.{name}", [ast.alias(n.name) for n in taken], 0))
+        tree.body = [n for n in tree.body if n not in taken]
 
 
 def _is_table(node: ast.stmt) -> bool:
@@ -190,6 +212,12 @@ class _Tables(ast.NodeTransformer):
             return node
         self.used.add(node.attr)
         return ast.Name(_moved(node.attr))
+
+
+def _takes_replace(node: ast.stmt) -> bool:
+    return (
+        isinstance(node, ast.ImportFrom) and node.module == "dataclasses" and "replace" in (a.name for a in node.names)
+    )
 
 
 class _Replaced(ast.NodeTransformer):
