@@ -9,6 +9,7 @@ unsound composition cannot be constructed. Nothing here imports JAX.
 
 from __future__ import annotations
 
+from flowml.policy.answers import Decide, Never, Wait
 from flowml.policy.apply import Apply, Consensus, Distill, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote
 from flowml.policy.codes import Code
 from flowml.policy.completion import Completion, Speculate, cutting
@@ -17,7 +18,7 @@ from flowml.policy.cuts import cut_by
 from flowml.policy.late import Drop, Fold, Late, Requeue
 from flowml.policy.mathematics import can_read, coefficients, due, newest_changes, window
 from flowml.policy.payload import Delta, Factors, Gradient, Payload, Weights
-from flowml.policy.quorum import Arrivals, Coded, Deadline, Decide, Never, Quorum, Spread, Wait
+from flowml.policy.quorum import Arrivals, Coded, Deadline, Quorum, Spread
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.spec import UNBOUNDED, Policy
 from flowml.policy.topology import AllReduce, Gossip, Hierarchy, ParameterServer, Ring, SharedMemory, Topology, Tree

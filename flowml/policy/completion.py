@@ -8,8 +8,9 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import whole
+from flowml.policy.answers import Answer, Decide, Wait
 from flowml.policy.late import Drop, Late, late_name, number
-from flowml.policy.quorum import Answer, Arrivals, Coded, Deadline, Decide, Of, Quorum, Wait
+from flowml.policy.quorum import Arrivals, Coded, Deadline, Of, Quorum
 from flowml.policy.wording import Value
 
 

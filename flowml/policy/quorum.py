@@ -16,6 +16,7 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import whole
+from flowml.policy.answers import WAIT, Answer, Decide, Never, Wait
 from flowml.policy.codes import Code, CyclicRepetition, FractionalRepetition, TreeCode
 from flowml.policy.late import Drop, Fold, Late, LateName, late_name, late_of, number
 from flowml.policy.wording import Value, brief, is_one_of
@@ -85,35 +86,6 @@ class Spread:
             self._deviation += (abs(spread_s - self._mean) - self._deviation) / 4
             self._mean += (spread_s - self._mean) / 8
         self.window_s = self._mean + 4 * self._deviation
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Do not decide yet. Ask again at `until` seconds, or at the next arrival."""
-
-    until: float = math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class Decide:
-    """The clock is complete with the arrivals so far.
-
-    `coefficients` maps replicas to coefficients, and takes precedence over the weights of `Policy.apply`; empty: none.
-    """
-
-    coefficients: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Never:
-    """The clock cannot be completed, or has waited too long, which ends the run. `why` is the end of a sentence."""
-
-    why: str
-
-
-Answer = Wait | Decide | Never
-
-_WAIT = Wait()
 
 
 class Quorum(Value, frozen=True, tag=True):
@@ -221,7 +193,7 @@ class Quorum(Value, frozen=True, tag=True):
         if self.of == "replicas" and self.limit_s == math.inf:  # nearly always; it is asked at each arrival
             need = self.need(arrivals.members)
             if here < need <= here + arrivals.hopeful:
-                return _WAIT
+                return WAIT
         if here and self._reached(arrivals):
             return Decide()
         if not arrivals.hopeful and not self.counted:

@@ -39,7 +39,7 @@ _OURS = "flowml_runtime"
 
 _TRAINING = (
     "accounts accumulator actions branch clocks couple cut decision early exchange fit forwarding home home_events "
-    "items pace places portions replica resting site stage staleness store terms worker"
+    "items pace places portions replica resting site stage staleness store store_terms terms worker"
 )
 COMPILED = (
     *(f"protocol.training.{name}" for name in _TRAINING.split()),
