@@ -14,7 +14,8 @@ import flowml as fm
 from flowml.policy import Arrivals, Completion, Decide, Never, Wait, check_batch, check_composition
 from flowml_runtime.protocol.errors import QuorumError
 from flowml_runtime.protocol.training.decision import Arrived, Decision, Wake
-from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, StoreTerms, Terms, Tick
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, Terms, Tick
 from tests.training.reference import BATCH, data, mlp, mlp_loss
 
 

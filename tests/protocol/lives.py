@@ -22,7 +22,8 @@ from flowml_runtime.protocol.training.actions import Fail, Received
 from flowml_runtime.protocol.training.home import Home
 from flowml_runtime.protocol.training.ledger import ITEMS, Asked, Ledger, Settled, Work
 from flowml_runtime.protocol.training.places import Places
-from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 
 Table = Mapping[tuple[str, str], str]

@@ -39,8 +39,9 @@ from flowml_runtime.protocol.training.ledger import LedgerState, Work
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save
+from flowml_runtime.protocol.training.store_terms import StoreTerms
 from flowml_runtime.protocol.training.story import wants
-from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 
 IDS: dict[str, Any] = {"plan_id": "plan", "run": 0}

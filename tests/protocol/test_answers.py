@@ -24,7 +24,8 @@ from flowml_runtime.protocol.training import actions
 from flowml_runtime.protocol.training.home import Apply, Flush, Home, Publish, SendApplied, StageRetired, StoreLoaded
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.protocol.training.store import ContributionReceived, answers
-from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 from flowml_tools.faults.campaign import check_rest
 from flowml_tools.faults.checker import check
 from flowml_tools.faults.history import Turn

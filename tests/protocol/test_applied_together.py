@@ -5,7 +5,8 @@ from __future__ import annotations
 from flowml.policy import Consensus, Delta, Policy
 from flowml_runtime.protocol.training.home import Action, Apply, Home, Publish, SendApplied, StoreLoaded
 from flowml_runtime.protocol.training.store import ContributionReceived
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Terms
 
 
 def home(policy: Policy, replicas: int) -> Home:

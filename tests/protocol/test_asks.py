@@ -13,7 +13,8 @@ from flowml_runtime.protocol.training.accounts import Settle
 from flowml_runtime.protocol.training.items import LOOK_AHEAD, MOST_AHEAD, batch
 from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.protocol.training.stage import Ask, Granted, Started, StepFinished
-from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, Terms
 from flowml_tools.faults.layout import make
 from tests.protocol.test_training_sim import check_all
 

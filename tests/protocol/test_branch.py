@@ -16,7 +16,8 @@ from flowml_runtime.protocol.training.branch import Action, Add, Branch
 from flowml_runtime.protocol.training.home import Release
 from flowml_runtime.protocol.training.site import Forward
 from flowml_runtime.protocol.training.store import ContributionReceived
-from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, Terms
 
 PAIRS = Coded(1, "tree", children=2, levels=2)
 """Replicas 0 and 1, and 2 … 5 below them. One child of each parent is enough."""

@@ -16,7 +16,8 @@ from flowml_runtime.protocol.training.ledger import Work
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.ring import Ring
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Terms
 
 IDS: dict[str, Any] = {"plan_id": "p", "run": 100}
 WORKERS = ("a", "b")

@@ -9,7 +9,8 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.training.decision import Wake
 from flowml_runtime.protocol.training.portions import PAUSE_S, Portions
 from flowml_runtime.protocol.training.stage import Abandon, Ask, Begin, Granted, Start, Started, StepFinished
-from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, StoreTerms, Terms, Tick
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, Terms, Tick
 
 
 def item(sequence: int, copy: int = 0) -> wire.Item:

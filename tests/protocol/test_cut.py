@@ -12,7 +12,8 @@ from flowml_runtime.protocol.training.cut import Cut
 from flowml_runtime.protocol.training.ledger import Asked, Ledger, Settled, Work
 from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.protocol.training.stage import Granted, Started, StepFinished
-from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, Terms
 
 CUTTING = Policy(quorum=Deadline(limit_s=1.0, of="microbatches"))
 TERMS = Terms(2, 2, 4, (StoreTerms((0,), CUTTING),), 3)

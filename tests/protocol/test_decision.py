@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from flowml.policy import Policy, Quorum
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.decision import Arrived, Decision, Event, ReplicaRetired
-from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, Terms
 
 
 def decision(*stores: StoreTerms, replicas: int = 4, clocks: int = 6) -> Decision:

@@ -16,7 +16,8 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.departed import alone_on, waits_for_none
 from flowml_runtime.protocol.training.snapshot import Rhythm
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Terms
 from flowml_tools.faults.campaign import check_rest
 from flowml_tools.faults.checker import check
 from flowml_tools.faults.layout import make

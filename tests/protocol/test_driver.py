@@ -30,7 +30,8 @@ from flowml_runtime.protocol.training.driver import (
 )
 from flowml_runtime.protocol.training.ledger import Work
 from flowml_runtime.protocol.training.places import Places
-from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 
 RUN = 10
 IDS: dict[str, Any] = {"plan_id": "p", "run": RUN}

@@ -20,7 +20,8 @@ from flowml_runtime.protocol.training.stage import (
     Started,
     StepFinished,
 )
-from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, Terms
 
 FEEDBACK = (top_k(0.1).with_error_feedback(),)
 

@@ -18,7 +18,8 @@ from flowml_runtime.protocol.training.home import (
     StoreLoaded,
 )
 from flowml_runtime.protocol.training.store import ContributionReceived
-from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, Terms
 
 
 def home(*stores: StoreTerms, replicas: int = 2, stages: int = 2, clocks: int = 4) -> Home:

@@ -7,7 +7,8 @@ import pytest
 from flowml.policy import AllReduce, Policy, Prox, Quorum, StalenessScaled
 from flowml_runtime.protocol.training.home import Apply, Home, StoreLoaded
 from flowml_runtime.protocol.training.store import ContributionReceived
-from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, Terms
 
 
 def home(policy: Policy, stages: int = 1) -> Home:

@@ -21,7 +21,8 @@ from flowml_runtime.protocol.training.home import (
     StoreLoaded,
 )
 from flowml_runtime.protocol.training.store import ContributionReceived
-from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, StoreTerms, Terms, Tick
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, Terms, Tick
 
 
 def terms(*policies: Policy, replicas: int = 2, clocks: int = 4) -> Terms:

@@ -15,7 +15,8 @@ from flowml_runtime.protocol.training.actions import Received, Send
 from flowml_runtime.protocol.training.cut import Cut
 from flowml_runtime.protocol.training.pace import Computed, Halt, Pace
 from flowml_runtime.protocol.training.places import Places
-from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 
 

@@ -10,7 +10,8 @@ from flowml.policy import Policy, Quorum
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.home import Apply, Home, Publish, Release, SendArrived, StoreLoaded
 from flowml_runtime.protocol.training.store import ContributionReceived
-from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, Terms
 
 
 def part(number: int, replica: int, weight: int, handle: int) -> ContributionReceived:

@@ -24,7 +24,8 @@ from flowml_runtime.protocol.training.stage import (
     StepFinished,
     StorePublished,
 )
-from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, Terms
 
 SYNC = StoreTerms((0,), Policy(quorum=Quorum(4)))
 QUORUM = StoreTerms((0,), Policy(quorum=Quorum(3)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from flowml.policy import UNBOUNDED, Policy, Quorum
 from flowml_runtime.protocol.training.home import Apply, Home, Publish, StageRetired, StoreLoaded
 from flowml_runtime.protocol.training.store import ContributionReceived
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Terms
 from flowml_tools.faults.checker import check
 from flowml_tools.faults.layout import make
 

@@ -26,7 +26,8 @@ from flowml_runtime.protocol.training.stage import (
     StepFinished,
     StorePublished,
 )
-from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, StoreTerms, Terms, Tick
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, Terms, Tick
 from flowml_tools.faults.layout import make
 from flowml_tools.faults.world import World
 

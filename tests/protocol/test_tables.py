@@ -33,7 +33,8 @@ from flowml_runtime.protocol.training.stage import (
     Step,
     StepFinished,
 )
-from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Committed, Terms
 from tests.protocol.lives import KEPT, Kept, Life, Table
 
 ROOT = Path(__file__).parent.parent.parent

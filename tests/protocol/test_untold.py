@@ -7,7 +7,8 @@ import pytest
 from flowml.policy import Fold, Policy, Quorum
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.accounts import Settle
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.protocol.training.untold import Untold
 from flowml_tools.faults.campaign import check_rest
 from flowml_tools.faults.checker import check

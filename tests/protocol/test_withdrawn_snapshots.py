@@ -13,7 +13,8 @@ from flowml_runtime.protocol.training.driver import Begin, Pause, TrainingDriver
 from flowml_runtime.protocol.training.ledger import Work
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.snapshot import AT_END, Rhythm, Save
-from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 
 IDS: dict[str, Any] = {"plan_id": "p", "run": 100}
 WORKERS = ("a", "b", "c")

@@ -28,7 +28,8 @@ from flowml_runtime.protocol.training.actions import (
     StepFinished,
 )
 from flowml_runtime.protocol.training.places import Places
-from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 
 RUN = 10

@@ -10,7 +10,8 @@ import pytest
 
 import flowml as fm
 from flowml.policy.graphs import as_graph
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Terms
 from tests.training.reference import BATCH, assert_close, data, mlp, mlp_loss
 from tests.training.test_gossip import STEPS, gossip_loop, mean
 

@@ -14,7 +14,8 @@ import pytest
 import flowml as fm
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training import home
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Terms
 from tests.training.reference import BATCH, EXAMPLES, assert_close, data, mlp, mlp_loss, optax_loop
 
 SOURCE = data()

@@ -14,7 +14,8 @@ import flowml as fm
 from flowml.policy import UNBOUNDED, Policy, Quorum
 from flowml_runtime.protocol.training.home import Apply, Home, StageRetired, StoreLoaded
 from flowml_runtime.protocol.training.store import ContributionReceived
-from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 
 
 def linear(w: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:

@@ -11,7 +11,8 @@ import pytest
 import flowml as fm
 from flowml_runtime.driver.training.paces import Paces
 from flowml_runtime.driver.training.stragglers import free_costs
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Terms
 from tests.training.test_observations import PARAMS, SOURCE, loss
 
 named = fm.policies

@@ -16,7 +16,8 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.ledger import Work
 from flowml_runtime.protocol.training.places import Places
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_tools.bench.rows import BenchError, Goal, Peer, Row, Sample
 from flowml_tools.bench.timing import tell

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowml.policy import Deadline, Gossip, Outer, Spread
-from flowml_runtime.protocol.training.terms import Group, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Group, Terms
 
 Times = NDArray[np.float64]
 """Seconds, with a row for each run of the model and a column for each replica."""

@@ -14,7 +14,8 @@ from flowml.plan import Training
 from flowml.policy.waits import shared
 from flowml_runtime import wire
 from flowml_runtime.driver.training.stragglers import SLOW, SlowHome
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Terms
 
 
 @dataclass

@@ -24,7 +24,8 @@ from flowml_runtime.driver.training.history import MAX_AHEAD
 from flowml_runtime.driver.training.paces import Paces, Times
 from flowml_runtime.driver.training.stragglers import SLOW
 from flowml_runtime.protocol.training.clocks import Clocks
-from flowml_runtime.protocol.training.terms import RETIRED, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import RETIRED, Terms
 
 Rows = list[tuple[int, float, float]]
 """(replica, how far behind the middle replica, its share of the cost)."""

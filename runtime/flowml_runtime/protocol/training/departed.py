@@ -31,7 +31,8 @@ from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled
 from flowml_runtime.protocol.training.notes import NoteLeftOut
 from flowml_runtime.protocol.training.places import Places
-from flowml_runtime.protocol.training.terms import RETIRED, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import RETIRED, Terms
 from flowml_runtime.protocol.training.work import Work
 
 Unsent = tuple[int, int, wire.Item]

@@ -27,7 +27,8 @@ from flowml_runtime.protocol.training.accounts import joined
 from flowml_runtime.protocol.training.departed import applies_alone
 from flowml_runtime.protocol.training.ledger import Ledger, LedgerState, Settled
 from flowml_runtime.protocol.training.places import Places
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.protocol.training.untold import Untold
 from flowml_runtime.protocol.training.work import Work
 

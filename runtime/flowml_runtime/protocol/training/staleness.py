@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from flowml.policy import Fold, Gossip
 from flowml.policy.apply import scales
 from flowml_runtime.protocol.training.store import Gathering, Store
-from flowml_runtime.protocol.training.terms import RETIRED, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import RETIRED, Terms
 
 Rows = tuple[tuple[int, int, tuple[tuple[int, int, int], ...]], ...]
 """(store, the first step of which it may tell more, rows of (step, staleness, number of contributions)), as in

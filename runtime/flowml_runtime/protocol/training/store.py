@@ -13,7 +13,8 @@ from flowml.policy.filters import is_lossless
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.clocks import Clocks
-from flowml_runtime.protocol.training.terms import RETIRED, StoreTerms, Terms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
+from flowml_runtime.protocol.training.terms import RETIRED, Terms
 
 Handle = int
 """Names a payload that the host keeps for the machine until it is applied or released."""

@@ -32,7 +32,7 @@ from flowml.policy.apply import base_of
 from flowml.policy.late import Drop, Late
 from flowml.policy.waits import Waits
 from flowml_runtime.protocol.errors import ProtocolError
-from flowml_runtime.protocol.training.store_terms import StoreTerms as StoreTerms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
 
 RETIRED = 2**53 - 1
 """The clock of a replica that is no longer waited for: the largest that a message can carry."""

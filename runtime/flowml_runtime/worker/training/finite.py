@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flowml.plan import Part
-from flowml_runtime.protocol.training.terms import StoreTerms
+from flowml_runtime.protocol.training.store_terms import StoreTerms
 
 
 def all_finite(arrays: Sequence[Any]) -> bool:
