@@ -138,6 +138,12 @@ class EvaluatingOptimizer(ValuedOptimizer):
             return {"value": updates.value}
         return offered(updates.value, updates.params, self.evaluations.of_batch(updates.batch))[number]
 
+    def update_alone(self, gradients: Any, state: Any, params: Any) -> Any:
+        """The update of parameters without a batch, whose shares differ with the number of replicas, by some loss."""
+        number, value = kind_of(self.optimizer, params, state), jnp.zeros((), jax.dtypes.canonicalize_dtype(float))
+        given = {} if number is None else offered(value, gradients, _any_loss)[number]
+        return self.optimizer.update(gradients, state, params, **given)
+
 
 def with_evaluations(spec: TrainingSpec, params: Any, batch: Any) -> tuple[TrainingSpec, Valued]:
     """The training of parameters with a value and the leaves of a batch, and these. Raises UnsupportedError where the

@@ -163,8 +163,9 @@ def test_a_tree_is_not_saved_over_a_fit(threads_cluster: fm.Cluster, tmp_path: P
         fm.save({"x": np.ones(3)}, tmp_path / "fit")
     assert checkpoints.snapshots(tmp_path / "fit") == there
     fm.save({"x": np.ones(3)}, tmp_path / "tree")
-    with pytest.raises(fm.CheckpointError, match=r"holds a tree of fm.save, and no fit; read it with fm.load"):
-        fitted(threads_cluster, tmp_path / "tree", 8, resume="auto")
+    for resume in (None, "auto"):
+        with pytest.raises(fm.CheckpointError, match=r"holds trees of fm.save, and no fit; .* another directory"):
+            fitted(threads_cluster, tmp_path / "tree", 8, resume=resume)
     (tmp_path / "empty").mkdir()
     with pytest.raises(fm.CheckpointError, match="there is no checkpoint at"):
         fm.restore(tmp_path / "empty")

@@ -118,6 +118,39 @@ def test_a_simulated_fit_is_the_real_one_and_one_goes_on(threads_cluster: fm.Clu
     assert_close(fm.restore(tmp_path / "own").params, found.params)
 
 
+@pytest.mark.parametrize(("name", "before", "after"), [("lbfgs", 1, 2), ("sam", 2, 1), ("backtracking", 2, 2)])
+def test_a_fit_goes_on_with_other_shares_of_the_batch(
+    threads_cluster: fm.Cluster, tmp_path: Path, name: str, before: int, after: int
+) -> None:
+    """The leaves of the batch in a snapshot have other shapes then. They are zeros, and no reason to refuse or warn."""
+    optimizer, saved = OPTIMIZERS[name][0], fm.Checkpoint(tmp_path)
+    options: dict[str, Any] = {"batch_size": BATCH, "progress": False}
+    first = fm.Trainer(mlp_loss, optimizer, cluster=threads_cluster, replicas=before)
+    first.fit(mlp(), data(), steps=2, checkpoint=saved, **options)
+    second = fm.Trainer(
+        mlp_loss, optimizer, cluster=threads_cluster, replicas=after, microbatches=2 if before == after else 1
+    )
+    resumed = second.fit(mlp(), data(), steps=STEPS, checkpoint=saved, resume="auto", **options)
+    whole = second.fit(mlp(), data(), steps=STEPS, **options)
+    assert resumed.resumed_at == 2
+    assert_close(resumed.params, whole.params)
+    assert_close(resumed.opt_state, whole.opt_state)
+
+
+def test_another_rate_of_an_optimizer_that_evaluates_the_loss_is_warned_of(
+    threads_cluster: fm.Cluster, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"batch_size": BATCH, "progress": False, "checkpoint": fm.Checkpoint(tmp_path)}
+    for steps, replicas, rate in ((1, 1, 0.1), (2, 2, 0.2)):
+        optimizer = optax.chain(optax.sgd(rate), optax.scale_by_backtracking_linesearch(5))
+        trainer = fm.Trainer(mlp_loss, optimizer, cluster=threads_cluster, replicas=replicas)
+        if steps == 1:
+            trainer.fit(mlp(), data(), steps=1, **options)
+            continue
+        with pytest.warns(fm.FlowmlWarning, match="the update of the optimizer is another one"):
+            trainer.fit(mlp(), data(), steps=2, resume="auto", **options)
+
+
 def test_the_loss_is_that_of_the_replicas_that_take_part(threads_cluster: fm.Cluster) -> None:
     """A replica whose gradient is not finite is left out of the gradient, and of the loss."""
     source = data()

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import xxhash
 
+from flowml.training.evaluated import EvaluatingOptimizer
+from flowml.training.valued import own_of
 from flowml_runtime.driver.training.outcome import as_buffer
 
 
@@ -23,7 +25,9 @@ def fingerprint(optimizers: Iterable[tuple[Any, Any]], params: Any) -> str:
     digest = xxhash.xxh3_128()
     for optimizer, state in optimizers:
         try:
-            traced = jax.make_jaxpr(optimizer.update)(params, state, params)
+            alone = isinstance(optimizer, EvaluatingOptimizer)
+            own = own_of(params) if alone else params
+            traced = jax.make_jaxpr(optimizer.update_alone if alone else optimizer.update)(own, state, own)
         except Exception:  # it is the user's function, and raises what it likes
             return ""
         digest.update(re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr)).encode())  # without the addresses of functions

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
@@ -24,10 +25,11 @@ from flowml.devices import worker_of
 from flowml.errors import CheckpointError, named
 from flowml.plan import StoreSpec, Training
 from flowml.policy import filters
+from flowml.training.valued import BATCH
 from flowml_runtime import wire
 from flowml_runtime.driver.training.amount import with_replicas, work_of
 from flowml_runtime.driver.training.model import Model
-from flowml_runtime.driver.training.snapshots import Content, Figures, Layer, Snapshot, values_of
+from flowml_runtime.driver.training.snapshots import Content, Figures, Layer, Snapshot, key_of, values_of
 from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.recounting import recounted
 from flowml_runtime.protocol.training.terms import Group, Terms
@@ -65,6 +67,18 @@ def reshaped(snapshot: Snapshot, training: Training, total: int, now: Figures, m
         )
     made = _Moved(snapshot, training, now, model) if same else _Anew(snapshot, training, now, model)
     return made.result(Terms.of(training, total))
+
+
+def with_shares(snapshot: Snapshot, params: Any) -> Snapshot:
+    """The snapshot with the leaves of a batch as these parameters have them, if the optimizer evaluates the loss. They
+    are zeros, whose shapes are those of the shares of replicas (`flowml.training.evaluated`)."""
+    given = {tuple(map(key_of, p)): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    arrays = {
+        leaf.buffer: np.zeros(given[leaf.path].shape, snapshot.arrays[leaf.buffer].dtype)
+        for leaf in snapshot.content.params
+        if leaf.path[:1] == (("attr", BATCH),) and leaf.path in given
+    }
+    return replace(snapshot, arrays={**snapshot.arrays, **arrays})
 
 
 def _same_stores(content: Content, training: Training) -> bool:

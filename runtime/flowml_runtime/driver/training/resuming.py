@@ -18,10 +18,10 @@ from flowml_runtime.driver.training.fingerprint import differ
 from flowml_runtime.driver.training.fit_arguments import Asked
 from flowml_runtime.driver.training.kept import OWNED_S, KeptFit, claimed
 from flowml_runtime.driver.training.model import Model
-from flowml_runtime.driver.training.reshaping import reshaped
+from flowml_runtime.driver.training.reshaping import reshaped, with_shares
 from flowml_runtime.driver.training.result import restored
 from flowml_runtime.driver.training.saving import Saving
-from flowml_runtime.driver.training.snapshots import Figures, Snapshot, Trees, with_untrained
+from flowml_runtime.driver.training.snapshots import Figures, Snapshot, Trees, holds_fits, with_untrained
 from flowml_runtime.environment import checkpoints
 
 
@@ -89,6 +89,11 @@ def _taken(stack: ExitStack, checkpoint: Checkpoint, cluster: Any, *, anew: bool
 
 
 def _check_empty(directory: Path, *, anew: bool) -> None:
+    if not holds_fits(directory):
+        raise CheckpointError(
+            f"{directory} holds trees of fm.save, and no fit; give fm.Checkpoint another directory, and begin from "
+            "fm.load of this one"
+        )
     if anew and checkpoints.snapshots(directory):
         raise CheckpointError(
             f"{directory} has checkpoints of an earlier fit; give resume='auto' to go on from the newest, or another "
@@ -105,7 +110,7 @@ def saving_of(asked: Asked, training: Training, trees: Trees, model: Model, now:
     found = None if checkpoint is None or asked.resume is None else _newest(checkpoint, kept, trees)
     if found is None:
         return Saving(checkpoint, None, now, trees, model, kept)
-    where, snapshot = found
+    where, snapshot = found[0], with_shares(found[1], trees[0])
     check(snapshot, where, training, now, trees, model)
     if differ(snapshot.content.figures.update, now.update):
         warn(

@@ -119,10 +119,9 @@ class Snapshot:
     def read(path: Path) -> Snapshot:
         """Raises CheckpointError for one that is damaged."""
         encoded, arrays = checkpoints.read(path)
-        try:
-            content = msgspec.json.decode(encoded, type=Content)
-        except msgspec.DecodeError:
-            raise checkpoints.FormatError(f"{path} holds a tree of fm.save, and no fit; read it with fm.load") from None
+        content = _content(encoded)
+        if content is None:
+            raise checkpoints.FormatError(f"{path} holds a tree of fm.save, and no fit; read it with fm.load")
         missing = [
             name
             for name in (
@@ -192,6 +191,24 @@ class Snapshot:
                 arrays = [self.arrays[f"{owner}/{name}"] for name in names]
                 told = wire.Buffers(**ids, owner=owner, names=names, specs=_specs(arrays))
                 yield _place(owner, training), told, arrays
+
+
+def _content(encoded: bytes | msgspec.Raw) -> Content | None:
+    """What a manifest says of a fit; None if it is that of something else."""
+    try:
+        return msgspec.json.decode(encoded, type=Content)
+    except msgspec.DecodeError:
+        return None
+
+
+def holds_fits(directory: Path) -> bool:
+    """Whether the newest manifest of a directory that can be read is that of a fit, or none can."""
+    for path in checkpoints.snapshots(directory):
+        try:
+            return _content(checkpoints.manifest(path).content) is not None
+        except CheckpointError:
+            continue
+    return True
 
 
 def _specs(arrays: Iterable[Any]) -> tuple[ArraySpec, ...]:
