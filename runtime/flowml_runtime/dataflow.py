@@ -363,7 +363,7 @@ class Dataflow(Generic[P, R]):
                     effects=self._effects.on(cluster.devices),
                 )
         except PlacementError as error:
-            raise cluster.session.explained(error, self._name) from None
+            raise cluster.session.explained(error, repr(self._name)) from None
         self._effects.tell(self._name, compiled.left_out)
         trial = trial_of(compiled.plan, placement) if keep is None and not held else None
         return _Program(compiled.plan, compiled.out_tree, call.returned, trial=trial)

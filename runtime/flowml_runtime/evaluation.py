@@ -3,6 +3,9 @@
 The function is a dataflow program on the trainer's cluster, with its placement. A function of a part of the model,
 which that placement does not fit, runs where training has the parameters. Parameters and state are brought to the
 workers once. All examples are used; the last batch may be shorter, and counts by its examples.
+
+Training has them at the first replica whose workers are all there, because those of others may be lost. The placement
+is for the workers of replica 0. In its place each layer runs where another replica has its parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 from flowml.arrays import ArraySpec
 from flowml.callers import raising_line
 from flowml.data import as_source
+from flowml.devices import Device
 from flowml.effects import EffectsChoice
 from flowml.errors import FlowmlError, PlacementError, UnsupportedError, named, one_line
 from flowml.ir._jax import path_name, spec_of
@@ -108,8 +112,10 @@ class Evaluation:
             fewer = f" that fill a batch of {size}" if data.examples else ""
             raise ValueError(f"the source has no examples{fewer}; there is nothing to evaluate")
         check_values(values[0], "parameter", "evaluate")
-        program = self._program(cluster, fn)
-        held = values if isinstance(cluster, SimulatedCluster) else _brought(cluster, values, plan)
+        replica = _replica(plan, cluster.devices)
+        placement: Placement = "auto" if replica else self._placement
+        program = self._program(cluster, fn, placement)
+        held = values if isinstance(cluster, SimulatedCluster) else _brought(cluster, values, plan, replica)
         for start in range(0, examples, size):
             rows = np.arange(start, min(start + size, examples))
             batch = jax.tree_util.tree_unflatten(data.tree, data.take(rows))
@@ -117,7 +123,7 @@ class Evaluation:
                 try:
                     result = program(*held, batch)
                 except PlacementError:  # before anything ran: it names layers or stages that this function lacks
-                    program = self._program(cluster, fn, "auto")
+                    program = self._program(cluster, fn, placement, "auto")
                     result = program(*held, batch)
             except FlowmlError:
                 raise
@@ -126,18 +132,18 @@ class Evaluation:
                 raise
             yield len(rows), batch, result
 
-    def _program(self, cluster: Any, fn: Function, placement: Placement | None = None) -> Function:
-        """The program of a function, with the trainer's placement, or from now on with another: "auto" runs each layer
+    def _program(self, cluster: Any, fn: Function, placement: Placement, other: Placement | None = None) -> Function:
+        """The program of a function with a placement, or from now on with another in its place: "auto" runs each layer
         where training has its parameters."""
-        key = fn, cluster
+        key = fn, cluster, placement is self._placement
         program = self._programs.pop(key, None)
-        if program is None or placement is not None:
+        if program is None or other is not None:
             if isinstance(cluster, SimulatedCluster):
                 if not cluster.session.arithmetic:
                     raise UnsupportedError(f"{cluster} computes nothing; give it arithmetic=True to evaluate on it")
                 program = jax.jit(fn)  # what is evaluated takes no virtual time
             else:
-                placed = self._placement if placement is None else placement
+                placed = placement if other is None else other
                 program = dataflow(fn, cluster=cluster, placement=placed, effects=self._effects)
         self._programs[key] = program  # as the newest
         if len(self._programs) > MOST_PROGRAMS:
@@ -216,10 +222,17 @@ def _check_shapes(fn: Function, expected: Any, found: Any, rows: int) -> None:
             )
 
 
-def _brought(cluster: Cluster, values: Sequence[Any], plan: Plan | None) -> Sequence[Any]:
-    """The values on the workers, each where training has it; without a plan the program brings them itself."""
+def _replica(plan: Plan | None, devices: Sequence[Device]) -> int | None:
+    """The first replica of a plan whose devices are all there, if one is."""
+    training, there = plan.training if plan is not None else None, {device.name for device in devices}
+    replicas = training.replicas if training is not None else ()
+    return next((r for r, mine in enumerate(replicas) if there.issuperset(mine)), None)
+
+
+def _brought(cluster: Cluster, values: Sequence[Any], plan: Plan | None, replica: int | None) -> Sequence[Any]:
+    """The values on the workers, each where a replica has it; without one the program brings them itself."""
     leaves, tree = jax.tree_util.tree_flatten(tuple(values))
-    where = _devices(plan, values[0]) if plan is not None else {}
+    where = _devices(plan, values[0], replica) if plan is not None and replica is not None else {}
     found: dict[int, Remote] = {}
     for device in dict.fromkeys(where.values()):
         mine = [i for i, d in where.items() if d == device and type(leaves[i]) is not Remote]
@@ -227,18 +240,17 @@ def _brought(cluster: Cluster, values: Sequence[Any], plan: Plan | None) -> Sequ
     return jax.tree_util.tree_unflatten(tree, [found.get(i, leaf) for i, leaf in enumerate(leaves)])
 
 
-def _devices(plan: Plan, params: Any) -> dict[int, str]:
-    """The device of each leaf of parameters, then of state, at the first replica. Leaves that are not trained have
-    none."""
+def _devices(plan: Plan, params: Any, replica: int) -> dict[int, str]:
+    """The device of each leaf of parameters, then of state, at a replica. Leaves that are not trained have none."""
     training, places = plan.training, trained_leaves(params)
     assert training is not None
     if sum(not is_given(path) for store in training.stores for path in store.paths) != len(places):
         return {}
     found = {
-        places[leaf]: store.readers[0]
+        places[leaf]: store.read_by(replica, len(training.replicas))[0]
         for store in training.stores
         for leaf, path in zip(store.leaves, store.paths, strict=True)
         if not is_given(path)
     }
     first = len(jax.tree_util.tree_leaves(params))
-    return found | {first + i: training.replicas[0][leaf.stage] for i, leaf in enumerate(training.state)}
+    return found | {first + i: training.replicas[replica][leaf.stage] for i, leaf in enumerate(training.state)}

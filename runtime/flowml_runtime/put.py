@@ -32,8 +32,8 @@ def put(tree: Any, cluster: Cluster | None = None, placement: Any = None) -> Any
             first device.
 
     Returns: the pytree with an `fm.Remote` for each array. Raises TypeError for a leaf that is not an array,
-    PlacementError for a device that does not exist or a pattern that matches no leaf, ClusterError if a device has no
-    room.
+    PlacementError for a device that does not exist or a pattern that matches no leaf, WorkerLostError for a device of a
+    lost worker, ClusterError if a device has no room.
     """
     from flowml_runtime.cluster import current_cluster
 
@@ -43,7 +43,7 @@ def put(tree: Any, cluster: Cluster | None = None, placement: Any = None) -> Any
     session.check_workers("nothing can be put on them")
     leaves, made = array_leaves(tree)
     paths = [path_name(path) for path, _ in leaves]
-    devices = placed(paths, where.devices, placement)
+    devices = placed(paths, where, placement)
     kinds: list[Kind] = []
     arrays: list[Any] = []
     for path, (_, leaf), device in zip(paths, leaves, devices, strict=True):
@@ -68,8 +68,17 @@ def put(tree: Any, cluster: Cluster | None = None, placement: Any = None) -> Any
     return made([leaf if here else next(handles) for (_, leaf), here in zip(leaves, stays, strict=True)])
 
 
-def placed(paths: Sequence[str], devices: Sequence[Device], placement: Any, verb: str = "put") -> list[str]:
-    """The device of each leaf."""
+def placed(paths: Sequence[str], cluster: Cluster, placement: Any, verb: str = "put") -> list[str]:
+    """The device of each leaf. Raises WorkerLostError for one of a lost worker."""
+    try:
+        return _placed(paths, cluster.devices, placement, verb)
+    except PlacementError as error:
+        if error.worker is None:
+            raise
+        raise cluster.session.explained(error, "the arrays") from None
+
+
+def _placed(paths: Sequence[str], devices: Sequence[Device], placement: Any, verb: str) -> list[str]:
     asked = f"{verb}: the placement"
     if placement is None or (isinstance(placement, str) and placement == "auto"):
         return [devices[0].name] * len(paths)

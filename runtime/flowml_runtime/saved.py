@@ -202,7 +202,8 @@ def load(
             no array in an equinox module is taken. Without it containers that are neither dicts nor sequences are dicts
             by attribute, and tuples are lists; None and empty containers are there.
 
-    Raises CheckpointError if there is none, it is damaged, or it differs from `like`: it names the leaves.
+    Raises CheckpointError if there is none, it is damaged, or it differs from `like`: it names the leaves;
+    WorkerLostError if the placement names a lost worker.
     """
     if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"fm.load({path!r}): give the name of a directory")
@@ -310,7 +311,7 @@ def _on_cluster(path: Path, tree: Tree, body: checkpoints.Body, cluster: Cluster
     session.check_owner()
     session.check_workers("nothing can be loaded on them")
     names = ["/".join(map(str, _keys(leaf.path))) for leaf in tree.leaves]
-    devices = placed(names, cluster.devices, placement, "load")
+    devices = placed(names, cluster, placement, "load")
     if placement is None:
         there = {device.name for device in cluster.devices}
         before = [leaf.device for leaf in tree.leaves]

@@ -51,7 +51,7 @@ from flowml_runtime.driver.training.feeding import MAX_SHAPES, first_batch
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Asked, Callback, Last, check_items, compiling, rest_of
 from flowml_runtime.driver.training.initial import first_state, nonfinite_of, own_array, warn_of_watchers
-from flowml_runtime.driver.training.lasting import Losses, OnLoss, Runs, prepare
+from flowml_runtime.driver.training.lasting import Losses, OnLoss, Runs, begins_whole, prepare
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
 from flowml_runtime.driver.training.probe import Looked, looking
@@ -267,8 +267,9 @@ class Trainer:
         model = Model.of(state, self._state_rules, self._spec.replicas)
         spec = replace(self._spec, weight=by_examples) if asked.rest and self._spec.weight is None else self._spec
         batch = first_batch(data, order, batch_size, spec.replicas)
-        everywhere = WithPlaces.of(cluster, spec) if asked.elastic else cluster
-        program, params = self._first_program(everywhere, spec, params, state, batch)
+        everywhere = WithPlaces.of(cluster, spec, elastic=asked.elastic)
+        with begins_whole(asked.on_loss, elastic=asked.elastic):
+            program, params = self._first_program(everywhere, spec, params, state, batch)
         check_items(program.training, asked)
         about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest, kind_of(cluster))
         saving = self._saving(cluster, program, params, opt_state, model, asked, about)
@@ -278,7 +279,7 @@ class Trainer:
         handle = losses.load(looked.look)
         looked.warn()
         saving = saving.again(handle.plan.training, asked.total) if losses.gone and handle.plan.training else saving
-        variant = partial(self._variant, everywhere, program, structs_of(params, state))
+        variant = partial(self._variant, everywhere, losses, structs_of(params, state))
         options = self._options(cluster, program, asked)
 
         def make(handle: LoadedPlan, run: int, saving: Saving) -> Fit:
@@ -432,20 +433,20 @@ class Trainer:
         finally:
             self._fitting.release()
 
-    def _variant(self, cluster: TrainingCluster, base: Program, values: tuple[Any, Any], batch: Any) -> LoadedPlan:
-        """A plan for batches of another shape, whose programs can run steps of the base's plan."""
+    def _variant(self, cluster: TrainingCluster, losses: Losses, values: tuple[Any, Any], batch: Any) -> LoadedPlan:
+        """A plan for batches of another shape, whose programs can run steps of the fit's plan, of the replicas left."""
+        base = losses.program
         program = self._program(cluster, base.spec, values, batch)
         if difference(base.compiled, program.compiled):  # the shape has led to another placement, for one
             program = self._program(cluster, base.spec, values, batch, like=base)
-            differs = difference(base.compiled, program.compiled)
-            if differs:
+            if differs := difference(base.compiled, program.compiled):
                 shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree_util.tree_leaves(batch))
                 raise FlowmlError(
                     f"batches of one fit may differ in shape, but one of {shapes} changes {differs}; give "
                     "batches of one shape, policies that send plain gradients, and aux whose shapes do not depend on "
                     "the batch's"
                 )
-        return program.load()
+        return program.load(losses.gone)
 
     def _first_program(
         self, cluster: TrainingCluster, spec: TrainingSpec, params: Any, state: Any, batch: Any
@@ -471,14 +472,13 @@ class Trainer:
             raise UnsupportedError("jax.disable_jit() is on, and workers run what is compiled; train without it")
         leaves, tree = jax.tree_util.tree_flatten((values, batch))
         shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
-        key = (cluster, cluster.devices, spec.weight, spec.untrained, shapes, tree, trace_context(), like)
+        key = (cluster.session, cluster.devices, spec.weight, spec.untrained, shapes, tree, trace_context(), like)
         program = self._programs.pop(key, None)
         if program is None:
             platforms = platforms_of(cluster.devices)
             links = cluster.links_for(spec.placement, len(spec.divide(cluster.devices)[0]) // spec.replicas)
-            placed, devices = spec, cluster.devices
-            if like is not None:
-                placed, devices = placed_alike(spec, like.compiled.plan, devices)
+            alike = like and placed_alike(spec, like.compiled.plan, cluster.devices)
+            placed, devices = alike or (spec, cluster.devices)
             try:
                 told = shown(partial(compiling, name_of(spec.loss), batch))
                 with told, paused_collector(len(cluster.devices)):
@@ -487,7 +487,7 @@ class Trainer:
                         placed, values[0], batch, devices, links, platforms, state=values[1], effects=effects
                     )
             except PlacementError as error:
-                raise cluster.session.explained(error, "the training step") from None
+                raise cluster.session.explained(error, "'the training step'") from None
             self._effects.tell(name_of(spec.loss), compiled.left_out)
             program = Program(compiled, cluster.session, spec)
         self._programs[key] = program  # as the newest

@@ -160,7 +160,7 @@ class Session:
             for program in plan.programs:
                 find_device(program.device, self.devices, f"plan {plan.name!r}")
         except PlacementError as error:
-            raise self.explained(error, plan.name) from None
+            raise self.explained(error, repr(plan.name)) from None
         if not self._local:
             shipping.warn_of_copies(plan, self._told)
         plan_id = f"{self.endpoint.name}-{uuid.uuid4().hex[:16]}"
@@ -219,8 +219,8 @@ class Session:
                 return handle
             raise
 
-    def explained(self, error: PlacementError, name: str) -> FlowmlError:
-        """The error to raise for `error`. If `name` cannot be placed because the cluster is closed, or workers were
+    def explained(self, error: PlacementError, what: str) -> FlowmlError:
+        """The error to raise for `error`. If `what` cannot be placed because the cluster is closed, or workers were
         lost, it says so."""
         if self._closed:
             return cluster_closed()
@@ -230,7 +230,7 @@ class Session:
         if error.worker is not None:
             gone = {error.worker: gone[error.worker]}
         left = f"without it {error}" if self.devices else "no worker is left to run it"
-        return self._error_of_missing(gone, f"{name!r} cannot be placed: {left}")
+        return self._error_of_missing(gone, f"{what} cannot be placed: {left}")
 
     def check_workers(self, what: str) -> None:
         """Raises WorkerLostError if all workers are lost, ClusterError if there are none or the cluster is closed.

@@ -243,7 +243,7 @@ class SimulatedSession:
         self._plans.pop(handle.plan_id, None)
         self._handlers.pop(handle.plan_id, None)
 
-    def explained(self, error: PlacementError, name: str) -> FlowmlError:
+    def explained(self, error: PlacementError, what: str) -> FlowmlError:
         return error
 
     def unregister(self, plan_id: str) -> None:

@@ -21,7 +21,8 @@ one fate, and nothing is lost or applied twice. Records of steps that are done a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +58,22 @@ def prepare(cluster: Any, on_loss: OnLoss) -> None:
         cluster.bring_back(cluster.lost)
 
 
+@contextmanager
+def begins_whole(on_loss: OnLoss, *, elastic: bool) -> Generator[None]:
+    """A fit that is not elastic begins with all replicas. If a worker of one is lost, the error says what would begin
+    without it."""
+    try:
+        yield
+    except WorkerLostError as error:
+        if on_loss != "shrink" or elastic:
+            raise
+        raise WorkerLostError(
+            f"{error}; or give replicas='elastic' in place of on_loss='shrink': such a fit begins without the replicas "
+            "whose workers are lost",
+            worker=error.worker,
+        ) from None
+
+
 class Losses:
     """What a fit does about lost workers."""
 
@@ -73,7 +90,7 @@ class Losses:
         self._at_load: tuple[tuple[str, ...], str, float] | None = None
         """The workers that were lost while the plan was loaded, why, and how long it took to load it without them."""
         self._cluster = cluster
-        self._program = program
+        self.program = program
         self._least = least
         if on_loss == "shrink":
             given = "replicas='elastic'" if elastic else "on_loss='shrink'"
@@ -93,12 +110,12 @@ class Losses:
     def load(self, meanwhile: Callable[[], None]) -> LoadedPlan:
         """Load the plan of the fit. Calls `meanwhile` while workers compile it."""
         try:
-            return self._program.load(self.gone, meanwhile=meanwhile)
+            return self.program.load(self.gone, meanwhile=meanwhile)
         except WorkerLostError as error:
             self.check_driver(error)
             if self.on_loss == "raise":
                 raise
-            time = self._program.session.time
+            time = self.program.session.time
             began = time.now()
             handle, lost = self.after(error)
             self._at_load = lost, without_remedy(str(error)), time.now() - began
@@ -118,8 +135,8 @@ class Losses:
 
     def _begin_with_those_there(self) -> None:
         """Leave out the replicas whose workers have not joined yet."""
-        there, training = {device.worker for device in self._cluster.devices}, self._program.training
-        self.gone = {worker: None for worker in self._program.workers() if worker not in there}
+        there, training = {device.worker for device in self._cluster.devices}, self.program.training
+        self.gone = {worker: None for worker in self.program.workers() if worker not in there}
         left = self._left(self.gone)
         if len(left) < self._least:
             few, smaller = self._few(len(left), "have their workers")
@@ -134,7 +151,7 @@ class Losses:
         while True:
             there = {device.worker for device in self._cluster.devices}
             named = {error.worker} if isinstance(error, WorkerLostError) else set[str]()
-            found = [w for w in self._program.workers(self.gone) if w not in there or w in named]
+            found = [w for w in self.program.workers(self.gone) if w not in there or w in named]
             if not found:
                 raise error
             lost.update(dict.fromkeys(found))
@@ -143,7 +160,7 @@ class Losses:
             else:
                 self._leave_out(found, error)
             try:
-                return self._program.load(self.gone, anew=True), tuple(lost)
+                return self.program.load(self.gone, anew=True), tuple(lost)
             except WorkerLostError as another:
                 error = another
 
@@ -167,7 +184,7 @@ class Losses:
         """Whether the next run can begin with other workers, before any is lost. Called for each message of a fit."""
         if self.regrouping is not None:
             return self.regrouping.ready()
-        return bool(self._cluster.leaving) and not self._cluster.leaving.isdisjoint(self._program.workers())
+        return bool(self._cluster.leaving) and not self._cluster.leaving.isdisjoint(self.program.workers())
 
     def regroup(self) -> tuple[LoadedPlan, tuple[str, ...], tuple[str, ...]]:
         """The plan of the next run, and the workers that have joined and that leave, once it is `ready`."""
@@ -175,36 +192,36 @@ class Losses:
         if self.regrouping is None:
             return self._hand_over()
         handle, gone = self.regrouping.take()
-        self._program.take(handle, gone)
+        self.program.take(handle, gone)
         self.gone = dict.fromkeys(sorted(gone))
         return handle, tuple(w for w in were if w not in gone), tuple(w for w in self.gone if w not in were)
 
     def _hand_over(self) -> tuple[LoadedPlan, tuple[str, ...], tuple[str, ...]]:
         """Have others in the place of workers that leave, which they do now, because the run has ended."""
-        leave = tuple(worker for worker in self._program.workers() if worker in self._cluster.leaving)
+        leave = tuple(worker for worker in self.program.workers() if worker in self._cluster.leaving)
         for worker in leave:
             self._cluster.notice(worker)
         self._cluster.bring_back(leave)
         try:
-            return self._program.load(anew=True), leave, leave
+            return self.program.load(anew=True), leave, leave
         except WorkerLostError as error:
             return self.after(error)[0], leave, leave
 
     def _cannot(self, gone: Collection[str]) -> bool:
         """Whether the fit cannot go on without these workers."""
         left = self._left(gone)
-        return too_few(self._program.training, left) is not None or len(left) < self._least
+        return too_few(self.program.training, left) is not None or len(left) < self._least
 
     def _left(self, gone: Collection[str]) -> list[int]:
         """The replicas that have no stage on these workers."""
-        training = self._program.training
+        training = self.program.training
         lost = lost_replicas(training, gone)
         return [r for r in range(len(training.replicas)) if r not in lost]
 
     def _leave_out(self, workers: Sequence[str], error: FlowmlError) -> None:
         self.gone.update(dict.fromkeys(workers))
         left = self._left(self.gone)
-        if few := too_few(self._program.training, left):
+        if few := too_few(self.program.training, left):
             raise WorkerLostError(
                 f"{without_remedy(str(error))}. {few.why}; {self._remedy} {few.remedy}",
                 worker=workers[0],
@@ -218,7 +235,7 @@ class Losses:
 
     def _few(self, left: int, are: str) -> tuple[str, str]:
         """That too few replicas are there, and what to give. The fewest are named if they were given."""
-        replicas = len(self._program.training.replicas)
+        replicas = len(self.program.training.replicas)
         asked = f"{self._least} (min_replicas=)" if self._least > 1 else "at least one"
         smaller = "a smaller min_replicas" if self._least > 1 else "more replicas, so that some are left"
         return f"{left} of {replicas} replicas {are}, and the fit needs {asked}", smaller

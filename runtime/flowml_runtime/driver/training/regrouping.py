@@ -127,14 +127,18 @@ class Regrouping:
 
 @dataclass(frozen=True)
 class WithPlaces:
-    """A cluster to compile for, with devices that are not there yet. What runs is on those that are."""
+    """A cluster to compile for, whose devices stay the same during a fit. They may not be there yet, or not any more:
+    what runs is on those that are."""
 
     cluster: Any
     devices: tuple[Device, ...]
 
     @staticmethod
-    def of(cluster: Any, spec: TrainingSpec) -> WithPlaces:
-        """With a place for each replica. Raises ValueError if no worker is there, or homes are not named."""
+    def of(cluster: Any, spec: TrainingSpec, *, elastic: bool) -> WithPlaces:
+        """With the devices that are there. If the fit is `elastic`, with a place for each replica; raises ValueError
+        then if no worker is there, or homes are not named."""
+        if not elastic:
+            return WithPlaces(cluster, cluster.devices)
         if not cluster.devices:
             raise ValueError(
                 "replicas='elastic': no worker has joined, and a fit begins with at least one; start some with `flowml "
