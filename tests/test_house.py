@@ -140,6 +140,17 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
         _ = fm.Ringg
 
 
+def test_every_error_that_users_see_is_in_the_table_of_errors() -> None:
+    import flowml as fm
+    from flowml_runtime.environment.checkpoints import FormatError
+
+    public = [
+        name for name in fm.__all__ if isinstance(found := getattr(fm, name), type) and issubclass(found, Exception)
+    ]
+    rows = re.findall(r"^\| `(?:fm\.)?(\w+)` \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
+    assert {*public, FormatError.__name__} - {"FlowmlError", "FlowmlWarning"} == {*rows}
+
+
 def test_every_public_name_that_errors_and_documents_advise_exists() -> None:
     import flowml as fm
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +107,23 @@ def test_items_by_name_saved_trees_and_keys(tmp_path: Path) -> None:
     assert_same(fm.from_orbax(tmp_path / "named"), {"a": {"x": jnp.ones(2)}, "b": {"y": jnp.zeros(3)}})
 
 
+def test_what_is_no_array_in_a_module_comes_from_like(tmp_path: Path) -> None:
+    """Orbax has a None in its place if equinox has left it out, and nothing at all if `fm.save` has."""
+    model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    arrays = eqx.filter(model, eqx.is_array)
+    tree = {"params": arrays, "opt_state": OPTIMIZER.init(arrays)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", tree)
+    fm.save(tree | {"params": model}, tmp_path / "saved")
+    fm.to_orbax(tmp_path / "saved", tmp_path / "from saved")
+    other = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(1))
+    for path in (tmp_path / "orbax", tmp_path / "from saved"):
+        found = fm.from_orbax(path, {"params": other, "opt_state": OPTIMIZER.init(eqx.filter(other, eqx.is_array))})
+        assert found["params"].activation is other.activation
+        assert_same((eqx.filter(found["params"], eqx.is_array), found["opt_state"]), (arrays, tree["opt_state"]))
+        np.testing.assert_array_equal(found["params"](np.ones(3)), model(np.ones(3)))
+
+
 def test_no_fit_writes_into_a_directory_of_orbax(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "orbax", {"w": jnp.ones(3)})
@@ -127,8 +145,14 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
         fm.to_orbax(tmp_path, tmp_path / "new")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "orbax", {"w": jnp.ones(3)})
-    with pytest.raises(fm.CheckpointError, match=r"cannot be read as like=: .*other"):
-        fm.from_orbax(tmp_path / "orbax", {"other": jnp.ones(3)})
+    for like, what in (
+        ({"other": jnp.ones(3)}, r"leaf 'w', float32\[3\], is only there; leaf 'other', float32\[3\], is only here"),
+        ({"w": jnp.ones(4)}, r"leaf 'w' is float32\[3\] there and float32\[4\] here"),
+    ):
+        with pytest.raises(fm.CheckpointError, match=rf"cannot be read as like=: {what}; give a tree like it"):
+            fm.from_orbax(tmp_path / "orbax", like)
+    with pytest.raises(TypeError, match="like: leaf 'w' is of type str"):
+        fm.from_orbax(tmp_path / "orbax", {"w": "text"})
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(fm.UnsupportedError, match=r"pip install 'flowml\[orbax\]'"):
         fm.from_orbax(tmp_path / "orbax")
