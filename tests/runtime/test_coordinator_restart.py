@@ -18,7 +18,9 @@ from flowml_runtime.membership import log as logs
 from flowml_runtime.membership.coordinator import CoordinatorHost
 from flowml_runtime.membership.log import RosterLog
 from flowml_runtime.membership.member import Membership, passing_name
+from flowml_runtime.protocol.membership import COORDINATOR
 from flowml_runtime.protocol.roster import Joined, Left, Record
+from flowml_runtime.transport.endpoint import OnLost, OnMessage
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from tests.conftest import wait_until
 
@@ -89,10 +91,10 @@ def test_a_log_that_cannot_be_used_is_refused_with_the_reason(tmp_path: Path) ->
 class Peer:
     """A member, and what it hears."""
 
-    def __init__(self, address: str, stack: ExitStack) -> None:
+    def __init__(self, address: str, stack: ExitStack, kind: type[GrpcEndpoint] = GrpcEndpoint) -> None:
         self.ended: list[str] = []
         self.lost: list[tuple[str, str]] = []
-        self.endpoint = GrpcEndpoint(passing_name(), TOKEN)
+        self.endpoint = kind(passing_name(), TOKEN)
         self.membership = Membership(
             self.endpoint,
             address,
@@ -136,6 +138,43 @@ def test_members_come_back_and_one_that_does_not_is_lost(tmp_path: Path) -> None
         newcomer = Peer(first.address, stack)
         assert newcomer.membership.join("", (CPU,)) == "worker:1"
         wait_until(lambda: len(one.members) == 3, "a newcomer is announced")
+
+
+class SlowReports(GrpcEndpoint):
+    """An endpoint whose thread is slow to report that the coordinator's connection has ended."""
+
+    def start(self, on_message: OnMessage, on_lost: OnLost) -> None:
+        self.held: list[tuple[str, str]] = []
+        self.report = on_lost
+
+        def hold(peer: str, reason: str) -> None:
+            if peer == COORDINATOR:
+                self.held.append((peer, reason))
+            else:
+                on_lost(peer, reason)
+
+        super().start(on_message, hold)
+
+
+def test_a_late_report_of_the_old_connection_does_not_end_the_new_one(tmp_path: Path) -> None:
+    """The driver gave its new connection up, at which the coordinator lost it, and all workers with that."""
+    first = coordinator(tmp_path)
+    with ExitStack() as stack:
+        driver, worker = Peer(first.address, stack, SlowReports), Peer(first.address, stack)
+        driver.membership.join("driver")
+        worker.membership.join("", (CPU,))
+        wait_until(lambda: len(driver.members) == 2, "both have joined")
+        first.close()
+        second = coordinator(tmp_path, first.address)
+        stack.callback(second.close)
+        Peer(first.address, stack).membership.join("", (CPU,))
+        wait_until(lambda: len(driver.members) == 3, "the driver has come back")
+        endpoint = driver.endpoint
+        assert isinstance(endpoint, SlowReports) and endpoint.held
+        endpoint.report(*endpoint.held[0])
+        Peer(first.address, stack).membership.join("", (CPU,))
+        wait_until(lambda: len(worker.members) == 4, "the driver is still a member")
+        assert (worker.lost, driver.lost, driver.ended) == ([], [], [])
 
 
 def test_workers_that_have_not_come_back_yet_stay_while_others_join() -> None:

@@ -55,6 +55,9 @@ AGAIN_S = 0.25
 RETURN_S = 10.0
 """How long to look for a coordinator that ended while it was asked: one with a log is there again by then."""
 
+_ANY = 2**63
+"""An incarnation that is newer than all."""
+
 REFUSES = f"cannot be reached: {os.strerror(errno.ECONNREFUSED)}"
 """The reason if no process listens at an address."""
 
@@ -159,9 +162,8 @@ class Membership:
             self._over.wait(AGAIN_S)
             self._has_moved()
             with self._changed:
+                self._begin_again()
                 self._refusal = None
-            endpoint.forget(COORDINATOR)
-            endpoint.know({COORDINATOR: self._address})
             self._ask(join, deadline)
         if self._refusal is not None:
             fix = "; see whether its address is right, and start it with `flowml launch`" if self._is_away else ""
@@ -317,13 +319,12 @@ class Membership:
         """Ask a coordinator that is away to join again, until it answers. After `away_s` the membership ends."""
         deadline, pause = time.monotonic() + away_s, FIRST_PAUSE_S
         while not self._over.is_set():
+            self._has_moved()
             with self._changed:
+                self._begin_again()
                 reason, self._away, self._answered = self._away, "", False
                 own = self._own
             assert own is not None
-            self._has_moved()
-            self._endpoint.forget(COORDINATOR)
-            self._endpoint.know({COORDINATOR: self._address})
             try:
                 self._endpoint.send(COORDINATOR, own)
             except FlowmlError as error:
@@ -342,6 +343,13 @@ class Membership:
                 return
             self._over.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _begin_again(self) -> None:
+        """Give up the connection to the coordinator for another one. The lock is held: a report of the old one that
+        comes later says nothing about the new one. To give that up too would be the end of this member for the
+        coordinator, which loses one whose connection ends."""
+        self._endpoint.forget(COORDINATOR)
+        self._endpoint.know({COORDINATOR: self._address})
 
     def _on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
         if peer != COORDINATOR:
@@ -363,7 +371,7 @@ class Membership:
 
     def _on_lost(self, peer: str, reason: str) -> None:
         if peer == COORDINATOR:
-            self._lose_coordinator(reason)
+            self._lose_coordinator(reason, reported=True)
             return
         with self._showing:
             self._notices.pop(peer, None)  # it is not for its successor
@@ -375,8 +383,11 @@ class Membership:
         self.members = tuple(m for m in members if m.worker == own or not lost(m.worker, m.incarnation))
         self._on_members(self.members)
 
-    def _lose_coordinator(self, reason: str) -> None:
+    def _lose_coordinator(self, reason: str, *, reported: bool = False) -> None:
+        """The coordinator is away. `reported` by the endpoint, and perhaps late: see `_begin_again`."""
         with self._changed:
+            if reported and not self._endpoint.has_lost(COORDINATOR, _ANY):
+                return
             welcome = self._welcome
             if welcome is not None and welcome.away_s and self._epoch >= 0:
                 self._away = self._away or reason
