@@ -28,7 +28,9 @@ import pytest
 
 import flowml as fm
 from flowml_runtime import wire
+from flowml_runtime.launch.coordinating import CoordinatorProcess
 from flowml_runtime.launch.launched import LaunchedCluster
+from flowml_runtime.membership.member import Membership
 from flowml_runtime.transport.ending import Ending
 from tests.conftest import wait_until
 from tests.tools.conftest import started
@@ -173,6 +175,14 @@ def whole(connected: fm.Cluster) -> dict[str, fm.TrainingResult]:
     return {policy: fit(connected, policy) for policy in EXACT}
 
 
+def launcher_of(launched: LaunchedCluster) -> Membership:
+    """The launcher's own membership."""
+    coordinator = launched._coordinator  # pyright: ignore
+    assert isinstance(coordinator, CoordinatorProcess)
+    assert coordinator._membership is not None  # pyright: ignore
+    return coordinator._membership  # pyright: ignore
+
+
 @pytest.mark.parametrize(
     ("policy", "at"), COORDINATOR if ALL else COORDINATOR[3:4], ids=lambda value: str(value).replace(" ", "-")
 )
@@ -185,10 +195,13 @@ def test_a_kill_of_the_coordinator_while_a_worker_is_replaced(
     tmp_path: Path,
 ) -> None:
     wait_until(lambda: connected.spares == 1, "a spare is ready", 30)
-    before = with_spare.processes.coordinator
+    before, launcher = with_spare.processes.coordinator, launcher_of(with_spare)
+    welcome = launcher._welcome  # pyright: ignore
     with_spare.end_coordinator(at)
     wait_until(lambda: with_spare.processes.coordinator not in (0, before), "it is there again", TAKEOVER_S)
     pid = with_spare.processes.coordinator
+    # Else the coordinator may miss the worker itself before it could be told, and takes no report.
+    wait_until(lambda: launcher._welcome is not welcome, "the launcher has joined", TAKEOVER_S)  # pyright: ignore
 
     def kill(record: dict[str, Any]) -> None:
         if record["step"] == STEPS // 3:

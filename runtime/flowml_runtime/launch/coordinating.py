@@ -63,6 +63,8 @@ class CoordinatorProcess:
         """Keeps the port while no coordinator listens: another process would get the requests to it otherwise."""
         self._membership: Membership | None = None
         self._endpoint: GrpcEndpoint | None = None
+        self._untold: dict[str, tuple[int, wire.Exited]] = {}
+        """Worker -> its incarnation and the report of its end, until the members show that the coordinator knows."""
 
     def start(self, reached_at: Callable[[str], str], deadline_s: float) -> None:
         """Start the process and join it. `reached_at` makes of the address that it listens at the one to join.
@@ -90,7 +92,7 @@ class CoordinatorProcess:
             config.state if is_etcd(config.state) else self.address,
             lambda *_: None,
             lambda *_: None,
-            on_members=self._on_members,
+            on_members=self._on_view,
             on_end=self._on_failure,
             on_replace=lambda asked: self._on_restart(asked.worker),
             on_losses=self._on_losses,
@@ -105,10 +107,29 @@ class CoordinatorProcess:
             self._changed.notify_all()
 
     def process_exited(self, worker: str, pid: int, reason: str) -> None:
-        """The process of a worker has ended."""
-        if self._endpoint is not None and machine():
+        """The process of a worker has ended. A coordinator that ends before it has noted that tells its successor
+        nothing, which would miss the worker only when it has been silent for long enough: that one is told too."""
+        if self._membership is not None and machine():
             ended = wire.Exited(worker=worker, process=wire.Process(machine(), pid), reason=reason)
-            with suppress(FlowmlError):  # the coordinator is away, and its successor misses the worker itself
+            lives = {m.worker: m.incarnation for m in self._membership.members}
+            with self._changed:
+                if worker in lives:
+                    self._untold[worker] = lives[worker], ended
+            self._report(ended)
+
+    def _on_view(self, members: tuple[wire.Member, ...]) -> None:
+        """These are the members now. Each coordinator tells them as this launcher joins it."""
+        self._on_members(members)
+        lives = {m.worker: m.incarnation for m in members}
+        with self._changed:
+            self._untold = {worker: its for worker, its in self._untold.items() if lives.get(worker) == its[0]}
+            again = [ended for _, ended in self._untold.values()]
+        for ended in again:
+            self._report(ended)
+
+    def _report(self, ended: wire.Exited) -> None:
+        if self._endpoint is not None:
+            with suppress(FlowmlError):  # the coordinator is away; `_on_view` tells its successor
                 self._endpoint.send(COORDINATOR, ended)
 
     def has_ended(self, reason: str) -> None:
