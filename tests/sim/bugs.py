@@ -261,6 +261,17 @@ def _loses_a_late_contribution_of_a_site(patch: Patch) -> None:
     patch.setattr(Site, "_forward", forward)
 
 
+def _adds_late_contributions_of_a_site_as_they_are(patch: Patch) -> None:
+    """Without the decay of `Fold`."""
+    real: Callable[..., list[Any]] = Site._forward  # pyright: ignore[reportPrivateUsage]
+
+    def forward(self: Any, *arguments: Any, **options: Any) -> list[Any]:
+        *rest, made = real(self, *arguments, **options)
+        return [*rest, replace(made, contributions=tuple((handles, 1.0) for handles, _ in made.contributions))]
+
+    patch.setattr(Site, "_forward", forward)
+
+
 def _divides_the_step_of_a_site_by_all_of_its_replicas(patch: Patch) -> None:
     """Also where not all of them are in the sum."""
     real: Callable[..., Any] = arithmetic.for_leader
@@ -400,6 +411,7 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "a site is summed before its quorum": _sums_a_site_before_its_quorum,
     "a site waits past its limit": _waits_in_a_site_past_its_limit,
     "a late contribution to a site is lost": _loses_a_late_contribution_of_a_site,
+    "a late contribution to a site does not decay": _adds_late_contributions_of_a_site_as_they_are,
     "the step of a site is divided by all of its replicas": _divides_the_step_of_a_site_by_all_of_its_replicas,
     "a replica does not follow the leader of its site": _goes_on_with_parameters_that_its_leader_has_updated,
     "a site counts as one replica": _counts_a_site_as_one_replica,

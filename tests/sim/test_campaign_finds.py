@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import flowml as fm
@@ -11,9 +12,10 @@ from flowml.policy import UNBOUNDED, Deadline, Delta, ParameterServer, Policy, Q
 from flowml_runtime.protocol.training.actions import Wake
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_tools.faults.campaign import check_rest
+from flowml_tools.faults.cases import Case
 from flowml_tools.faults.checker import check
 from flowml_tools.faults.draws import check_drawn
-from flowml_tools.faults.history import Turn
+from flowml_tools.faults.history import Made, Turn
 from flowml_tools.faults.layout import make
 from flowml_tools.faults.rarer import rarer
 from flowml_tools.faults.world import World
@@ -73,6 +75,54 @@ def test_a_lost_replica_may_be_late_in_one_layer_and_in_time_in_another(lost_aft
     run = make(rules, replicas=2, stages=1, clocks=6, seed=1, speeds=(1, 1.3), homes_on=0)
     run.lose(1, lost_after + 0.5)
     check_all(run)
+
+
+def _late_at_its_site() -> World:
+    """Two replicas of a site go on by its deadline for about 36 clocks without the third, which is cut off."""
+    topology = fm.Hierarchy(ParameterServer(), ParameterServer(), 1, Deadline(0.5, 0.3, late=fm.Fold(0.5)))
+    return Case(
+        seed=14228,
+        policies=(Policy(topology=topology, every=3, apply=fm.Vote(1)),),
+        replicas=3,
+        stages=1,
+        workers=2,
+        clocks=48,
+        items=9,
+        compute=fm.sim.ShiftedExponential(0.1, 0.02),
+        network=fm.sim.Network(0.0, 1e9),
+        faults=(fm.sim.Partition((1,), 1.1123, 9.1123),),
+        source="shipped",
+        twice=0.3,
+        rhythm=Rhythm(0),
+        pauses=(6.7517, 6.9051, 7.8529, 8.0784),
+        silent=True,
+        patience_s=0.3,
+    ).world()
+
+
+def test_a_contribution_that_a_site_folds_in_very_late_is_in_the_store() -> None:
+    """What its decay leaves of it, 3e-11, was taken for nothing, and the store for one that lacks its items."""
+    run = _late_at_its_site()
+    check_all(run)
+    payloads = [payload for f in run.history.facts if isinstance(f, Made) for *_, payload in f.contributions]
+    amounts = [float(x) for payload in payloads for x in np.ravel(payload) if x]
+    assert 0 < min(amounts) < 1e-9 < max(amounts)
+
+
+@pytest.mark.parametrize(("times", "text"), [(0.0, "lacks items"), (2.0, "times in store 0"), (0.999, "in place of")])
+def test_a_very_late_contribution_that_is_not_as_large_as_its_decay_is_found(times: float, text: str) -> None:
+    run = _late_at_its_site()
+    run.go()
+
+    def changed(payload: Any) -> Any:
+        return np.where(np.abs(payload) < 1e-6, payload * times, payload)
+
+    facts = run.history.facts
+    for at, made in enumerate(facts):
+        if isinstance(made, Made):
+            contributions = tuple((r, c, changed(payload)) for r, c, payload in made.contributions)
+            facts[at] = Made(made.home, made.store, made.version, contributions, made.value)
+    assert any(text in broken for broken in check(run.history))
 
 
 def test_sites_of_one_worker_do_not_wake_each_other_again_and_again() -> None:

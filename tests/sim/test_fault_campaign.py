@@ -39,6 +39,7 @@ FINDS = {
     "a site is summed before its quorum": 155,
     "a site waits past its limit": 777,
     "a late contribution to a site is lost": 138,
+    "a late contribution to a site does not decay": 425,
     "the step of a site is divided by all of its replicas": 288,
     "a snapshot is taken before all is applied": 37,
     "a snapshot without a silent replica drops all of its items": 861,

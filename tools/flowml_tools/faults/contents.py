@@ -1,6 +1,7 @@
 """What stores must contain at the end of a history: each work item as often as the ledger says, whatever its way.
 
-items       a store contains each item that its group used once, and no other; a cut one with its microbatches
+items       a store contains each item that its group used once, and no other; a cut one with its microbatches, and one
+            that a site folds in late as small as its decay makes it
 codes       what a home decodes is the mean over the whole batch, each partition of it once
 copies      all homes of a store make equal values of each version
 gossip      the mean over replicas contains each item once, and mirrors are equal at the end
@@ -11,6 +12,7 @@ shared      each update of shared parameters is made and counted once
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -76,12 +78,12 @@ def adds_up(seen: Timeline, store: int) -> bool:
     return not mixed and not policy.every.delay
 
 
-def amounts(payload: int | Matrix) -> dict[int, float]:
-    """How much of each item is in a payload."""
+def amounts(payload: int | Matrix, least: float = _CLOSE) -> dict[int, float]:
+    """How much of each item is in a payload, of those of which there is more than `least`."""
     if isinstance(payload, int):
         return {q: float(int(d, 16)) for q, d in enumerate(reversed(f"{payload:x}")) if d != "0"}
     flat = payload.reshape(-1)
-    return {int(q): float(flat[q]) for q in np.flatnonzero(np.abs(flat) > _CLOSE)}
+    return {int(q): float(flat[q]) for q in np.flatnonzero(np.abs(flat) > least)}
 
 
 def _due(seen: Timeline, store: int, fates: Fates) -> Fates:
@@ -142,27 +144,42 @@ def _shares(seen: Timeline, store: int, due: Fates) -> dict[int, float]:
     return {q: (whole - due[q].left_out) * share for q, share in each.items()}
 
 
+def _decays(seen: Timeline, store: int, due: Fates) -> dict[int, float]:
+    """What each item is multiplied by in the sum of its site, which its push is a part of."""
+    inside = seen.decays_inside(store)
+    pushes: defaultdict[int, list[int]] = defaultdict(list)
+    for replica, clock in sorted(inside):
+        pushes[replica].append(clock)
+
+    def decay(fate: Fate) -> float:
+        push = next((clock for clock in pushes[fate.replica] if clock >= fate.clock), -1)
+        return inside.get((fate.replica, push), 0.0)
+
+    return {q: decay(f) for q, f in due.items()}
+
+
 def _items(seen: Timeline, store: int, fates: Fates) -> Iterator[str]:
     """The items in a store are those that its group used. What a lost replica said last may have been in vain."""
     if not seen.made and seen.whole:
         return  # a real run notes no values
     exact, policy = any(m.value is not None for m in seen.made), seen.terms.stores[store].policy
     whole = seen.terms.microbatches if exact else 1
-    decays = seen.folds_inside(store) and getattr(policy.late, "decay", 1.0) < 1  # within the sums of sites
     due = _due(seen, store, fates)
     if policy.local:
-        shares, decays = _shares(seen, store, due), False
+        shares = _shares(seen, store, due)
     else:
-        shares = {q: whole - f.left_out if exact else 1 for q, f in due.items()}
+        shares = {q: float(whole - f.left_out) if exact else 1.0 for q, f in due.items()}
+        if seen.folds_inside(store):
+            shares = {q: shares[q] * decay for q, decay in _decays(seen, store, due).items()}
     for home in seen.places.homes[store]:
         total: defaultdict[int, float] = defaultdict(float)
         for _, payload in payloads(seen, home, store):
-            for q, amount in amounts(payload).items():
+            for q, amount in amounts(payload, least=0.0).items():
                 total[q] += amount
-        for q, amount in total.items():
-            if q in due and abs(amount - shares[q]) > _CLOSE and not decays:
-                yield f"item {q} is {amount:g} times in store {store} at {home}, in place of {shares[q]:g}"
-        found = {q for q, amount in total.items() if abs(amount) > _CLOSE}
+        found = {q for q, amount in total.items() if abs(amount) > _CLOSE * abs(shares.get(q, 0.0))}
+        for q in sorted(found & due.keys()):
+            if not math.isclose(total[q], shares[q], rel_tol=_CLOSE):
+                yield f"item {q} is {total[q]:g} times in store {store} at {home}, in place of {shares[q]:g}"
         unknown = {q for q, f in fates.items() if not _is_known(seen, store, f)}
         lacks, more = sorted(due.keys() - found), sorted(found - due.keys() - unknown)
         if lacks or more:

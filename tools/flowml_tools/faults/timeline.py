@@ -242,11 +242,20 @@ class Timeline:
     def shares_inside(self, store: int) -> dict[Key, float]:
         """How much a microbatch of each contribution counts in the step of its site, which decides alone."""
         found: dict[Key, float] = {}
-        late = self.terms.stores[store].policy.late
-        decay = late.decay if isinstance(late, Fold) else 1.0
+        decays = self.decays_inside(store)
         for site in self.terms.stores[store].sites:
             for made in self.inner_sums[store, site[0]]:
-                found |= {key: decay ** (made.clock - key[1]) / self.sum_weight(store, made) for key in made.keys}
+                found |= {key: decays[key] / self.sum_weight(store, made) for key in made.keys}
+        return found
+
+    def decays_inside(self, store: int) -> dict[Key, float]:
+        """What each contribution to the sum of its site is multiplied by there; 0 of those in no sum."""
+        late = self.terms.stores[store].policy.late
+        decay = late.decay if isinstance(late, Fold) else 1.0
+        found = dict.fromkeys(self._at_leaders[store], 0.0)
+        for site in self.terms.stores[store].sites:
+            for made in (*self.site_sums[store, site[0]], *self.inner_sums[store, site[0]]):
+                found |= {key: decay ** (made.clock - key[1]) for key in made.keys}
         return found
 
     def there(self, of: int, leader: int, clock: int) -> frozenset[int]:
