@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import flowml as fm
-from flowml.policy import UNBOUNDED, Deadline, Delta, ParameterServer, Policy, Quorum, SharedMemory, Speculate
+from flowml.policy import UNBOUNDED, Deadline, Delta, Gradient, ParameterServer, Policy, Quorum, SharedMemory, Speculate
 from flowml_runtime.protocol.training.actions import Wake
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_tools.faults.campaign import check_rest
@@ -18,6 +18,7 @@ from flowml_tools.faults.draws import check_drawn
 from flowml_tools.faults.history import Made, Turn
 from flowml_tools.faults.layout import make
 from flowml_tools.faults.rarer import rarer
+from flowml_tools.faults.timeline import Timeline
 from flowml_tools.faults.world import World
 
 
@@ -107,6 +108,17 @@ def test_a_contribution_that_a_site_folds_in_very_late_is_in_the_store() -> None
     payloads = [payload for f in run.history.facts if isinstance(f, Made) for *_, payload in f.contributions]
     amounts = [float(x) for payload in payloads for x in np.ravel(payload) if x]
     assert 0 < min(amounts) < 1e-9 < max(amounts)
+
+
+@pytest.mark.parametrize("payload", [Gradient(), Delta()])
+def test_what_a_site_folds_in_very_late_counts_as_its_decay_says(payload: Gradient | Delta) -> None:
+    """Also in the step of a site that has parameters of its own."""
+    topology = fm.Hierarchy(ParameterServer(), ParameterServer(), 1, Quorum(2, late=fm.Fold(0.01)))
+    for seed in range(1, 4):
+        rule = Policy(topology=topology, payload=payload, every=2)
+        run = make([rule], replicas=3, stages=1, clocks=16, items=6, seed=seed, speeds=(1, 1, 12))
+        check_all(run)
+        assert any(0 < decay < 1e-9 for decay in Timeline.of(run.history).decays_inside(0).values())
 
 
 @pytest.mark.parametrize(("times", "text"), [(0.0, "lacks items"), (2.0, "times in store 0"), (0.999, "in place of")])
