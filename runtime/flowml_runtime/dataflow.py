@@ -301,6 +301,7 @@ class Dataflow(Generic[P, R]):
                     known = program.handle
                     handle = program.handle = session.load(program.plan) if known is None else session.reload(known)
                     handle.forget = partial(program.forget, handle)
+                    handle.maker = self._name, getattr(self._fn, "__code__", None)
                     self._loads.setdefault(cluster, weakref.WeakSet()).add(handle)
             try:
                 return use(session, program, handle)

@@ -1,23 +1,30 @@
 """Lets a loop with kept values go on after the loss of workers, from the state that `fm.save` has written last.
 
 The first call that misses a lost value raises the error, which says that the next call goes on: what else the caller
-gives, such as a batch, was chosen for the state that is lost. The next call takes the saved values in place of the lost
-ones. An argument is known by its structure, shapes and dtypes, as the saved tree or as an element of it. All arguments
-that the saved tree has are taken from there, also those that are not lost: a mixture of two states would be none.
+gives, such as a batch, was chosen for the state that is lost. The next call takes saved values in place of the lost
+ones.
+
+Values that were saved themselves come back as they were. Else the loop has gone on since the save: an argument is known
+by its structure, shapes and dtypes, as the saved tree or as an element of it, and by its lineage (`driver.lineage`).
+All arguments that the saved tree has are taken from there, also those that are not lost: a mixture of two states would
+be none. A tree that fits but may be another one is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from jax.tree_util import tree_leaves
+from jax.tree_util import tree_leaves, tree_map
 
 from flowml.callers import warn
 from flowml.errors import FlowmlError, WorkerLostError
+from flowml_runtime.driver.lineage import Parent, descending_from
 from flowml_runtime.driver.remote import Remote
 from flowml_runtime.membership.advice import without_remedy
-from flowml_runtime.saved import Saved, records_of, taken_from
+from flowml_runtime.saved import Place, Saved, leaves_of, records_of, taken_from
 
 T = TypeVar("T")
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -33,7 +40,24 @@ class Restarts(Protocol):
     def notice(self, worker: str | None) -> None: ...
 
 
-def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Arguments:
+@dataclass(frozen=True)
+class Revived:
+    """Arguments with saved values in place of lost ones, and what these come from."""
+
+    given: Arguments
+    parents: Sequence[Parent]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where lost values were saved, and what gives the arguments of a call with them in place."""
+
+    paths: Sequence[Path]
+    parents: Sequence[Parent]
+    take: Callable[[], Sequence[Any]]
+
+
+def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Revived:
     """The arguments of a call that has failed with this error, with saved ones in place of those that were lost before
     it began. Warns of it. Raises the error if there are none, or if the caller has had none of the loss yet."""
     given = [*args, *kwargs.values()]
@@ -42,32 +66,32 @@ def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], 
     for remote in remotes if during else ():
         if remote.is_deleted():  # donated to this call, which was lost
             remote.perish()
-    lost = [i for i, value in enumerate(given) if any(_is_lost(leaf) for leaf in tree_leaves(value))]
-    if not lost:
+    gone = [leaf for leaf in remotes if leaf.is_lost()]
+    if not gone:
         raise error
     records = records_of(remotes)
-    found = _saved(given, lost, [record for record in records if record.is_there])
+    there = [record for record in records if record.is_there]
+    found = _same(given, gone, there) or _before(given, there)
     if found is None:
-        hint = f"fm.save the state of {name} now and then: then a call goes on from what was saved last"
-        removed = _saved(given, lost, records)
-        if removed is not None:
-            hint = f"the state saved in {removed[0].path} is not there any more; save to a directory that stays"
-        raise _with_hint(error, hint) from error
-    record, places = found
-    gone = [leaf for i in lost for leaf in tree_leaves(given[i]) if _is_lost(leaf)]
+        raise _with_hint(error, _why_not(given, gone, records, there, name)) from error
+    paths = " and ".join(map(str, found.paths))
     if during or not all(leaf.told for leaf in gone):
         for leaf in gone:
             leaf.tell()
-        hint = f"call {name} again: it goes on from the state saved in {record.path}, on the workers that there are"
+        hint = f"call {name} again: it goes on from the state saved in {paths}, on the workers that there are"
         raise _with_hint(error, hint) from error
-    values = taken_from(record, {i: (given[i], place) for i, place in places.items()})
-    warn(f"{gone[0].why_lost()}; {name} goes on from the state saved in {record.path}")
-    given = [values.get(i, value) for i, value in enumerate(given)]
-    return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
+    given = found.take()
+    warn(f"{gone[0].why_lost()}; {name} goes on from the state saved in {paths}")
+    return Revived((tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))), found.parents)
 
 
-def with_workers(cluster: Any, use: Callable[[Any, Any], T], given: Arguments) -> T:
+def with_workers(cluster: Any, use: Callable[[Any, Any], T], again: Revived) -> T:
     """Use arguments in place of those that were lost. What needs lost workers by its placement gets them back."""
+    with descending_from(again.parents):
+        return _with_workers(cluster, use, again.given)
+
+
+def _with_workers(cluster: Any, use: Callable[[Any, Any], T], given: Arguments) -> T:
     for _ in range(2):
         try:
             return use(*given)
@@ -81,10 +105,6 @@ def with_workers(cluster: Any, use: Callable[[Any, Any], T], given: Arguments) -
     return use(*given)
 
 
-def _is_lost(leaf: Any) -> bool:
-    return type(leaf) is Remote and leaf.is_lost()
-
-
 def _with_hint(error: FlowmlError, hint: str) -> FlowmlError:
     """The same error with another remedy."""
     text = without_remedy(str(error))
@@ -93,23 +113,98 @@ def _with_hint(error: FlowmlError, hint: str) -> FlowmlError:
     return WorkerLostError(f"{text}; {hint}", worker=error.worker, step=error.step)
 
 
-def _saved(
-    given: Sequence[Any], lost: Sequence[int], records: Iterable[Saved]
-) -> tuple[Saved, dict[int, tuple[int, int]]] | None:
-    """The first saved tree that has all lost arguments, and for each argument that it has the range of its leaves."""
-    kept = [i for i, value in enumerate(given) if any(type(leaf) is Remote for leaf in tree_leaves(value))]
+def _same(given: Sequence[Any], gone: Sequence[Remote], records: Sequence[Saved]) -> _Found | None:
+    """Where all of the lost values were saved themselves. The others are left as they are."""
+    places: dict[int, tuple[Saved, int]] = {}
+    for leaf in gone:
+        hit = next(((r, i) for r in records if (i := r.index(leaf)) is not None), None)
+        if hit is None:
+            return None
+        places[id(leaf)] = hit
+    used = list({id(record): record for record, _ in places.values()}.values())
+
+    def take() -> Sequence[Any]:
+        read = {id(r): leaves_of(r, {i for record, i in places.values() if record is r}) for r in used}
+
+        def of(leaf: Any) -> Any:
+            record, index = places.get(id(leaf), (None, 0))
+            return leaf if record is None else read[id(record)][index]
+
+        return tree_map(of, list(given))
+
+    return _Found([record.path for record in used], [leaf.lineage for leaf in gone], take)
+
+
+def _before(given: Sequence[Any], records: Iterable[Saved]) -> _Found | None:
+    """The newest saved tree from which all lost arguments come."""
     for record in records:
-        places: dict[int, tuple[int, int]] = {}
-        for i in sorted(kept, key=lambda i: i not in lost):
-            place = record.place(given[i])
-            if place is None:
-                continue
-            if place in places.values():  # two arguments of one kind, and the tree has one of them
-                if i in lost:
-                    break
-                continue
-            places[i] = place
-        else:
-            if all(i in places for i in lost):
-                return record, places
+        places = _places(given, record)
+        if places is None:
+            continue
+        taken = {i: (given[i], place) for i, place in places.items()}
+        origins = [o for place in places.values() for o in record.origins[slice(*place)] if o is not None]
+
+        def take(record: Saved = record, taken: Mapping[int, tuple[Any, Place]] = taken) -> Sequence[Any]:
+            values = taken_from(record, taken)
+            return [values.get(i, value) for i, value in enumerate(given)]
+
+        return _Found([record.path], list({origin.mark for origin in origins}), take)
     return None
+
+
+def _places(given: Sequence[Any], record: Saved) -> dict[int, Place] | None:
+    """The place of each argument that comes from a saved tree. None if a lost one does not, or if what does could be
+    taken for something else."""
+    places: dict[int, Place] = {}
+    moved: dict[tuple[Any, ...], int] = {}
+    for i, value in enumerate(given):
+        remotes = [leaf for leaf in tree_leaves(value) if type(leaf) is Remote]
+        heirs = {tuple(record.origins[slice(*p)]): p for p in record.fitting(value) if record.precedes(value, p)}
+        if len(heirs) > 1:  # one may have it as it is
+            heirs = {o: p for o, p in heirs.items() if all(record.index(leaf) in range(*p) for leaf in remotes)}
+        if len(heirs) == 1 and remotes:
+            ((origins, places[i]),) = heirs.items()
+            if all(record.index(leaf) is not None for leaf in remotes):
+                continue
+            if origins in moved:
+                return None
+            moved[origins] = i
+        elif any(leaf.is_lost() for leaf in remotes):
+            return None
+    return places if not _others(given, places, record) else None
+
+
+def _others(given: Sequence[Any], places: Mapping[int, Place], record: Saved) -> bool:
+    """Whether values besides these come from what was sent or read, and saved before a call had made anything of it:
+    then nothing tells which of them go on from it."""
+    origins = [o for place in places.values() for o in record.origins[slice(*place)]]
+    sent = {o.mark for o in origins if o is not None and o.mark.maker is None}
+    leaves = [leaf for i in places for leaf in tree_leaves(given[i]) if type(leaf) is Remote]
+    leaves = [leaf for leaf in leaves if record.index(leaf) is None]
+    here = {(leaf.lineage.maker, leaf.kind.name) for leaf in leaves}
+    types = {leaf.kind.signature[:2] for leaf in leaves}
+    return bool(sent) and any(
+        kind.signature[:2] in types and (batch.lineage.maker, kind.name) not in here
+        for owner in {id(leaf.owner): leaf.owner for leaf in leaves}.values()
+        for batch in (owner.batches() if owner is not None else ())
+        if batch.lineage.maker is not None and batch.lineage.line & sent
+        for kind in (batch.kinds[i] for i in batch.alive.copy())
+    )
+
+
+def _why_not(
+    given: Sequence[Any], gone: Sequence[Remote], records: Sequence[Saved], there: Sequence[Saved], name: str
+) -> str:
+    """What to do where no saved values can be taken."""
+    removed = _same(given, gone, records) or _before(given, records)
+    if removed is not None:
+        return f"the state saved in {removed.paths[0]} is not there any more; save to a directory that stays"
+    lost = [value for value in given if any(type(x) is Remote and x.is_lost() for x in tree_leaves(value))]
+    like = next((record for record in there if any(map(record.fitting, lost))), None)
+    if like is not None:
+        return (
+            f"the tree saved in {like.path} has the structure of what was lost, but may be another one: it was not "
+            f"saved from these values, nor do they come from it alone; fm.save all that {name} is given in one tree, "
+            f"and give it now what fm.load({str(like.path)!r}, cluster) returns, if that is what was lost"
+        )
+    return f"fm.save the state of {name} now and then: then a call goes on from what was saved last"

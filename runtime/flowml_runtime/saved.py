@@ -29,6 +29,7 @@ from flowml.numbers import whole_number
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.checkpoint import nested, newest
 from flowml_runtime.driver.holdings import bytes_on_devices
+from flowml_runtime.driver.lineage import Mark
 from flowml_runtime.driver.remote import Kind as KeptKind
 from flowml_runtime.driver.remote import Owner, Remote
 from flowml_runtime.driver.training.differing import MOST, bounded, differences
@@ -67,26 +68,63 @@ Kind = tuple[Any, tuple[tuple[tuple[int, ...], str], ...]]
 """The structure of a pytree, and the shape and dtype of each leaf."""
 
 
+Place = tuple[int, int]
+"""Leaves of a saved tree, from and to."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A handle that was saved: the mark of its batch, its number, and its name in what its maker returned."""
+
+    mark: Mark
+    number: int
+    name: str
+
+    def precedes(self, leaf: Remote) -> bool:
+        """Whether a value comes from this one: it is the same output of a later call, or this one was sent or read."""
+        maker = self.mark.maker
+        return self.mark in leaf.lineage.line and (
+            maker is None or (leaf.lineage.maker, leaf.kind.name) == (maker, self.name)
+        )
+
+
 @dataclass(frozen=True)
 class Saved:
-    """A tree on the disk. `places` are the leaves, from and to, of itself and of its elements by their kinds; None for
-    a kind that several elements have."""
+    """A tree on the disk. `places` are those of itself and of its elements, by their kinds. `origins` are the handles
+    that its leaves were; None for one that was in this process."""
 
     path: Path
-    places: Mapping[Kind, tuple[int, int] | None]
+    places: Mapping[Kind, Sequence[Place]]
+    origins: Sequence[Origin | None] = ()
 
     @property
     def is_there(self) -> bool:
         """Whether it has not been removed."""
         return (self.path / checkpoints.MANIFEST).is_file()
 
-    def place(self, value: Any) -> tuple[int, int] | None:
-        """The leaves that stand for this value; None if the tree has none of its kind, or several, or the value has
-        leaves that no tree has, such as functions."""
+    def fitting(self, value: Any) -> Sequence[Place]:
+        """The places of the kind of a value. None if it has leaves that no tree has, such as functions."""
         try:
-            return self.places.get(_kind(value))
+            return self.places.get(_kind(value), ())
         except (TypeError, ValueError, OverflowError):
-            return None
+            return ()
+
+    def index(self, leaf: Remote) -> int | None:
+        """The leaf that this very value was."""
+        mark, number = leaf.lineage.mark, leaf.number
+        origins = enumerate(self.origins) if mark is not None else ()
+        return next((i for i, o in origins if o is not None and o.mark is mark and o.number == number), None)
+
+    def precedes(self, value: Any, place: Place) -> bool:
+        """Whether the handles in a value come from the leaves at a place, or are those."""
+        known = [
+            origin is None
+            or (origin.mark is leaf.lineage.mark and origin.number == leaf.number)
+            or origin.precedes(leaf)
+            for (_, leaf), origin in zip(array_leaves(value)[0], self.origins[slice(*place)], strict=True)
+            if type(leaf) is Remote
+        ]
+        return all(known) and any(self.origins[slice(*place)])
 
 
 def _kind(value: Any) -> Kind:
@@ -102,16 +140,20 @@ def _note(tree: Any, path: Path) -> None:
     structure, leaves = tree_structure(tree), [leaf for _, leaf in array_leaves(tree)[0]]
     remotes = [leaf for leaf in leaves if type(leaf) is Remote]
     owners = {id(r.owner): r.owner for r in remotes if r.owner is not None}
-    places: dict[Kind, tuple[int, int] | None] = {}
+    places: dict[Kind, list[Place]] = {}
     fixed, start, whole = leaves_of_modules(tree), 0, 0
     for child in structure.children() if owners else ():
         end = start + child.num_leaves - sum(i in fixed for i in range(whole, whole + child.num_leaves))
         kind = child, _types(leaves[start:end])
-        places[kind] = None if kind in places else (start, end)
+        places.setdefault(kind, []).append((start, end))
         start, whole = end, whole + child.num_leaves
-    places[structure, _types(leaves)] = 0, len(leaves)
+    places[structure, _types(leaves)] = [(0, len(leaves))]
+    origins = [Origin(x.lineage.marked(), x.number, x.kind.name) if type(x) is Remote else None for x in leaves]
     for owner in owners.values():
-        owner.saved[:] = [Saved(path, places), *owner.saved][:MOST_SAVED]
+        owner.saved[:] = [Saved(path, places, origins), *owner.saved][:MOST_SAVED]
+        known = {origin.mark for record in owner.saved for origin in record.origins if origin is not None}
+        for batch in owner.batches():
+            batch.lineage.line &= known
 
 
 def records_of(remotes: Iterable[Remote]) -> list[Saved]:
@@ -120,14 +162,16 @@ def records_of(remotes: Iterable[Remote]) -> list[Saved]:
     return [record for owner in owners.values() for record in owner.saved]
 
 
-def taken_from(record: Saved, values: Mapping[int, tuple[Any, tuple[int, int]]]) -> dict[int, Any]:
+def taken_from(record: Saved, values: Mapping[int, tuple[Any, Place]]) -> dict[int, Any]:
     """Saved values in place of these, which have these leaves of the tree."""
+    read = leaves_of(record, {i for _, place in values.values() for i in range(*place)})
+    return {n: array_leaves(value)[1]([read[i] for i in range(*place)]) for n, (value, place) in values.items()}
+
+
+def leaves_of(record: Saved, indices: Iterable[int]) -> dict[int, Any]:
+    """These leaves of a saved tree, in this process."""
     tree, arrays = _read(record.path)
-    found: dict[int, Any] = {}
-    for number, (value, (start, end)) in values.items():
-        leaves = [_here(arrays[str(i)], tree.leaves[i].dtype) for i in range(start, end)]
-        found[number] = array_leaves(value)[1](leaves)
-    return found
+    return {i: _here(arrays[str(i)], tree.leaves[i].dtype) for i in indices}
 
 
 def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:

@@ -237,8 +237,8 @@ def test_an_equinox_module_is_saved_without_its_functions(threads_cluster: fm.Cl
     assert owner is not None
     record = next(record for record in owner.saved if record.path == where)
     arrays = len(jax.tree.leaves(eqx.filter(model, eqx.is_array)))
-    assert record.place(there[0]) == (0, arrays), "a model has the leaves that are arrays"
-    assert record.place(there) == (0, len(jax.tree.leaves(eqx.filter(whole, eqx.is_array))))
+    assert record.fitting(there[0]) == [(0, arrays)], "a model has the leaves that are arrays"
+    assert record.fitting(there) == [(0, len(jax.tree.leaves(eqx.filter(whole, eqx.is_array))))]
     found = taken_from(record, {0: (there[0], (0, arrays))})[0]
     assert found.activation is model.activation
     assert_equal(eqx.filter(found, eqx.is_array), eqx.filter(model, eqx.is_array))
@@ -249,7 +249,7 @@ def test_functions_elsewhere_in_a_tree_are_refused(threads_cluster: fm.Cluster, 
     for name, take in (("put", lambda: fm.put(tree, threads_cluster)), ("save", lambda: fm.save(tree, tmp_path))):
         with pytest.raises(TypeError, match=rf"{name}: leaf 'f' is of type .*; .*eqx\.partition\(.*combine"):
             take()
-    assert Saved(tmp_path, {}).place(tree) is None, "a tree that has functions cannot be one that was saved"
+    assert not Saved(tmp_path, {}).fitting(tree), "a tree that has functions cannot be one that was saved"
 
 
 def test_workers_read_their_values_and_the_driver_those_of_other_disks(

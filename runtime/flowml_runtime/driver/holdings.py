@@ -111,6 +111,11 @@ class Holdings:
         with self._lock:
             return self._bytes.get(device, 0)
 
+    def batches(self) -> list[Batch]:
+        """Those with handles."""
+        with self._lock:
+            return list(self._batches)
+
     def bring(self, arrays: Sequence[Any], kinds: Sequence[Kind], call: str) -> Batch:
         """Send arrays to the devices of their `kinds`, where they stay. Returns when they are on their way."""
         batch = self.batch(kinds, call)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import not_
@@ -91,6 +91,8 @@ class LoadedPlan:
     """What the last call overwrote, and the bytes that it added; see `growth`."""
     unread: frozenset[int] = field(default=frozenset(), repr=False)
     """Those of them that no device is fed with."""
+    maker: Hashable = field(default=None, repr=False)
+    """The function, as the lineage of its results names it."""
     captures: Captures = field(default_factory=dict[tuple[str, int], Remote], repr=False)
     """The large arrays that the function closes over, on the devices that read them. They stay while this is loaded."""
     waits: bool = field(default=True, repr=False)

@@ -24,6 +24,7 @@ from flowml.ir._jax import ArrayImpl, array_type, default_sharding, register_arr
 from flowml.ir.keys import key_dtype
 from flowml.plan import ArraySpec
 from flowml_runtime.driver.donation import Donation
+from flowml_runtime.driver.lineage import Lineage
 from flowml_runtime.membership.advice import BEGIN_AGAIN
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Owner(Protocol):
     def write(self, remotes: Sequence[Remote], folder: Path, token: str) -> Iterator[tuple[Remote, Entry]]: ...
     def freed(self, batch: Batch, indices: Sequence[int]) -> None: ...
     def used_up(self, batch: Batch, indices: Sequence[int]) -> None: ...
+    def batches(self) -> list[Batch]: ...
 
 
 class Kind:
@@ -77,6 +79,7 @@ class Batch:
         "gone",
         "here",
         "kinds",
+        "lineage",
         "lost",
         "owner",
         "sizes",
@@ -88,6 +91,7 @@ class Batch:
         """None once the cluster is closed."""
         self.first = first
         self.kinds = kinds
+        self.lineage = Lineage(kinds)
         self.sizes = sizes
         """Device -> the bytes of all values there."""
         self.call = call
@@ -355,6 +359,11 @@ class Remote(jax.Array):
         """For the runtime: the session of the value; None if its cluster is closed."""
         return self._batch.owner
 
+    @property
+    def lineage(self) -> Lineage:
+        """For the runtime: which saved values its batch comes from."""
+        return self._batch.lineage
+
     def _what(self) -> str:
         return f"the kept value {self.kind.name!r} of {self._batch.call}"
 
@@ -459,6 +468,10 @@ _batch_of = attrgetter("_batch")
 _index_of = attrgetter("_index")
 kind_of = attrgetter("kind")
 number_of = attrgetter("number")
+
+
+def lineages(remotes: Sequence[Remote]) -> list[Lineage]:
+    return list({batch.lineage for batch in set(map(_batch_of, remotes))})
 
 
 def _operator(name: str) -> Callable[..., Any]:

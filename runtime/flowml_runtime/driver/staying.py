@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from flowml.devices import Device
+from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.holdings import Holdings
+from flowml_runtime.driver.lineage import Lineage, inherited
 from flowml_runtime.driver.loaded_plan import LoadedPlan, check_donations
-from flowml_runtime.driver.remote import Kind, Remote
+from flowml_runtime.driver.remote import Kind, Remote, lineages
 from flowml_runtime.execution.programs import Array
 
 
@@ -28,6 +30,7 @@ def outputs(
     call = f"a call of {handle.plan.name}"
     held.check_room(handle.growth(buffers), devices, call)
     batch = held.batch(handle.kinds, call, handle.kept_bytes)
+    batch.lineage = _lineage(handle, handle.kinds, buffers)
     return batch.handles(), batch.first
 
 
@@ -45,7 +48,16 @@ def results(
         device = handle.plan.devices[0] if handle.plan.devices else devices[0].name
         left = [handle.plan.outputs[p] for p in handle.brought]
         kinds = [Kind(o.spec, device, o.name) for o in left]
-        brought = held.bring([flat[p] for p in handle.brought], kinds, f"a call of {handle.plan.name}").handles()
+        batch = held.bring([flat[p] for p in handle.brought], kinds, f"a call of {handle.plan.name}")
+        batch.lineage = kept[0].lineage if kept else _lineage(handle, kinds, buffers)
+        brought = batch.handles()
         for position, remote in zip(handle.brought, brought, strict=True):
             flat[position] = remote
     return flat
+
+
+def _lineage(handle: LoadedPlan, kinds: Sequence[Kind], buffers: Sequence[Any]) -> Lineage:
+    """That of the outputs of a call."""
+    given = lineages([b for b in buffers if type(b) is Remote])
+    line = inherited(given, lambda: frozenset(signature(b)[:2] for b in buffers if type(b) is not Remote))
+    return Lineage(kinds, handle.maker, line)
