@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import flowml as fm
+from flowml_runtime.saved import MOST_SAVED
 from tests.conftest import wait_until
 
 WORKER = "worker:1"
@@ -221,3 +222,29 @@ def test_a_loop_goes_on_after_each_loss(cluster: fm.Cluster, tmp_path: Path, fir
         lose(cluster)
         state, value = again(lambda state=state: train(state, 1.0))
         assert value == 1
+
+
+def test_arguments_that_were_loaded_together_go_on_before_the_next_save(cluster: fm.Cluster, tmp_path: Path) -> None:
+    """Their structures differ, and leaves of both have one type. One of them alone could be the other's."""
+
+    def with_moments(model: Any, moments: Any, x: Any) -> Any:
+        return step(model, x)[0], {"of": step(moments["of"], x)[0]}, jnp.sum(model["w"]) / 4
+
+    train, values = placed(with_moments, cluster, (0, 1)), placed(sums, cluster)
+    fm.save((tree(1, cluster), {"of": tree(0, cluster)}), tmp_path)
+    model, moments = fm.load(tmp_path, cluster)
+    for _ in range(2):
+        model, moments, _ = train(model, moments, 1.0)
+    lose(cluster)
+    refused(lambda: values(model), tmp_path)
+    assert again(lambda: train(model, moments, 1.0))[2] == 1
+
+
+def test_a_long_loop_remembers_few_saves(cluster: fm.Cluster, tmp_path: Path) -> None:
+    train, mean_of = placed(step, cluster, 0), placed(average, cluster, 0)
+    model, mean = tree(1, cluster), tree(100, cluster)
+    for _ in range(3 * MOST_SAVED):
+        model, _ = train(model, 1.0)
+        fm.save(model, tmp_path)
+        mean = mean_of(mean, model)
+    assert 0 < len(mean["w"].lineage.line) <= MOST_SAVED + 1
