@@ -96,11 +96,13 @@ class Saved:
     path: Path
     places: Mapping[Kind, Sequence[Place]]
     origins: Sequence[Origin | None] = ()
+    written: tuple[int, int] | None = None
+    """See `_written_at`."""
 
     @property
     def is_there(self) -> bool:
-        """Whether it has not been removed."""
-        return (self.path / checkpoints.MANIFEST).is_file()
+        """Whether it has been neither removed nor replaced by another tree."""
+        return self.written is not None and _written_at(self.path) == self.written
 
     def fitting(self, value: Any) -> Sequence[Place]:
         """The places of the kind of a value. None if it has leaves that no tree has, such as functions."""
@@ -127,6 +129,15 @@ class Saved:
         return all(known) and any(self.origins[slice(*place)])
 
 
+def _written_at(path: Path) -> tuple[int, int] | None:
+    """What tells a tree from one that is saved at the same place later. None if there is none."""
+    try:
+        found = (path / checkpoints.MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
+
+
 def _kind(value: Any) -> Kind:
     return tree_structure(value), _types(leaf for _, leaf in array_leaves(value)[0])
 
@@ -150,7 +161,7 @@ def _note(tree: Any, path: Path) -> None:
     places[structure, _types(leaves)] = [(0, len(leaves))]
     origins = [Origin(x.lineage.marked(), x.number, x.kind.name) if type(x) is Remote else None for x in leaves]
     for owner in owners.values():
-        owner.saved[:] = [Saved(path, places, origins), *owner.saved][:MOST_SAVED]
+        owner.saved[:] = [Saved(path, places, origins, _written_at(path)), *owner.saved][:MOST_SAVED]
         known = {origin.mark for record in owner.saved for origin in record.origins if origin is not None}
         for batch in owner.batches():
             batch.lineage.line &= known

@@ -3,6 +3,7 @@ error says that it could be another one."""
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -248,3 +249,14 @@ def test_a_long_loop_remembers_few_saves(cluster: fm.Cluster, tmp_path: Path) ->
         fm.save(model, tmp_path)
         mean = mean_of(mean, model)
     assert 0 < len(mean["w"].lineage.line) <= MOST_SAVED + 1
+
+
+def test_a_tree_that_was_saved_at_the_place_of_another_is_not_taken_for_it(cluster: fm.Cluster, tmp_path: Path) -> None:
+    a, b = tree(1, cluster), tree(100, cluster)
+    where = fm.save(b, tmp_path / "saved")
+    shutil.rmtree(tmp_path / "saved")
+    assert fm.save(a, tmp_path / "saved") == where
+    lose(cluster)
+    with pytest.raises(fm.WorkerLostError, match=f"saved in {where} is not there any more"):
+        placed(sums, cluster)(b)
+    assert again(lambda: placed(sums, cluster)(a)) == [1]
