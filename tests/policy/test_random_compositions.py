@@ -45,6 +45,9 @@ from flowml_tools.faults.draws import KINDS, WHOLES, policies
 from flowml_tools.faults.history import DRIVER, History, Turn
 from flowml_tools.faults.layout import make
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*, and the fit has :flowml.FlowmlWarning")
+"""Periods and steps are drawn apart, so some fits end before the first exchange."""
+
 RANDOMS = st.randoms(use_true_random=False)
 SEEDS = st.integers(0, 2**32)
 

@@ -17,7 +17,10 @@ import pytest
 import flowml as fm
 from tests.training.reference import FEATURES, assert_close, data, optax_loop
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*for all layers at once:flowml.FlowmlWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*for all layers at once:flowml.FlowmlWarning"),
+    pytest.mark.filterwarnings("ignore:.*, and the fit has :flowml.FlowmlWarning"),  # periods and steps are drawn apart
+]
 """Policies are mixed at random, so some quorums take no effect beside others."""
 
 SOURCE = data()
