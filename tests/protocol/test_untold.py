@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+import flowml as fm
 from flowml.policy import Fold, Policy, Quorum
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.accounts import Settle
 from flowml_runtime.protocol.training.store_terms import StoreTerms
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.protocol.training.untold import Untold
+from flowml_tools.faults import campaign
 from flowml_tools.faults.campaign import check_rest
+from flowml_tools.faults.cases import Case
 from flowml_tools.faults.checker import check
 from flowml_tools.faults.layout import make
 
@@ -62,6 +65,24 @@ def test_a_push_contains_the_steps_before_it_that_were_certainly_not_skipped() -
     assert fates(untold, 4, 8) == {4: ("dropped", ()), 8: ("used", ())}
     untold.report(2, 4)
     assert fates(untold, 4, 8) == {4: ("used", ()), 8: ("used", ())}
+
+
+def test_a_decision_that_can_leave_out_only_lost_replicas_is_no_reason_to_skip() -> None:
+    """The push of clock 3 contains clock 2, although the other group has decided clock 5 without the replica."""
+    told = commit(0), commit(1, group=1), commit(3), commit(5, 2, group=1), commit(6, 2)
+    push, other = Policy(every=fm.Every(3, offset=1)), fm.Every(4, offset=2)
+    for quorum in (Quorum(), Quorum(0.75)):
+        found = fates(noted(terms(push, Policy(quorum=quorum, every=other)), *told), 2, 3, 4)
+        assert found == {2: ("used", (1,)), 3: ("used", (1,)), 4: ("dropped", ())}
+    found = fates(noted(terms(push, Policy(quorum=Quorum(2), every=other)), *told), 2, 3)
+    assert found == {2: ("dropped", ()), 3: ("used", (1,))}, "it may have skipped clock 2"
+
+
+def test_a_push_of_several_steps_counts_whole_where_other_layers_go_on_without_the_lost_replica() -> None:
+    """The reports of some of its steps were not heard, and those counted as dropped."""
+    case = Case.of(42206)
+    assert case.lost is not None
+    assert campaign.run(case) is None
 
 
 def test_a_store_without_decisions_counts_what_was_certainly_finished() -> None:

@@ -11,9 +11,10 @@ know:
 An item of a lost replica gets the fate that the replica would have told (`Accounts`), if its step was certainly
 finished. That is so if a decision has its contribution, or if the replica has reported the step. A later contribution
 or report is enough where the replica cannot have skipped the clock: because the policies skip none, or because the
-next decision of each group contains work of the replica. All other items are dropped. A run whose steps leave
-out microbatches keeps no decisions, because they do not say how many, and neither does one with a code or copies, whose
-items the ledger counts by itself. An item that would be drawn again is dropped, because the run is over.
+next decision of each group contains work of the replica, or can leave out only lost ones. All other items are dropped.
+A run whose steps leave out microbatches keeps no decisions, because they do not say how many, and neither does one with
+a code or copies, whose items the ledger counts by itself. An item that would be drawn again is dropped, because the
+run is over.
 """
 
 from __future__ import annotations
@@ -145,14 +146,14 @@ class _Steps:
         self._terms = terms
         self._sure = set(reported)
         self._decided: defaultdict[int, list[tuple[int, bool]]] = defaultdict(list)
-        """Group -> its decisions in order: (clock, whether it leaves the replica out)."""
+        """Group -> its decisions in order: (clock, whether it may have left the replica out while that lived)."""
         for commit in told:
             group, event = terms.groups[commit.group], _decided(commit)
             if terms.counted_as(group, replica) != replica or group.number in terms.above:
                 continue  # it is about the push of a site
             self._sure.update(clock for who, clock in commit.folded if who == replica)
             out = event.leaves_out(replica)
-            self._decided[group.number].append((commit.clock, out))
+            self._decided[group.number].append((commit.clock, out and group.drops))
             if not out:
                 self._sure.add(commit.clock)
         self.newest = max(self._sure, default=-1)
