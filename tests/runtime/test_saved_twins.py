@@ -174,6 +174,22 @@ def test_outputs_of_one_call_are_told_apart(cluster: fm.Cluster, tmp_path: Path)
     assert again(lambda: values(a, b)) == [2, 110]
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_outputs_that_the_caller_exchanges_on_each_turn(cluster: fm.Cluster, tmp_path: Path, turns: int) -> None:
+    """After an even number of turns each had the other's name, and got its values."""
+    train, values = placed(both, cluster, (0, 1)), placed(sums, cluster)
+    a, b = train(tree(1, cluster), tree(100, cluster), 1.0)
+    fm.save((a, b), tmp_path)
+    for _ in range(turns):
+        a, b = train(a, b, 1.0)
+        a, b = b, a
+    lose(cluster)
+    if turns == 1:
+        assert again(lambda: values(a, b)) == [110, 2]
+    else:
+        refused(lambda: values(a, b), tmp_path)
+
+
 def test_one_of_two_outputs_that_was_not_saved_is_refused(cluster: fm.Cluster, tmp_path: Path) -> None:
     train, values = placed(both, cluster, (0, 1)), placed(sums, cluster)
     a, b = tree(1, cluster), tree(100, cluster)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from flowml.devices import Device
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.holdings import Holdings
-from flowml_runtime.driver.lineage import Lineage, inherited
+from flowml_runtime.driver.lineage import Lineage, Mark, inherited
 from flowml_runtime.driver.loaded_plan import LoadedPlan, check_donations
-from flowml_runtime.driver.remote import Kind, Remote, lineages
+from flowml_runtime.driver.remote import Kind, Remote, lineages, number_of
 from flowml_runtime.execution.programs import Array
 
 
@@ -58,6 +58,29 @@ def results(
 
 def _lineage(handle: LoadedPlan, kinds: Sequence[Kind], buffers: Sequence[Any]) -> Lineage:
     """That of the outputs of a call."""
-    given = lineages([b for b in buffers if type(b) is Remote])
+    remotes = [b for b in buffers if type(b) is Remote]
+    given = lineages(remotes)
     line = inherited(given, lambda: frozenset(signature(b)[:2] for b in buffers if type(b) is not Remote))
+    if line and any(parent.maker == handle.maker for parent in given):
+        line -= _rearranged(remotes, handle.maker)
     return Lineage(kinds, handle.maker, line)
+
+
+def _rearranged(remotes: Sequence[Remote], maker: Hashable) -> frozenset[Mark]:
+    """The marks of outputs of an earlier call of the same function that it gets in another order than it has returned
+    them in. Then nothing tells whether an output comes from the saved one of its name, or from another of its type with
+    which the caller has exchanged it."""
+    numbers = list(map(number_of, remotes))
+    if numbers == sorted(numbers):  # nearly always
+        return frozenset()
+    found = frozenset[Mark]()
+    newest: dict[tuple[Any, ...], int] = {}
+    for remote, number in zip(remotes, numbers, strict=True):
+        lineage = remote.lineage
+        if lineage.maker != maker:
+            continue
+        at = lineage, remote.kind.signature[:2]
+        if number < newest.get(at, number):
+            found |= lineage.line
+        newest[at] = number
+    return found
