@@ -4,6 +4,9 @@ An event is a function call. Its *label* is a number that says what happens wher
 the label of every event, so two runs with one hash did the same things at the same times. It is a sum over events, so
 that several processes can each hash their own.
 
+Few events wait in a heap. A heap of many reaches for memory all over. So `_Queue` then keeps only the next ones in a
+heap, and the others by spans of time, each of which it sorts when its turn comes.
+
 A clock stops at the end of its *window*, `until`, and then calls `meet`, which may move that end. So several clocks
 agree (`parallel`). A clock that is alone has a window without end.
 """
@@ -15,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from heapq import heappop, heappush
 from operator import length_hint
-from typing import Any
+from typing import Any, Final
 
 from flowml.sim.draws import hashed
 
@@ -23,11 +26,115 @@ Act = Callable[..., None]
 _Event = tuple[int, Act, tuple[Any, ...]]
 """The label, the function and its arguments."""
 _Group = list[_Event]
-"""Events of one time, in order. A broadcast is one entry of the heap."""
+"""Events of one time, in order. A broadcast is one entry of the queue."""
+_Entry = tuple[float, int, _Group]
+"""The time of a group, its number, and its events."""
 
 _FLUSH = 8192
 """Events that are gathered before they are hashed."""
 _WORD = 2**64 - 1
+_MANY: Final = 4096
+"""So many entries are divided among spans. With fewer a heap is as fast."""
+_SPAN: Final = 512
+"""About the entries of a span: so many that the span itself costs little, so few that a cache of memory holds them."""
+_LAST: Final = 2.0**52
+"""The number of the span of all that is very late. A float holds each number up to it."""
+
+
+class _Queue:
+    """Entries in the order of their times, and of their numbers where times are equal."""
+
+    def __init__(self) -> None:
+        self._heap: list[_Entry] = []
+        """Entries that came for a time before `_edge`."""
+        self._sorted: list[_Entry] = []
+        """What is left of the span before `_edge`. The next entry is the last."""
+        self._rate = 0.0
+        """The spans of a second; 0 while all is in the heap."""
+        self._edge = 1.0
+        """The number of the first span that is not sorted yet."""
+        self._spans: dict[float, list[_Entry]] = {}
+        """The entries of these spans, by number."""
+        self._numbers: list[float] = []
+        """The numbers of these spans, as a heap."""
+        self._most = _MANY
+        """If more entries are in the heap, or in a span, spans of another length may be better."""
+        self._most_spans = _MANY
+        """The same if there are more of them."""
+
+    def put(self, entry: _Entry) -> None:
+        place = entry[0] * self._rate
+        if place < self._edge:
+            heappush(self._heap, entry)
+            if len(self._heap) > self._most:
+                self._divide()
+            return
+        number = place // 1.0 if place < _LAST else _LAST
+        span = self._spans.get(number)
+        if span is not None:
+            span.append(entry)
+            return
+        self._spans[number] = [entry]
+        heappush(self._numbers, number)
+        if len(self._numbers) > self._most_spans:
+            self._divide()
+
+    @property
+    def head(self) -> float:
+        """The time of the next entry; infinite if there is none."""
+        while not self._heap and not self._sorted:
+            if not self._numbers:
+                return math.inf
+            self._sort_next()
+        if not self._sorted:
+            return self._heap[0][0]
+        when = self._sorted[-1][0]
+        return min(when, self._heap[0][0]) if self._heap else when
+
+    def take(self) -> _Entry:
+        """Remove the next entry. `head` has said that there is one."""
+        heap, ordered = self._heap, self._sorted
+        if heap and ordered:
+            when, number, _ = heap[0]
+            other, its_number, _ = ordered[-1]
+            return ordered.pop() if other < when or (other == when and its_number < number) else heappop(heap)
+        return ordered.pop() if ordered else heappop(heap)
+
+    def clear(self) -> None:
+        for entries in (self._heap, self._sorted, self._numbers, self._spans):
+            entries.clear()
+        self._rate, self._edge, self._most, self._most_spans = 0.0, 1.0, _MANY, _MANY
+
+    def _sort_next(self) -> None:
+        number = heappop(self._numbers)
+        self._sorted = span = self._spans.pop(number)
+        span.sort(reverse=True)
+        self._edge = number + 1.0 if number < _LAST else math.inf
+        if not self._numbers and len(span) < _SPAN:  # few are left
+            self._heap, self._sorted = span[::-1], []
+            self._rate, self._edge, self._most, self._most_spans = 0.0, 1.0, _MANY, _MANY
+        elif len(span) > self._most:
+            self._divide()
+
+    def _divide(self) -> None:
+        """Choose the length of spans by the entries there are, and divide these among them."""
+        entries = [*self._heap, *self._sorted, *(entry for span in self._spans.values() for entry in span)]
+        self.clear()
+        entries.sort()
+        count = len(entries)
+        times = [entry[0] for entry in entries[:: count // 1024] if entry[0] < math.inf]
+        first, last = (times[0], times[-1]) if times else (0.0, 0.0)
+        half = times[len(times) * 3 // 4] - times[len(times) // 4] if times else 0.0
+        length = max(half * 2 * _SPAN, (last - first) * 8) / count  # few far entries do not make all spans long
+        if last < length * _LAST:
+            self._rate = 1 / length
+            self._edge = first * self._rate // 1.0 + 1.0
+        self._most = self._most_spans = count
+        for entry in entries:
+            self.put(entry)
+        longest = max([len(self._heap), *map(len, self._spans.values())])
+        self._most = max(_MANY, count // 32, longest * 2)  # what cannot be divided is not tried again and again
+        self._most_spans = max(_MANY, len(self._numbers) * 2)
 
 
 class Clock:
@@ -40,7 +147,7 @@ class Clock:
         """The end of the window. Events at this time or later wait."""
         self.meet: Callable[[], bool] = lambda: False
         """Called at the end of the window. Returns whether there is another one."""
-        self._heap: list[tuple[float, int, _Group]] = []
+        self._queue = _Queue()
         self._scheduled = 0
         self._last = -1.0
         self._open: _Group = []
@@ -81,7 +188,7 @@ class Clock:
         self._last = when
         self._open = group = [(label, act, args)]
         self._scheduled = number = self._scheduled + 1
-        heappush(self._heap, (when, number, group))
+        self._queue.put((when, number, group))
 
     def numbered(self) -> int:
         """The next number, for an event that another clock has. No later event joins a group that is before it."""
@@ -91,7 +198,7 @@ class Clock:
 
     def put_all(self, when: float, number: int, group: _Group) -> None:
         """Let a group of events happen at the time `when`. Those of one time happen in the order of their numbers."""
-        heappush(self._heap, (when, number, group))
+        self._queue.put((when, number, group))
 
     @property
     def place(self) -> tuple[float, int]:
@@ -100,13 +207,13 @@ class Clock:
 
     def clear(self) -> None:
         """Forget all that has not happened."""
-        self._heap.clear()
+        self._queue.clear()
         self._open, self._rest = [], iter(())
 
     @property
     def head(self) -> float:
         """The time of the next event; infinite if there is none."""
-        return self._heap[0][0] if self._heap else math.inf
+        return self._queue.head
 
     def open(self, until: float, number: int) -> None:
         """Begin the next window, which ends at `until`. What is scheduled in it gets numbers from `number` on."""
@@ -123,7 +230,7 @@ class Clock:
         """Let events happen as long as `idle` returns True. Returns False if there are no more events before."""
         if not idle():
             return True
-        labels, heap = self._labels, self._heap
+        labels, queue = self._labels, self._queue
         while True:
             for label, act, args in self._rest:
                 labels.append(label)
@@ -132,13 +239,13 @@ class Clock:
                     return True
             if self._open is self._group:
                 self._last = -1.0  # none joins a group whose end has come
-            if not heap or heap[0][0] >= self.until:
+            if queue.head >= self.until:
                 if not self.meet():
                     return False
                 continue
             if len(labels) >= self._most:
                 self._flush()
-            self.now, number, self._group = heappop(heap)
+            self.now, number, self._group = queue.take()
             self._rest = iter(self._group)
             self._times.append(self.now)
             self._numbers.append(number)
@@ -147,7 +254,7 @@ class Clock:
     def run(self, limit: int) -> None:
         """Let all events happen. Raises RuntimeError if they do not end after `limit` events."""
         most = self.events + limit
-        if self.go_on(lambda: self.events < most) and (self._heap or length_hint(self._rest)):
+        if self.go_on(lambda: self.events < most) and (self.head < math.inf or length_hint(self._rest)):
             raise RuntimeError(f"the simulation does not end: {limit} events have happened by {self.now} s")
 
     @property
