@@ -20,7 +20,9 @@ from flowml.policy import Fold, ParameterServer
 from flowml_runtime.driver.training import saving
 from flowml_runtime.environment import checkpoints
 from flowml_runtime.launch.launched import LaunchedCluster
+from flowml_runtime.transport.ending import Ending
 from tests.conftest import wait_until
+from tests.training.test_kills import doom
 
 REPLICAS, STEPS = 4, 320
 SILENT, SILENT_AT, LOST_AT = "worker:3", 10, 240
@@ -42,16 +44,20 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "MOST_SHARE", 1.0)
 
 
-def falls_silent(cluster: Any, at_end: Callable[[], None] = lambda: None) -> Callable[[dict[str, Any]], None]:
-    """A callback that suspends a worker, and kills it much later. Before that it calls `at_end`."""
+def falls_silent(
+    cluster: Any, at_end: Callable[[], None] = lambda: None, *, suspends: bool = True
+) -> Callable[[dict[str, Any]], None]:
+    """A callback that suspends a worker if it `suspends`, and kills it much later. Before that it calls `at_end`."""
     pid = cluster.pids[SILENT]
 
     def callback(record: dict[str, Any]) -> None:
         step = record["step"]
         if step == LOST_AT:
             at_end()
-        if step in (SILENT_AT, LOST_AT):
-            os.kill(pid, signal.SIGSTOP if step == SILENT_AT else signal.SIGKILL)
+        if step == SILENT_AT and suspends:
+            os.kill(pid, signal.SIGSTOP)
+        if step == LOST_AT:
+            os.kill(pid, signal.SIGKILL)
         if SILENT_AT < step <= LOST_AT:
             time.sleep(0.02)  # snapshots are taken by time
 
@@ -135,6 +141,26 @@ def test_others_lose_few_steps(patient: fm.Cluster, policy: fm.Policy, on_loss: 
         counted = 1 / weights[weights != 0]
         np.testing.assert_allclose(counted, np.where(counted < 3.5, 3, 4), rtol=1e-6, err_msg="each once")
         np.testing.assert_allclose(weights.sum(), STEPS, rtol=1e-4, err_msg="each step once")
+
+
+SUSPENDED = (
+    *("before send Report 9", "before send Contribution 20", "after send Contribution 19", "after send Settled 2"),
+    *("before send Ask 2", "soon take Published 12"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:worker.3 was lost")
+@pytest.mark.parametrize("policy", [fm.policies.asynchronous(), fm.policies.quorum(0.75)], ids=["free", "quorum"])
+@pytest.mark.parametrize("at", SUSPENDED)
+def test_a_worker_is_suspended_at_a_point(patient: fm.Cluster, at: str, policy: fm.Policy) -> None:
+    """Before its report, a step counts of which no record can tell."""
+    when, verb, message, number = at.split()
+    doom(patient, SILENT, Ending(when, verb, message, int(number), suspended=True))  # type: ignore[arg-type]
+    found = count(patient, policy, "replace", falls_silent(patient, suspends=False))
+    [loss] = found.losses
+    assert BEFORE < loss.resumed_at <= loss.step + 1
+    assert [record["step"] for record in found.history] == list(range(STEPS))
+    check(found)
 
 
 @pytest.mark.filterwarnings("ignore:worker.3 was lost")

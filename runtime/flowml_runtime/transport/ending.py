@@ -1,4 +1,4 @@
-"""For tests of losses: ends a worker's process at a named point of a run, as kill -9 does.
+"""For tests of losses: ends or suspends a worker's process at a named point of a run, as kill -9 or SIGSTOP does.
 
 A point is the moment before or after the n-th message of a type is sent or taken. Everything that processes
 do for each other in a run is a message, so these points cover a run. A worker without an `Ending` runs none of this.
@@ -20,17 +20,19 @@ from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 
 
 class Ending(msgspec.Struct, frozen=True):
-    """Where a process ends. `soon`: some time in the millisecond after, while the message is being processed."""
+    """Where a process ends. `soon`: some time in the millisecond after, while the message is being processed.
+    `suspended`: it stops there, and may be woken."""
 
     when: Literal["before", "after", "soon"]
     verb: Literal["send", "take"]
     message: str
     """The name of a class in `wire`."""
     number: int = 1
+    suspended: bool = False
 
     def __str__(self) -> str:
         times = "" if self.number == 1 else f" {self.number}"
-        return f"{self.when} {self.verb} {self.message}{times}"
+        return f"{self.when} {self.verb} {self.message}{times}{', suspended' * self.suspended}"
 
 
 class Ends:
@@ -73,16 +75,18 @@ class Ends:
             self._left -= 1
             here = self._left == 0
         if here and self._at.when == "before":
-            _kill()
+            self._stop()
         return here
 
     def _end(self, here: bool) -> None:
         if here and self._at.when == "after":
-            _kill()
+            self._stop()
         elif here:
-            service.start("flowml-ending", lambda: (threading.Event().wait(1e-3), _kill()), lambda _: _kill())
+            service.start("flowml-ending", lambda: (threading.Event().wait(1e-3), self._stop()), lambda _: self._stop())
 
-
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-    signal.pause()  # the signal may reach the process in another thread
+    def _stop(self) -> None:
+        if self._at.suspended:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+        signal.pause()  # the signal may reach the process in another thread

@@ -154,7 +154,7 @@ class Fit:
                     show(self._observer.ready(records, self._time.now() - began))
             seconds = self._time.now() - began
             sent, crossed = totals(self._training, self._machine.traffic.values())
-            show(self._observer.rest(self._history.rest(self._options.total), seconds, sent, crossed), over=True)
+            show(self._observer.rest(self._history.rest(self._aligned * self.total), seconds, sent, crossed), over=True)
             seconds = self._time.now() - began
         finally:
             progress.close()
@@ -165,7 +165,7 @@ class Fit:
     def held(self, step: int, seconds: float) -> list[Record]:
         """The records before a step that this run, which has ended early after `seconds`, has not shown."""
         waited = self.saving.copies.go_back(step) if self.saving.copies else []
-        rest = self._observer.rest(self._history.rest(), seconds, {}, {})
+        rest = self._observer.rest(self._history.rest(step), seconds, {}, {})
         return [*waited, *(r for r in rest if r["step"] < step)]
 
     # The endpoint's threads.
@@ -373,7 +373,7 @@ class Fit:
     def _save(self, action: protocol.Save) -> None:
         """Take a snapshot. Its step is the clock of all replicas, or what they have reported without common clocks."""
         ledger, key = self._machine.kept(action), key_of(self._handle.plan_id, self._options.run, action.number)
-        step = self._history.reached_with(ledger.used) if ledger and not self._aligned else max(action.stopped.clocks)
+        step = self._history.filled(ledger.used) if ledger and not self._aligned else max(action.stopped.clocks)
         self.saving.save(self._training, step, action, ledger, self._taken, self._time.now(), key)
 
     def _send_model(self) -> None:

@@ -117,10 +117,11 @@ class History:
         """The number of steps that are reported in full, if replicas share no clocks."""
         return self._complete // self._row
 
-    def reached_with(self, used: int) -> int:
-        """The number of steps that are reported in full and that so many used items fill. Steps that are done again,
-        because what they made was lost with their replica, were reported already."""
-        return min(self.reached, used // self._row)
+    def filled(self, used: int) -> int:
+        """The number of steps that so many used items fill. There may be more reports, of steps that are done again
+        because what they made was lost with their replica, and fewer: a silent replica does not report its last
+        steps."""
+        return used // self._row
 
     def missed(self, replica: int, items: Sequence[wire.Item]) -> None:
         """These steps of a lost replica count, and it could not report them any more."""
@@ -240,9 +241,9 @@ class History:
         return found
 
     def rest(self, steps: int = 0) -> list[Record]:
-        """Records of all remaining steps, after the last report: of so many at least, where replicas share clocks."""
+        """Records of all remaining steps, after the last report: of so many at least."""
         found: list[Record] = []
-        while (self._aligned and self.step < steps) or (self._open and self.step <= max(self._open)):
+        while self.step < steps or (self._open and self.step <= max(self._open)):
             found.append(self._close())
         return found
 

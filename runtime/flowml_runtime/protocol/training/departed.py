@@ -102,7 +102,8 @@ class Departed:
 
     def without(self, work: Work, taken: wire.Stopped, replicas: Collection[int]) -> LedgerState | None:
         """The accounts at a snapshot without these replicas, whose items have the fates that stores say. None if it is
-        not known what replicas have told and not sent, or if a step counts that was not reported: no record has it."""
+        not known what replicas have told and not sent. A step that counts and was not reported has no values for the
+        history."""
         if not self._keeps:
             return None
         all_held = tuple(RETIRED if r in replicas else clock for r, clock in enumerate(taken.clocks))
@@ -111,10 +112,7 @@ class Departed:
         then = Departed(self._terms, ledger, watches=True)
         then._used = {replica: dict(found) for replica, found in self._used.items()}
         for replica in replicas:
-            reached, reported = [store.clocks[replica] for store in taken.stores], self._reported.get(replica, set())
-            if any(clock < max(reached) and clock not in reported for _, clock, _ in ledger.held(replica)):
-                return None
-            then._settle(replica, reached, 0)
+            then._settle(replica, [store.clocks[replica] for store in taken.stores], 0)
         ledger.validate()
         return msgspec.structs.replace(ledger.kept(taken.clocks), unsent=then.unsent())
 
