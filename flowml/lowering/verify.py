@@ -33,27 +33,33 @@ def verify_plan(plan: Plan) -> None:
     """
     sends: Counter[tuple[int, int]] = Counter()
     receives: Counter[tuple[int, int]] = Counter()
-    verified: set[tuple[int, tuple[tuple[int, int], ...]]] = set()
-    """Programs of replicas may share their instructions."""
+    verified: dict[tuple[int, tuple[tuple[int, int], ...]], list[Send | Recv]] = {}
+    """The messages of programs. Those of replicas may share their instructions."""
     for program in plan.programs:
         alike = id(program.instructions), program.constants
-        if alike not in verified:
-            verified.add(alike)
+        messages = verified.get(alike)
+        if messages is None:
+            messages = verified[alike] = [i for i in program.instructions if isinstance(i, Send | Recv)]
             _verify_buffers(program)
             _verify_donations(plan, program)
-        for instruction in program.instructions:
+            _verify_tasks(plan, program)
+        for instruction in messages:
             if isinstance(instruction, Send):
                 sends[instruction.message, instruction.microbatch] += 1
                 source = plan.messages[instruction.message].source
                 require(source == program.device, "lower", f"{program.device} sends a message of {source}")
-            elif isinstance(instruction, Recv):
+            else:
                 receives[instruction.message, instruction.microbatch] += 1
-            elif isinstance(instruction, Run):
-                task = plan.tasks[instruction.task]
-                require(task.executable in plan.executables, "lower", f"{task.name} has no executable")
-                require(len(task.inputs) == len(instruction.inputs), "lower", f"{task.name} gets too many inputs")
     require(sends == receives, "lower", f"sends and receives differ: {sends - receives} {receives - sends}")
     require(all(n == 1 for n in sends.values()), "lower", "a value travels to a device twice")
+
+
+def _verify_tasks(plan: Plan, program: Program) -> None:
+    for instruction in program.instructions:
+        if isinstance(instruction, Run):
+            task = plan.tasks[instruction.task]
+            require(task.executable in plan.executables, "lower", f"{task.name} has no executable")
+            require(len(task.inputs) == len(instruction.inputs), "lower", f"{task.name} gets too many inputs")
 
 
 def _verify_buffers(program: Program) -> None:

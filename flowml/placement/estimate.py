@@ -49,7 +49,7 @@ def estimate(
             f"{stuck.program.instructions[stuck.position]}; this is a bug in flowml, please report it"
         )
     repeats = dict.fromkeys(range(len(messages)), 0)
-    for program in programs:
+    for program in programs if messages else ():
         for instruction in program.instructions:
             if isinstance(instruction, Send):
                 repeats[instruction.message] += 1

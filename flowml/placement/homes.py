@@ -57,6 +57,8 @@ def divide(
 
     Raises PlacementError if a pattern matches no worker, or none is left that computes.
     """
+    if homes == 0:
+        return tuple(devices), ()
     workers = tuple(dict.fromkeys(d.worker for d in devices))
     chosen = _chosen(homes, workers, replicas)
     return tuple(d for d in devices if d.worker not in chosen), tuple(d for d in devices if d.worker in chosen)

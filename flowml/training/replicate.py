@@ -31,10 +31,12 @@ def replicate(template: Template, blocks: Sequence[Mapping[str, str]]) -> Replic
     """Repeat the template for each block (template device -> device). Programs are in the order of replicas."""
     programs: list[Program] = []
     messages: list[Message] = []
+    talking = [any(isinstance(i, Send | Recv) for i in program.instructions) for program in template.programs]
     for block in blocks:
         first = len(messages)
         messages.extend(_message(m, block) for m in template.messages)
-        programs.extend(_program(p, block, first) for p in template.programs)
+        pairs = zip(template.programs, talking, strict=True)
+        programs.extend(_program(p, block, first if talks else None) for p, talks in pairs)
     return Replicated(
         tuple(programs), tuple(messages), tuple(tuple(b[stage] for stage in template.stages) for b in blocks)
     )
@@ -53,10 +55,11 @@ def _message(message: Message, block: Mapping[str, str]) -> Message:
     return Message(source, destination, moved)
 
 
-def _program(program: Program, block: Mapping[str, str], first: int) -> Program:
-    """A program without messages shares its instructions with that of the template: there may be very many replicas."""
+def _program(program: Program, block: Mapping[str, str], first: int | None) -> Program:
+    """A program without messages, `first` is None, shares its instructions with that of the template: there may be very
+    many replicas."""
     instructions = program.instructions
-    if any(isinstance(i, Send | Recv) for i in instructions):
+    if first is not None:
         instructions = tuple(
             msgspec.structs.replace(i, message=i.message + first) if isinstance(i, Send | Recv) else i
             for i in instructions

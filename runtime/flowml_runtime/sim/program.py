@@ -99,7 +99,7 @@ def programs(plan: Plan, training: Training) -> dict[At, StageProgram]:
             instructions = own[device].instructions
             if stage not in shares:
                 shares |= _shares(plan, [own[d].instructions for d in devices])
-            sent = {i.message: edges[i.message] for i in instructions if isinstance(i, Send)}
+            sent = {i.message: edges[i.message] for i in instructions if isinstance(i, Send)} if edges else None
             found[at[device]] = StageProgram(device, instructions, shares[stage], sent or NO_ENTRIES)
     return found
 

@@ -44,9 +44,13 @@ class Variant:
         training = handle.plan.training
         assert training is not None
         found: dict[str, tuple[int, ...]] = {}
+        known: dict[int, tuple[int, ...]] = {}
+        """Programs of replicas may share their instructions."""
         for program in handle.plan.programs:
-            slots = {s for i in program.instructions if isinstance(i, Feed) for s in i.slots}
-            mine = tuple(sorted(s for s in slots if s < training.batch_leaves))
+            mine = known.get(id(program.instructions))
+            if mine is None:
+                slots = {s for i in program.instructions if isinstance(i, Feed) for s in i.slots}
+                mine = known[id(program.instructions)] = tuple(sorted(s for s in slots if s < training.batch_leaves))
             if mine:
                 found[program.device] = mine
         return Variant(handle.plan_id, training.batch_specs, found)
