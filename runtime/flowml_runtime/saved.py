@@ -224,8 +224,8 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
             where = checkpoints.complete(folder, content, entries, keep)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(
-            f"no tree could be saved in {directory}: {error}; what was saved before is as it was; see "
-            "whether the disk is full or read-only"
+            f"no tree could be saved in {directory}: {error}; what was saved before is as it was"
+            f"{checkpoints.advice(error)}"
         ) from error
     _note(tree, where)
     return where

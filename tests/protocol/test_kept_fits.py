@@ -6,6 +6,7 @@ import random
 
 from flowml_runtime.protocol.training.kept_fits import (
     AGAIN_S,
+    MOST_FORGOTTEN,
     MOST_ORPHANS,
     Action,
     Answer,
@@ -60,6 +61,23 @@ def test_a_fit_has_one_driver_until_that_is_lost() -> None:
     assert worker.step(Released("a", "fit", over=True)) == []
     assert worker.owner("a") == "b"
     assert worker.step(Claim("b", "fit", 7)) == [Answer("b", "fit", 7, "", ("a",))]
+
+
+def test_a_lost_driver_of_whose_fit_nothing_is_kept_is_known() -> None:
+    """It may be suspended, and have the directory of the fit."""
+    worker = Worker()
+    worker.owner("a", "early")
+    worker.step(DriverLost("a"))
+    assert worker.step(Claim("b", "early", 3)) == [Answer("b", "early", 3, "", ("a",))]
+    worker.step(Released("b", "early", over=False))
+    assert worker.step(Claim("c", "early", 4)) == [Answer("c", "early", 4, "", ("a",))]
+    worker.step(Released("c", "early", over=True))
+    assert worker.step(Claim("d", "early", 5)) == [Answer("d", "early", 5, "", ())]
+    for number in range(MOST_FORGOTTEN + 1):
+        worker.owner(f"d{number}", f"f{number}")
+        worker.step(DriverLost(f"d{number}"))
+    assert worker.step(Claim("e", "f0", 6)) == [Answer("e", "f0", 6, "", ())]
+    assert worker.step(Claim("e", "f1", 7)) == [Answer("e", "f1", 7, "", ("d1",))]
 
 
 def test_a_part_stays_until_a_later_snapshot_is_complete() -> None:

@@ -22,7 +22,7 @@ import optax
 import pytest
 
 import flowml as fm
-from flowml_runtime.environment import checkpoints
+from flowml_runtime.environment import checkpoints, locks
 from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
 
 ARRAYS = {"a/b": np.arange(6, dtype=np.float32).reshape(2, 3), "c": np.asarray(7), "empty": np.zeros((0, 4), np.int8)}
@@ -267,14 +267,46 @@ def test_a_second_fit_in_the_same_directory_is_refused(threads_cluster: fm.Clust
     here = f"process {os.getpid()} on {socket.gethostname()}"
     assert refused == [f"{tmp_path} is in use by a fit of {here}; wait for its end, stop it, or give another directory"]
     assert len(fitted(threads_cluster, tmp_path, 6, resume="auto").history) == 2, "the lock is given back"
-    assert not (tmp_path / checkpoints.LOCK).exists()
+    assert not (tmp_path / locks.LOCK).exists()
+
+
+def test_a_directory_that_is_removed_under_a_fit_is_locked_again(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    where, refused = tmp_path / "fit", list[str]()
+
+    def remove(record: dict[str, Any]) -> None:
+        if record["step"] == 3:
+            where.rename(tmp_path / "gone")
+        if record["step"] > 3 and not refused and checkpoints.snapshots(where):
+            with pytest.raises(fm.CheckpointError) as error, locks.locked(where):
+                pass
+            refused.append(str(error.value))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the snapshot that was being written is lost
+        fitted(threads_cluster, where, 400, callbacks=[remove])
+    assert "is in use by a fit of process" in refused[0]
+    assert not (where / locks.LOCK).exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (errno.ENOSPC, "; make room on the disk"),
+        (errno.EROFS, "; the disk is read-only"),
+        (errno.ENOENT, "; see whether the directory was removed"),
+        (errno.EINTR, ""),
+    ],
+)
+def test_the_advice_is_that_of_the_error(number: int, text: str) -> None:
+    assert checkpoints.advice(OSError(number, "")) == text
+    assert not checkpoints.advice(fm.CheckpointError("another process has taken it over"))
 
 
 HOLDER = """
 import sys
 from pathlib import Path
-from flowml_runtime.environment import checkpoints
-with checkpoints.locked(Path(sys.argv[1])):
+from flowml_runtime.environment import checkpoints, locks
+with locks.locked(Path(sys.argv[1])):
     print("has it", flush=True)
     sys.stdin.read()  # until it is killed
 """
@@ -285,18 +317,18 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
         assert process.stdout is not None and process.stdout.readline() == b"has it\n"
         expected = pytest.raises(fm.CheckpointError, match=rf"in use by a fit of process {process.pid} on ")
-        with expected, checkpoints.locked(tmp_path):
+        with expected, locks.locked(tmp_path):
             pass
         process.send_signal(signal.SIGKILL)
-    with checkpoints.locked(tmp_path):
-        assert (tmp_path / checkpoints.LOCK).read_text().split()[0] == str(os.getpid())
+    with locks.locked(tmp_path):
+        assert (tmp_path / locks.LOCK).read_text().split()[0] == str(os.getpid())
 
 
 WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from flowml_runtime.environment import checkpoints
+from flowml_runtime.environment import checkpoints, locks
 array = np.zeros(2**22)
 for step in range(1, 10**6):
     array[:] = step
@@ -354,7 +386,7 @@ TEAR = """
 import errno, io, os, sys
 from pathlib import Path
 import numpy as np
-from flowml_runtime.environment import checkpoints
+from flowml_runtime.environment import checkpoints, locks
 
 folder, how = Path(sys.argv[1]), sys.argv[2]
 made = 0

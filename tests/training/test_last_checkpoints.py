@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from flowml_runtime.environment import checkpoints, last_checkpoints
+from flowml_runtime.environment import checkpoints, last_checkpoints, locks
 from flowml_runtime.environment.last_checkpoints import Known
 from flowml_runtime.protocol.training.kept_fits import Write
 from flowml_runtime.worker.last_checkpoint import Found, write_last
@@ -114,9 +114,9 @@ def test_a_fit_that_begins_anew_in_the_directory_is_not_overwritten(directory: P
 def test_another_fit_that_has_the_directory_keeps_it(
     directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.1)
     assert not give(directory, "one", {"key": part("one", 5)})
-    with checkpoints.locked(directory, "another driver"), caplog.at_level(logging.WARNING):
+    with locks.locked(directory, "another driver"), caplog.at_level(logging.WARNING):
         assert give(directory, "two", {"key": part("two", 5)})
         assert "is in use by a fit of process" in caplog.messages[-1]
         checkpoints.write(directory, 3, b"{}", {"x": np.asarray(3)}, keep=2)
@@ -163,7 +163,7 @@ while True:
     assert cut or last == step, at
     if not cut:
         break
-    with checkpoints.locked(folder):
+    with locks.locked(folder):
         checkpoints.write(folder, last + 1, b"{}", {"x": np.asarray(last + 1)}, keep=2)
     last += 1
     assert not list(folder.glob(".last-*")), "what was left is removed"

@@ -36,7 +36,7 @@ from tests.training.test_kills import ALL, CLOCKED, EVERY_POLICY, EXACT, EXAMPLE
 from tests.training.test_lost_and_replaced import BATCH, REPLICAS, STEPS, data, fit
 
 ROOT = Path(__file__).resolve().parents[2]
-STOP_AT = 10
+STOP_AT, EARLY = 10, 1
 DRIVER = points("""
     before after send StartTraining 2
     before after send Grant 6
@@ -95,20 +95,23 @@ def with_rows(cluster: fm.Cluster, **options: Any) -> fm.TrainingResult:
 
 
 def drive(address: str, token: str, policy: str, path: str, *at: str) -> None:
-    """What the process of a driver does that ends at a point, or says that it has come to a step."""
+    """What the process of a driver does that ends at a point, or says that it has come to a step: an `early` one,
+    before the first snapshot, or a later one."""
+    early = at == ("early",)
 
     def callback(record: dict[str, Any]) -> None:
-        if record["step"] == STOP_AT:
+        if record["step"] == (EARLY if early else STOP_AT):
             print("is here", flush=True)
             sys.stdin.read()
 
     with fm.Cluster.connect(address, token) as cluster:
-        saving.LEAST_PAUSE_S, saving.MOST_SHARE = 0.0, 1.0  # as many snapshots as may be
-        if at:
+        # as many snapshots as may be, or none
+        saving.LEAST_PAUSE_S, saving.MOST_SHARE = (1e9, 1.0) if early else (0.0, 1.0)
+        if at and not early:
             ends = Ends(Ending(*at[:3], int(at[3])))  # type: ignore[arg-type]
             ends.watch_sent(cluster.endpoint)  # type: ignore[arg-type]
             cluster.session.on_message = ends.watch_taken(cluster.session.on_message)  # type: ignore[method-assign]
-        train(cluster, policy, Path(path), callbacks=[] if at else [callback], resume="auto")
+        train(cluster, policy, Path(path), callbacks=[] if at and not early else [callback], resume="auto")
 
 
 def command(launched: LaunchedCluster, policy: str, path: Path, at: str = "") -> dict[str, Any]:
@@ -164,6 +167,22 @@ def test_a_suspended_driver_is_refused_when_it_wakes_up(tmp_path: Path) -> None:
         ), told
         assert sorted(p.name for p in tmp_path.iterdir()) == before
         assert_fates(found, "asynchronous", None)
+
+
+def test_a_driver_that_is_suspended_before_the_first_snapshot_loses_the_directory_too(tmp_path: Path) -> None:
+    with closing(LaunchedCluster(workers=REPLICAS, lost_after_s=1.0)) as launched:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(**command(launched, "synchronous", tmp_path, "early"), **pipes) as old:
+            assert old.stdout is not None
+            assert old.stdout.readline() == b"is here\n"
+            old.send_signal(signal.SIGSTOP)
+            with fm.Cluster.connect(launched.address, launched.token) as cluster:
+                found = eventually(lambda: train(cluster, "synchronous", tmp_path, resume="auto"))
+            assert found.resumed_at == 0, "nothing was kept"
+            old.send_signal(signal.SIGCONT)
+            _, told = old.communicate(timeout=60)
+        assert b"this process was suspended or cut off" in told.splitlines()[-1], told
+        assert fm.restore(tmp_path).step == STEPS
 
 
 LAST = "after send Completed 8"

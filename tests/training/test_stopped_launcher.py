@@ -19,7 +19,7 @@ import pytest
 
 import flowml as fm
 from flowml_runtime.driver.training.kept import KeptFit
-from flowml_runtime.environment import checkpoints
+from flowml_runtime.environment import checkpoints, locks
 from flowml_runtime.environment.processes import saves
 from flowml_runtime.launch import local
 from flowml_runtime.launch.launched import LaunchedCluster
@@ -32,7 +32,7 @@ from tests.training.test_orphans import lose_driver, written
 @contextmanager
 def held(directory: Path) -> Generator[None]:
     """No worker completes a checkpoint here meanwhile."""
-    with (directory / checkpoints.LOCK).open("a+b") as file:
+    with (directory / locks.LOCK).open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)  # it names the lost driver, from which workers would take the lock
         yield

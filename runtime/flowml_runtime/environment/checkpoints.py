@@ -3,7 +3,7 @@
     PATH/step-000000000400/buffers.bin      the bytes of arrays, each at a multiple of 64
     PATH/step-000000000400/part17.bin       those that a worker has written itself
     PATH/step-000000000400/manifest.json    {"checksum": of the body, "body": {"format", "content", "arrays": [...]}}
-    PATH/.fit                               locked by the fit that writes there
+    PATH/.fit                               locked by the fit that writes there, see `locks`
     PATH/.identity                          the name of the fit for workers that outlive their driver
     PATH/.last-*                            what these write when no driver comes, see `last_checkpoints`
 
@@ -15,30 +15,27 @@ read. Each array and the manifest have a checksum, so that a changed or truncate
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import re
 import secrets
 import shutil
-import socket
-import threading
-import time
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import xxhash
 
 from flowml.arrays import ArraySpec, dtype_of
-from flowml.callers import warn
-from flowml.errors import CheckpointError, InUseError
+from flowml.errors import CheckpointError
+from flowml_runtime.environment import locks
 
 FORMAT = 1
-DATA, MANIFEST, LOCK, TOKEN, IDENTITY = "buffers.bin", "manifest.json", ".fit", ".token", ".identity"
+DATA, MANIFEST, TOKEN, IDENTITY = "buffers.bin", "manifest.json", ".token", ".identity"
 ORBAX = "_CHECKPOINT_METADATA"
 """The file by which Orbax knows its checkpoints."""
 ALIGNMENT = 64
@@ -53,10 +50,16 @@ LAST = ".last-"
 _offers = count()
 _open: set[Path] = set()
 """The folders that this process has offered, of snapshots that may still become complete."""
-WORKERS = "workers"
-"""Who has a lock, in place of a driver: workers that complete a last checkpoint. They have it for a moment."""
-PATIENCE_S = 10.0
-AGAIN_S = 0.02
+
+
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room on the disk"),
+    errno.EFBIG: "let this process write larger files",
+    errno.EROFS: "the disk is read-only",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "let this process write there"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "see whether the directory was removed"),
+    errno.EIO: "see whether the disk is damaged",
+}
 
 
 class FormatError(CheckpointError):
@@ -89,6 +92,12 @@ class _Manifest(msgspec.Struct, frozen=True):
 
 class _Version(msgspec.Struct, frozen=True):
     format: int
+
+
+def advice(error: Exception) -> str:
+    """What to do about an error of writing, to stand at the end of a sentence; "" if nothing is known."""
+    found = _ADVICE.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+    return f"; {found}" if found else ""
 
 
 def write(directory: Path, step: int, content: bytes, arrays: Mapping[str, Any], keep: int) -> Path:
@@ -162,9 +171,7 @@ def named(folder: Path, step: int, content: bytes, entries: Sequence[Entry]) -> 
     write_file(folder / MANIFEST, msgspec.json.encode(_Manifest(_checksum(body), msgspec.Raw(body))))
     (folder / TOKEN).unlink(missing_ok=True)
     sync(folder)
-    holder = _holder(directory / LOCK)[:2]
-    if holder[0] and holder != _here():
-        raise CheckpointError(f"process {holder[0]} on {holder[1]} has taken {directory} over, as this one was lost")
+    locks.check_own(directory)
     target = directory / f"step-{step:012d}"
     if target.exists():  # it is damaged, else the fit would have gone on from it
         target.rename(directory / f".damaged-{step:012d}-{os.getpid()}")
@@ -211,94 +218,6 @@ def prepare(directory: Path) -> None:
             f"{directory} holds checkpoints of Orbax; give fm.Checkpoint another directory, and begin from "
             "fm.from_orbax of this one"
         )
-
-
-@contextmanager
-def locked(directory: Path, driver: str = "", lost: Collection[str] = ()) -> Generator[None]:
-    """Be the only fit that writes into a directory. Raises InUseError if another one does.
-
-    The kernel gives the lock back when the process ends, however it ends, so that none is left by a killed one. The
-    file says who has it: this process, as `driver` of a cluster. A suspended process keeps its lock, so that of a
-    driver that is known to be `lost` is taken from it: it writes nothing more, see `complete`. Workers that complete a
-    last checkpoint (`WORKERS`) wait for a driver that has just ended, and a driver waits for them.
-    """
-    path = directory / LOCK
-    until = time.monotonic() + PATIENCE_S
-    while (file := _lock(path)) is None:
-        pid, host, of = _holder(path)
-        if of in lost:
-            with _one_at_a_time(directory):
-                if _holder(path)[2] in lost:
-                    path.unlink(missing_ok=True)
-        elif (pid and WORKERS not in (driver, of)) or time.monotonic() > until:
-            holder = f"process {pid} on {host}" if pid else "another process"
-            raise InUseError(
-                f"{directory} is in use by a fit of {holder}; wait for its end, stop it, or give another directory",
-                driver=of,
-            )
-        else:
-            threading.Event().wait(AGAIN_S)
-    with file:
-        try:
-            file.truncate(0)
-            file.write(" ".join((*_here(), driver)).encode())
-            file.flush()
-            yield
-        finally:
-            if driver != WORKERS and _is_at(file, path):  # theirs refuses a driver that was suspended and wakes up
-                path.unlink(missing_ok=True)  # while it is locked: later it may be that of another fit
-
-
-@contextmanager
-def _one_at_a_time(directory: Path) -> Generator[None]:
-    """Wait until no other process takes a lock over."""
-    number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(number)
-
-
-def _lock(path: Path) -> BinaryIO | None:
-    """The locked file; None if another process, or another fit of this one, has it. It is open while it is locked."""
-    while True:
-        file = path.open("a+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        except OSError as error:
-            warn(
-                f"{path.parent} is on a file system without locks ({error.strerror}), so nothing keeps a second "
-                "fit from writing there too"
-            )
-            return file
-        if _is_at(file, path):
-            return file
-        file.close()  # the fit that had it has removed it meanwhile
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether this is the file of that name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _here() -> tuple[str, str]:
-    return str(os.getpid()), socket.gethostname()
-
-
-def _holder(path: Path) -> tuple[str, str, str]:
-    """The process, the machine and the driver that have a lock, as far as its file says."""
-    try:
-        pid, host, *driver = path.read_text().split()
-    except (OSError, ValueError):
-        return "", "", ""
-    return pid, host, driver[0] if driver else ""
 
 
 def identity(directory: Path, *, anew: bool) -> str:

@@ -17,8 +17,8 @@ from flowml_runtime.protocol.membership import COORDINATOR
 from flowml_runtime.transport.grpc_streams import Stream
 from flowml_runtime.transport.local_stream import UnixStream
 
-ANSWER_S = 1.0
-"""How long a peer may take to refuse a connection."""
+ANSWER_S = 3.0
+"""How long a peer may take to refuse a connection. It is asked only after this process was suspended or cut off."""
 
 _COUNTS, _REMEDY = " counts as lost here", "; start it again"
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from flowml.errors import CheckpointError, InUseError
-from flowml_runtime.environment import checkpoints, last_checkpoints
+from flowml_runtime.environment import last_checkpoints, locks
 from flowml_runtime.environment.last_checkpoints import Known
 from flowml_runtime.protocol.training.kept_fits import Write
 
@@ -90,7 +90,7 @@ def _write_parts(directory: Path, worker: str, found: Mapping[str, Found]) -> bo
 
 def _complete(directory: Path, asked: Write) -> bool:
     """Complete the newest snapshot of which all parts are there."""
-    with checkpoints.locked(directory, checkpoints.WORKERS, asked.lost):
+    with locks.locked(directory, locks.WORKERS, asked.lost):
         for place, key in reversed([*enumerate(asked.keys)]):
             if last_checkpoints.complete(directory, key, _names, asked.keep):
                 _forget(directory, asked.keys[:place])

@@ -46,6 +46,8 @@ from flowml_runtime.membership.advice import lost_itself, without_remedy
 
 MOST_IN_VAIN = 10
 """How many losses without a new step in between a fit survives. More say that a step itself ends the worker."""
+MOST_ASKED = 4
+"""How many lost workers are asked whether not they are lost, but this driver."""
 
 Make = Callable[[LoadedPlan, int, Saving], Fit]
 """A loaded plan, the number of a run, and its snapshots -> the run."""
@@ -128,10 +130,13 @@ class Losses:
             self.survive(Loss(lost, why, step, step, seconds))
 
     def check_driver(self, error: FlowmlError) -> None:
-        """Raise another error than this one of a lost worker if the worker is there, and counts this driver as lost."""
-        worker = error.worker if isinstance(error, WorkerLostError) else None
-        if worker is not None and (why := self._cluster.why_refused(worker)):
-            raise WorkerLostError(lost_itself(worker, why), step=error.step) from error
+        """Raise another error than this one if workers are lost here that are there, and count this driver as lost."""
+        named = [error.worker] if isinstance(error, WorkerLostError) and error.worker else []
+        there = {device.worker for device in self._cluster.devices}
+        others = [w for w in self.program.workers(self.gone) if w not in there and w not in named]
+        for worker in (*named, *others)[:MOST_ASKED]:
+            if why := self._cluster.why_refused(worker):
+                raise WorkerLostError(lost_itself(worker, why), step=error.step) from error
 
     def _begin_with_those_there(self) -> None:
         """Leave out the replicas whose workers have not joined yet."""
@@ -284,7 +289,7 @@ class Runs:
         if self._losses.on_loss == "raise":
             try:
                 return self.fit.run(*self._leaves(), callbacks)
-            except WorkerLostError as error:
+            except FlowmlError as error:
                 self._losses.check_driver(error)
                 raise
 

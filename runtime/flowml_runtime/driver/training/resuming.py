@@ -22,7 +22,7 @@ from flowml_runtime.driver.training.reshaping import reshaped, with_shares
 from flowml_runtime.driver.training.result import restored
 from flowml_runtime.driver.training.saving import Saving
 from flowml_runtime.driver.training.snapshots import Figures, Snapshot, Trees, holds_fits, with_untrained
-from flowml_runtime.environment import checkpoints
+from flowml_runtime.environment import checkpoints, locks
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def _writing(asked: Asked, cluster: Any) -> Generator[Asked]:
     checkpoints.prepare(directory)
     with ExitStack() as stack:
         if not getattr(cluster, "outlives", False):
-            stack.enter_context(checkpoints.locked(directory))
+            stack.enter_context(locks.locked(directory))
             _check_empty(directory, anew=anew)
             yield asked
             return
@@ -71,7 +71,7 @@ def _taken(stack: ExitStack, checkpoint: Checkpoint, cluster: Any, *, anew: bool
         return stack.enter_context(claimed(cluster, checkpoints.identity(directory, anew=anew), wait_s, checkpoint))
 
     try:
-        stack.enter_context(checkpoints.locked(directory, me))
+        stack.enter_context(locks.locked(directory, me))
     except InUseError as error:
         if anew or not error.driver:
             raise
@@ -79,7 +79,7 @@ def _taken(stack: ExitStack, checkpoint: Checkpoint, cluster: Any, *, anew: bool
             kept = claim(0.0)
         except CheckpointError:
             raise error from None
-        stack.enter_context(checkpoints.locked(directory, me, kept.lost))
+        stack.enter_context(locks.locked(directory, me, kept.lost))
         return kept
     _check_empty(directory, anew=anew)
     found: list[KeptFit] = []
@@ -146,7 +146,7 @@ def _newest(checkpoint: Checkpoint, kept: KeptFit | None, trees: Trees) -> tuple
     except OSError as error:
         warn(
             f"the checkpoint {where} could not be written to {checkpoint.directory}: {error}; the fit goes on from it, "
-            "and older checkpoints are as they were; see whether the disk is full or read-only"
+            f"and older checkpoints are as they were{checkpoints.advice(error)}"
         )
     return where, snapshot
 

@@ -163,7 +163,7 @@ class Writer:
             assert snapshot is not None
             self._tell(
                 f"the checkpoint after step {snapshot.content.steps} could not be written to {directory}: {error}; the "
-                "fit goes on, and older checkpoints are as they were; see whether the disk is full or read-only"
+                f"fit goes on, and older checkpoints are as they were{checkpoints.advice(error)}"
             )
         if parts is not None:
             parts.remove()

@@ -18,6 +18,8 @@ is complete, or that the one before it was given up.
 * What another peer than the driver of a fit exports or completes is dropped.
 * A worker may keep copies of the parts of others too. Such a fit need not last: it is dropped with its driver, and the
   next snapshot tells what is complete.
+* Of a fit of which nothing is kept yet, only the drivers are known that were lost: one that is suspended may have its
+  directory.
 * Of orphaned fits the newest `MOST_ORPHANS` are kept, and each for `orphan_s` seconds. If that is 0, none are.
 * Then each worker writes its parts to the directory of the fit. It keeps them until it is told that the snapshot is
   whole there, or until it has tried `MOST_TRIES` times. So a driver that comes meanwhile finds the snapshot on the
@@ -34,6 +36,7 @@ from flowml_runtime.protocol.errors import ProtocolError
 
 MOST_ORPHANS = 2
 MOST_LOST = 4
+MOST_FORGOTTEN = 16
 MOST_TRIES = 2
 AGAIN_S = 30.0
 """How long after it has written its parts a worker looks whether those of the others are there too."""
@@ -180,6 +183,8 @@ class KeptFits:
 
     orphan_s: float
     _fits: dict[str, _Fit] = field(default_factory=dict[str, _Fit])
+    _forgotten: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """The lost drivers of fits of which nothing is kept, the newest `MOST_FORGOTTEN`."""
     _leaves: bool = False
 
     def step(self, event: Event, now: float) -> list[Action]:
@@ -213,6 +218,8 @@ class KeptFits:
     def validate(self) -> None:
         """Raises ProtocolError if an invariant does not hold."""
         most = MOST_ORPHANS if self.orphan_s else 0
+        if len(self._forgotten) > MOST_FORGOTTEN:
+            raise ProtocolError(f"the drivers of {len(self._forgotten)} forgotten fits are known")
         for orphans in (self._waiting(), self._in_writing()):
             if len(orphans) > most:
                 raise ProtocolError(f"{len(orphans)} fits without a driver are kept: {orphans}")
@@ -228,7 +235,10 @@ class KeptFits:
         return found if found is not None and found.driver == driver else None
 
     def _claim(self, claim: Claim) -> list[Action]:
-        fit = self._fits.setdefault(claim.fit, _Fit(claim.driver, lasts=claim.lasts))
+        fit = self._fits.get(claim.fit)
+        if fit is None:
+            lost = self._forgotten.pop(claim.fit, ())
+            fit = self._fits[claim.fit] = _Fit(claim.driver, lasts=claim.lasts, lost=lost)
         if not fit.driver:
             fit.driver, fit.tries, fit.writing = claim.driver, 0, False
         if fit.driver == claim.driver:
@@ -261,10 +271,18 @@ class KeptFits:
     def _orphan(self, name: str, now: float) -> list[Action]:
         fit = self._fits.pop(name)
         if not self.orphan_s or not fit.keys or not fit.lasts:
+            self._forget(name, fit)
             return [Drop(name, key) for key in fit.keys]
         fit.driver, fit.until, fit.tries = "", now + self.orphan_s, 0
         self._fits[name] = fit  # as the newest
         return self._end_some(now)
+
+    def _forget(self, name: str, fit: _Fit) -> None:
+        """Keep nothing of a fit but the drivers that were lost."""
+        if fit.lost:
+            self._forgotten[name] = fit.lost
+        for old in list(self._forgotten)[:-MOST_FORGOTTEN]:
+            del self._forgotten[old]
 
     def _end_some(self, now: float) -> list[Action]:
         """End the orphaned fits whose time is over, and those that are too many."""
