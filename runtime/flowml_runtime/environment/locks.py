@@ -66,8 +66,8 @@ def check_own(directory: Path) -> None:
         raise CheckpointError(f"process {pid} on {host} has taken {directory} over, as this one was lost")
     own = _own.get(path)
     if own is not None and not path.exists():
-        with own.file:
-            own.file = _taken(path, own.driver, ())
+        before, own.file = own.file, _taken(path, own.driver, ())
+        before.close()
 
 
 def _taken(path: Path, driver: str, lost: Collection[str]) -> BinaryIO:
