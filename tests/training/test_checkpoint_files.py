@@ -177,6 +177,12 @@ def test_a_fit_does_not_begin_anew_where_all_snapshots_are_damaged(threads_clust
         flip(data_of(snapshot), -1)
     with pytest.raises(fm.CheckpointError, match=r"none of the 2 checkpoints in .* can be read; remove them to begin"):
         fitted(threads_cluster, tmp_path, 8, resume="auto")
+    removed = [data_of(snapshot) for snapshot in checkpoints.snapshots(tmp_path)]
+    for path in removed:
+        path.unlink()
+    missing = rf"cannot be read: No such file or directory \({removed[0].name}\)$"
+    with pytest.raises(fm.CheckpointError, match=missing):
+        fitted(threads_cluster, tmp_path, 8, resume="auto")
 
 
 def test_a_disk_that_refuses_does_not_end_the_fit(

@@ -213,6 +213,31 @@ def test_without_a_common_order_each_item_counts_once(threads_cluster: fm.Cluste
         assert (ledger.used, ledger.seen) == (items, ((24, 96),))
 
 
+ENDING: dict[str, Any] = {
+    "on arrival": fm.policies.asynchronous(),
+    "Downpour": fm.policies.downpour(1, 2),
+    "epochs end early": fm.policies.adam_epoch(0.75),
+    "synchronous": fm.policies.synchronous(),
+}
+
+
+@pytest.mark.parametrize("name", ENDING)
+@pytest.mark.parametrize("first", [2, 3, 4, 7])
+def test_what_an_ended_fit_has_left_of_an_epoch_is_not_lost(
+    threads_cluster: fm.Cluster, tmp_path: Path, name: str, first: int
+) -> None:
+    """An epoch has 4 steps."""
+    one = case(threads_cluster, tmp_path, ENDING[name])
+    whole = one.fit(steps=8).ledger
+    assert one.fit(steps=first, checkpoint=one.checkpoint()).ledger.outstanding == 0
+    resumed = one.fit(steps=8, checkpoint=one.checkpoint(), resume="auto")
+    assert resumed.ledger.outstanding == 0
+    if name == "epochs end early":
+        assert [epoch.used >= 6 for epoch in resumed.ledger.epochs] == [True, True], "of 8 items, 3 in 4"
+    else:
+        assert (resumed.ledger.used, resumed.ledger.seen) == (whole.used, whole.seen)
+
+
 def test_a_snapshot_comes_after_so_many_seconds(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
     one = case(threads_cluster, tmp_path)
     whole = one.fit()

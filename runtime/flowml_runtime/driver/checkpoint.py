@@ -79,9 +79,10 @@ def newest(
             warn(f"{error}. {what} {path.name}")
         return found
     if errors:
+        why = str(errors[0]).removesuffix(f"; {checkpoints.OLDER}")
         raise CheckpointError(
             f"none of the {len(errors)} checkpoints in {directory} can be read; remove them to begin anew. The newest: "
-            f"{errors[0]}"
+            f"{why}"
         )
     return None
 

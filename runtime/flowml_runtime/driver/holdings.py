@@ -27,6 +27,7 @@ from flowml_runtime.driver.remote import Batch, Kind, Remote
 from flowml_runtime.environment.checkpoints import Entry
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.programs import Array
+from flowml_runtime.membership.advice import BEGIN_AGAIN
 from flowml_runtime.transport.arrays import own_copy, shaped, wire_layout
 from flowml_runtime.transport.endpoint import Sender
 
@@ -262,7 +263,8 @@ class Holdings:
             for number, _ in answers:
                 del self._answers[number]
         for _, future in answers:
-            future.complete(None, WorkerLostError(f"{worker} was lost ({reason})", worker=worker))
+            text = f"{worker} was lost ({reason}) before it answered; {BEGIN_AGAIN}"
+            future.complete(None, WorkerLostError(text, worker=worker))
 
     def close(self) -> None:
         with self._lock:

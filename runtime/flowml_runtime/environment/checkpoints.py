@@ -289,7 +289,7 @@ def read_arrays(snapshot: Path, file: str, entries: Iterable[Entry]) -> dict[str
     """The arrays of a snapshot in one of its files, by name, each with the checksum of its entry. Raises
     CheckpointError if one is damaged."""
     if not _FILE.fullmatch(file):
-        raise CheckpointError(f"the checkpoint {snapshot} names the file {file!r}, which it cannot have; {_FIX}")
+        raise CheckpointError(f"the checkpoint {snapshot} names the file {file!r}, which it cannot have; {OLDER}")
     with _reading(snapshot), (snapshot / file).open("rb") as opened:
         size = os.fstat(opened.fileno()).st_size
         return {entry.name: _array(snapshot, opened, size, entry) for entry in entries}
@@ -302,19 +302,20 @@ def _reading(snapshot: Path) -> Generator[None]:
     except OSError as error:
         if not (snapshot / MANIFEST).exists() and not _NAME.fullmatch(snapshot.name):
             raise CheckpointError(f"there is no checkpoint at {snapshot}; see whether that is its name") from None
-        raise CheckpointError(f"the checkpoint {snapshot} cannot be read: {error.strerror or error}; {_FIX}") from None
+        why = f"{error.strerror or error}{f' ({Path(error.filename).name})' if error.filename else ''}"
+        raise CheckpointError(f"the checkpoint {snapshot} cannot be read: {why}; {OLDER}") from None
 
 
-_FIX = "take an older one"
+OLDER = "take an older one"
 
 
 def _body(path: Path) -> Body:
     if path.stat().st_size > MOST_BYTES:
-        raise CheckpointError(f"the checkpoint {path.parent} has a manifest of more than {MOST_BYTES} bytes; {_FIX}")
+        raise CheckpointError(f"the checkpoint {path.parent} has a manifest of more than {MOST_BYTES} bytes; {OLDER}")
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=_Manifest)
         if _checksum(manifest.body) != manifest.checksum:
-            raise CheckpointError(f"the manifest of the checkpoint {path.parent} was changed or is damaged; {_FIX}")
+            raise CheckpointError(f"the manifest of the checkpoint {path.parent} was changed or is damaged; {OLDER}")
         found = msgspec.json.decode(manifest.body, type=_Version).format
         if found != FORMAT:
             raise FormatError(
@@ -323,7 +324,7 @@ def _body(path: Path) -> Body:
             )
         return msgspec.json.decode(manifest.body, type=Body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"the manifest of the checkpoint {path.parent} is damaged ({error}); {_FIX}") from None
+        raise CheckpointError(f"the manifest of the checkpoint {path.parent} is damaged ({error}); {OLDER}") from None
 
 
 def _array(snapshot: Path, file: Any, size: int, entry: Entry) -> np.ndarray[Any, Any]:
@@ -333,14 +334,14 @@ def _array(snapshot: Path, file: Any, size: int, entry: Entry) -> np.ndarray[Any
     except (AttributeError, TypeError):
         dtype = np.dtype(object)
     if dtype.hasobject or dtype.itemsize == 0 or dtype.names:
-        raise CheckpointError(f"{where} has dtype {entry.spec.dtype!r}, which holds no numbers; {_FIX}")
+        raise CheckpointError(f"{where} has dtype {entry.spec.dtype!r}, which holds no numbers; {OLDER}")
     nbytes = entry.spec.nbytes
     if entry.offset + nbytes > size:
-        raise CheckpointError(f"{where} ends at byte {entry.offset + nbytes} of a file of {size}: it is cut; {_FIX}")
+        raise CheckpointError(f"{where} ends at byte {entry.offset + nbytes} of a file of {size}: it is cut; {OLDER}")
     buffer = np.empty(nbytes, np.uint8)
     file.seek(entry.offset)
     if file.readinto(buffer.data) != nbytes or _checksum(buffer) != entry.checksum:
-        raise CheckpointError(f"{where} was changed or is damaged: its checksum is another one; {_FIX}")
+        raise CheckpointError(f"{where} was changed or is damaged: its checksum is another one; {OLDER}")
     return buffer.view(dtype).reshape(entry.spec.shape)
 
 

@@ -217,7 +217,7 @@ class Ledger:
         self._replicas = list(map(_Account.of, state.replicas))
         self._groups = list(map(_Account.of, state.groups))
         self._over = ItemsOver(state.over)
-        self._queue.restore(state.queue)
+        self._queue.restore(state.queue, {e: account.fates.get("used", 0) for e, account in self._epochs.items()})
 
     def _clock_of(self, clock: int, item: wire.Item) -> int:
         """The clock of an item that was granted for `clock`. Requests for portions are numbered."""

@@ -10,7 +10,7 @@ those of that epoch before it begins the next. Fast replicas take more of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from heapq import heappop, heappush
 
 from flowml_runtime import wire
@@ -95,8 +95,8 @@ class ShardQueue:
         waiting = {epoch: tuple(items) for epoch, items in found.items()}
         return QueueState(fresh, sum(fresh.values()), 0, min(waiting, default=0), (), waiting, (), nothing)
 
-    def restore(self, state: QueueState) -> None:
-        """Go on where a snapshot was taken."""
+    def restore(self, state: QueueState, done: Mapping[int, int]) -> None:
+        """Go on where a snapshot was taken. No epoch ends before all its items are done, whatever was `done`."""
         size, each, replicas = self._work.items_per_epoch, self._work.clocks_per_epoch, self._work.replicas
         self._back = [[] for _ in self._next]
         for shard in range(replicas):

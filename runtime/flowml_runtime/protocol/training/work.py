@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -142,16 +142,19 @@ class WorkQueue:
             tuple(dict(sorted(found.items())) for found in reserved),
         )
 
-    def restore(self, state: QueueState) -> None:
-        """Go on where a snapshot was taken."""
-        self._fresh, self.drawn, self._epoch = dict(state.fresh), state.drawn, state.epoch
+    def restore(self, state: QueueState, done: Mapping[int, int]) -> None:
+        """Go on where a snapshot was taken, by when so many items of each epoch were done. Its run may have been
+        shorter, and have ended within an epoch, of which more is left now."""
+        self._fresh, self.drawn = dict(state.fresh), state.drawn
         self._rows, self._apart = [_APART] * state.rows, {}
         self._next = [min(found, default=state.rows) for found in state.reserved]
-        self._ended, self._requeued = set(state.ended), deque(state.requeued)
+        self._ended = {epoch for epoch in state.ended if self._is_enough(epoch, done.get(epoch, 0))}
+        self._requeued = deque(state.requeued)
         self._back = {e: deque(found) for e, found in state.back.items()}
         for replica, found in enumerate(state.reserved):
             for row, item in found.items():
                 self._apart.setdefault(row, {})[replica] = item
+        self._epoch = min([state.epoch, *(e for e in self._fresh if e < state.epoch and self._left(e))])
 
     def take(self, replica: int, clock: int) -> wire.Item | None:
         """The item of `replica` for `clock`. The clocks of a replica must ascend."""
@@ -194,12 +197,15 @@ class WorkQueue:
 
     def end(self, epoch: int, done: int) -> None:
         """End the epoch if `done` of its items are enough. Those that are left are unseen, or go to the next one."""
-        if done < math.ceil(self._work.epoch_share * self._size(epoch) - 1e-9):
+        if not self._is_enough(epoch, done):
             return
         while self._work.requeues and epoch + 1 < self._work.epochs and self._left(epoch):
             item = self._fresh_item(epoch) or self._back[epoch].popleft()
             self._requeued.append(item)
         self._ended.add(epoch)
+
+    def _is_enough(self, epoch: int, done: int) -> bool:
+        return done >= math.ceil(self._work.epoch_share * self._size(epoch) - 1e-9)
 
     def give_back(self, item: wire.Item) -> None:
         self._back.setdefault(item.epoch, deque()).append(item)
