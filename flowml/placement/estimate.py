@@ -35,7 +35,9 @@ def estimate(
     stores: Sequence[StoreSpec] = (),
 ) -> Estimate:
     """Estimated seconds, peak bytes and bytes moved of one step. Raises FlowmlError if the programs deadlock."""
-    walkers = [_Walker(p, devices[p.device]) for p in programs]
+    pairs = [(p, devices[p.device]) for p in programs]
+    # programs of replicas may share their instructions, and then take the same time on like devices
+    walkers = list({(id(p.instructions), device.dispatch_s): _Walker(p, device) for p, device in pairs}.values())
     arrived: dict[tuple[int, int], float] = {}
     moved = True
     while moved:

@@ -282,6 +282,8 @@ class SimulatedSession:
         """Send a message of the driver. A StartTraining begins a run, with a clock at 0."""
         if not isinstance(message, wire.TrainingMessage):
             raise SimulationError(f"a simulated worker has no use for {type(message).__name__}")
+        if isinstance(message, wire.StopTraining):  # the run is over, and nothing happens in it any more (`register`)
+            return
         if isinstance(message, wire.StartTraining) and (message.plan_id, message.run) != self._begun:
             self._begin(message)
         if self._world is not None:
