@@ -153,7 +153,8 @@ def test_a_kill_of_the_launcher(policy: str, at: Ending, tmp_path: Path) -> None
             started = pool.submit(start_another)
             found = train(cluster, policy, tmp_path / "checkpoints")
             started.result()
-        if at.message not in ("LoadPlan", "Loaded", "StoreValue", "Retired"):
+        ends = policy == "quorum" and at.number > STEPS * round(0.75 * REPLICAS)  # late replicas need not report
+        if not ends and at.message not in ("LoadPlan", "Loaded", "StoreValue", "Retired"):
             assert len(found.losses) >= 1
         check(found, policy, tmp_path / "checkpoints", whole)
 
