@@ -21,7 +21,7 @@ from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, PolicyError, named
 from flowml.home import Applies, Buffer, Coupled, Coupling, Local, Reduction, Site
 from flowml.instructions import Instruction, Run
-from flowml.policy import Code, Policy, Speculate
+from flowml.policy import Code, Policy, Speculate, kinds
 from flowml.policy.filtering import pushed_size
 
 if TYPE_CHECKING:
@@ -495,5 +495,9 @@ def fingerprint(executable: bytes) -> str:
     return hashlib.sha256(executable).hexdigest()[:32]
 
 
-_decoder = msgspec.msgpack.Decoder(Plan, dec_hook=from_plan)
+def _read(kind: type, value: object) -> object:
+    return kinds.read(kind, value, from_plan)
+
+
+_decoder = msgspec.msgpack.Decoder(Plan, dec_hook=_read)
 """Made at import, in one thread: msgspec crashes if two threads resolve a type for the first time at once."""

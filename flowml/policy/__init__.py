@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from flowml.policy.answers import Decide, Never, Wait
 from flowml.policy.apply import Apply, Consensus, Distill, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote
+from flowml.policy.arrivals import Arrivals, Completion, Spread
 from flowml.policy.codes import Code
-from flowml.policy.completion import Completion, Speculate, cutting
+from flowml.policy.completion import Speculate, cutting
 from flowml.policy.compose import DEFAULT_PATTERN, check_batch, check_composition, coded_by, resolve, speculated_by
 from flowml.policy.cuts import cut_by
+from flowml.policy.kinds import register
 from flowml.policy.late import Drop, Fold, Late, Requeue
 from flowml.policy.mathematics import can_read, coefficients, due, newest_changes, window
 from flowml.policy.payload import Delta, Factors, Gradient, Payload, Weights
-from flowml.policy.quorum import Arrivals, Coded, Deadline, Quorum, Spread
+from flowml.policy.quorum import Coded, Deadline, Quorum
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.spec import UNBOUNDED, Policy
 from flowml.policy.topology import AllReduce, Gossip, Hierarchy, ParameterServer, Ring, SharedMemory, Topology, Tree
@@ -76,6 +78,7 @@ __all__ = [
     "cutting",
     "due",
     "newest_changes",
+    "register",
     "resolve",
     "speculated_by",
     "window",

@@ -15,7 +15,6 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import real, whole
-from flowml.policy.late import Fold
 from flowml.policy.wording import Value, wrong_kind
 
 if TYPE_CHECKING:
@@ -358,7 +357,7 @@ def most_at_once(policy: Policy, replicas: int) -> float:
         return 1
     if not policy.clocked:
         return policy.quorum.need(replicas)
-    return math.inf if isinstance(policy.quorum.late, Fold) else members
+    return math.inf if policy.quorum.late.folds else members
 
 
 def unsound(apply: Apply, payload: str, *, collective: bool) -> str | None:

@@ -105,7 +105,7 @@ def check_arriving(policy: Policy) -> None:
             "applied as they arrive, without clocks that a deadline or a limit could end; give "
             "quorum=Quorum(k, late='fold'), which applies each k of them, or late='drop'"
         )
-    if isinstance(quorum.late, Fold) and quorum.late.decay != 1:
+    if quorum.late != Fold():
         raise PolicyError(
             f"late={quorum.late!r} with staleness={policy.staleness} is not sound: without clocks no contribution is "
             "late; give late=Fold(), or staleness=0"

@@ -9,12 +9,15 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.answers import Answer, Decide, Wait
-from flowml.policy.late import Drop, Late, late_name, number
-from flowml.policy.quorum import Arrivals, Coded, Deadline, Of, Quorum
+from flowml.policy.arrivals import Arrivals, Completion
+from flowml.policy.kinds import register
+from flowml.policy.late import number
+from flowml.policy.quorum import Coded, Deadline, Quorum
 from flowml.policy.wording import Value
 
 
-class Speculate(Value, frozen=True, tag=True):
+@register
+class Speculate(Completion, Value, frozen=True, tag=True):
     """The batch is cut into portions, an idle replica takes the next, and portions that take long are computed twice.
 
     The first result of a portion is applied, and a second one is refused. So each step applies the gradient of the
@@ -47,24 +50,11 @@ class Speculate(Value, frozen=True, tag=True):
         msgspec.structs.force_setattr(self, "after", float(after))
 
     @property
-    def of(self) -> Of:
-        return "replicas"
-
-    @property
-    def late(self) -> Late:
-        """A second result of a portion is not needed."""
-        return Drop()
-
-    def need(self, members: int) -> int:
-        """All portions are needed."""
-        return members
+    def by_replica(self) -> bool:
+        return True
 
     def never_drops(self, members: int) -> bool:
         return True
-
-    @property
-    def waits_for_all(self) -> bool:
-        return False
 
     def decide(self, arrivals: Arrivals, now: float) -> Answer:
         """Decide when each portion has arrived once."""
@@ -74,42 +64,17 @@ class Speculate(Value, frozen=True, tag=True):
         """When a replica takes a copy that has been idle since then, and whose last portion took so long."""
         return idle_since + self.after * took_s
 
+    def describe(self) -> str:
+        return f"speculate {self.portions}"
+
     def __str__(self) -> str:
         return f"Speculate({self.portions})"
 
 
-Completion = Quorum | Deadline | Coded | Speculate
-
 COMPLETIONS = (Quorum, Deadline, Coded, Speculate)
+"""Those of flowml, of which errors tell."""
 
 
 def cutting(quorum: Completion | None) -> Quorum | Deadline | None:
     """The quorum, if it stops replicas between two microbatches."""
     return quorum if isinstance(quorum, Quorum | Deadline) and quorum.cuts else None
-
-
-def share_of(quorum: Completion) -> int | float:
-    if isinstance(quorum, Coded | Speculate):
-        return 1.0
-    return quorum.share if isinstance(quorum, Deadline) else quorum.count_or_fraction
-
-
-def describe_completion(quorum: Completion) -> str:
-    """ "quorum 0.75 drop", "quorum 0.75 of samples requeue", "deadline 0.5 adaptive drop", "coded 1 cyclic", …"""
-    if isinstance(quorum, Coded):
-        form = f" {quorum.children}x{quorum.levels}" if quorum.code == "tree" else ""
-        return f"coded {quorum.stragglers} {quorum.code}{form}"
-    if isinstance(quorum, Speculate):
-        return f"speculate {quorum.portions}"
-    if isinstance(quorum, Deadline) and quorum.cuts:
-        return f"microbatches cut after {quorum.limit_s:g} s"
-    if isinstance(quorum, Quorum) and quorum.cuts:
-        limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
-        return f"quorum {quorum.count_or_fraction} of microbatches{limit}"
-    late = late_name(quorum.late)
-    if isinstance(quorum, Deadline):
-        limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
-        return f"deadline {quorum.share} {quorum.grace}{limit} {late}"
-    of = "" if quorum.of == "replicas" else f" of {quorum.of}"
-    limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
-    return f"quorum {quorum.count_or_fraction}{of}{limit} {late}"

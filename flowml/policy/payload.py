@@ -47,6 +47,8 @@ LocalPayload = Delta | Weights
 
 Payload = Gradient | Factors | LocalPayload
 
+PAYLOADS = (Gradient, Factors, Delta, Weights)
+
 
 def _share(value: object) -> float | None:
     """A number from 0 to 1 as a float; None for anything else."""

@@ -1,15 +1,8 @@
-"""Defines what completes a clock: a quorum or a deadline, and what happens to later contributions.
-
-These values travel in the plan. The leader's state machine counts arrivals in an `Arrivals`, and asks `decide` after
-each one, and again at the time that the answer named. `decide` is a pure function, so it is tested alone.
-To add a way to complete a clock, write a class with `decide` and `late`, and add it to `completion.Completion`.
-"""
+"""Defines what completes a clock: a quorum, a deadline or a code, and what happens to later contributions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -17,78 +10,19 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.answers import WAIT, Answer, Decide, Never, Wait
+from flowml.policy.arrivals import Arrivals, Completion, Of
 from flowml.policy.codes import Code, CyclicRepetition, FractionalRepetition, TreeCode
-from flowml.policy.late import Drop, Fold, Late, LateName, late_name, late_of, number
+from flowml.policy.kinds import register
+from flowml.policy.late import Drop, Late, LateName, late_of, number
 from flowml.policy.wording import Value, brief, is_one_of
 
 ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
 
-Of = Literal["replicas", "samples", "microbatches"]
-
 Over = Literal["step", "epoch"]
 
 
-@dataclass(slots=True)
-class Arrivals:
-    """The complete contributions to one clock of one group of layers, as counted so far."""
-
-    members: int
-    """The number of replicas."""
-    full: float
-    """The number of microbatch gradients in a contribution that lacks none."""
-    rows: float
-    """The number of examples in a microbatch."""
-    began: float
-    """When the clock before was decided, in seconds."""
-    window_s: float | None = None
-    """The window learnt from the `spread` of earlier clocks; None before the first one."""
-    hopeful: int = 0
-    """The number of replicas that are not complete but still can become so."""
-    weight: int = 0
-    """The number of microbatch gradients in the complete contributions."""
-    times: dict[int, float] = field(default_factory=dict[int, float])
-    """The time at which each complete replica arrived, in the order of arrival."""
-    among: Sequence[int] | None = None
-    """The numbers of the replicas, if they are not those below `members`."""
-
-    @property
-    def count(self) -> int:
-        return len(self.times)
-
-    def missing(self) -> str:
-        """The first replicas that are not complete, as text."""
-        among = range(self.members) if self.among is None else self.among
-        absent = [str(r) for r in among if r not in self.times]
-        return ", ".join([*absent[:8], *(["…"] if len(absent) > 8 else [])])
-
-    def spread_s(self, count: int) -> float:
-        """The time from the first arrival to the one that made `count` complete."""
-        times = list(self.times.values())
-        return times[count - 1] - times[0]
-
-
-@dataclass(slots=True)
-class Spread:
-    """Learns how far apart the arrivals of a quorum usually are: their mean and four mean deviations.
-
-    This is the estimate of TCP's retransmission timer (Jacobson, Congestion avoidance and control, 1988). Only the
-    replicas of the quorum count, so that a straggler does not lengthen the wait for itself.
-    """
-
-    window_s: float | None = None
-    _mean: float = 0.0
-    _deviation: float = 0.0
-
-    def add(self, spread_s: float) -> None:
-        if self.window_s is None:
-            self._mean, self._deviation = spread_s, spread_s / 2
-        else:
-            self._deviation += (abs(spread_s - self._mean) - self._deviation) / 4
-            self._mean += (spread_s - self._mean) / 8
-        self.window_s = self._mean + 4 * self._deviation
-
-
-class Quorum(Value, frozen=True, tag=True):
+@register
+class Quorum(Completion, Value, frozen=True, tag=True):
     """How many contributions complete a clock, and what happens to later ones.
 
     Args:
@@ -148,7 +82,7 @@ class Quorum(Value, frozen=True, tag=True):
                 f"Quorum({value}, of={self.of!r}, over='epoch'): an epoch ends at a share of its examples; give a "
                 "fraction such as 0.75 and of='samples'"
             )
-        if self.ends_epoch and (isinstance(self.late, Fold) or self.limit_s < math.inf):
+        if self.ends_epoch and (self.late.folds or self.limit_s < math.inf):
             raise PolicyError(
                 "Quorum(over='epoch') has no late contributions that could be folded in, and no clock that could wait "
                 "too long; give late='drop' or late='requeue', and no limit_s"
@@ -216,6 +150,12 @@ class Quorum(Value, frozen=True, tag=True):
         samples = round(arrivals.members * arrivals.full * arrivals.rows)
         return arrivals.weight * arrivals.rows >= self.need(samples) - ROUNDING
 
+    def describe(self) -> str:
+        limit = f" limit {self.limit_s:g} s" if self.limit_s < math.inf else ""
+        of = "" if self.of == "replicas" else f" of {self.of}"
+        late = "" if self.cuts else f" {self.late.describe()}"
+        return f"quorum {self.count_or_fraction}{of}{limit}{late}"
+
     def __repr__(self) -> str:
         return _counting(self)
 
@@ -224,7 +164,8 @@ class Quorum(Value, frozen=True, tag=True):
         return f"Quorum({self.count_or_fraction}{of})"
 
 
-class Deadline(Value, frozen=True, tag=True):
+@register
+class Deadline(Completion, Value, frozen=True, tag=True):
     """A quorum that waits some more for the others: until a grace window has passed, or until a time limit.
 
     Args:
@@ -343,6 +284,15 @@ class Deadline(Value, frozen=True, tag=True):
             return self.grace
         return arrivals.spread_s(need) if arrivals.window_s is None else arrivals.window_s
 
+    def goes_on(self) -> bool:
+        return self.limit_s < math.inf
+
+    def describe(self) -> str:
+        if self.cuts:
+            return f"microbatches cut after {self.limit_s:g} s"
+        limit = f" limit {self.limit_s:g} s" if self.limit_s < math.inf else ""
+        return f"deadline {self.share} {self.grace}{limit} {self.late.describe()}"
+
     def __repr__(self) -> str:
         return _counting(self)
 
@@ -350,7 +300,8 @@ class Deadline(Value, frozen=True, tag=True):
         return f"Deadline(limit_s={self.limit_s:g}, of='microbatches')" if self.cuts else f"Deadline({self.share})"
 
 
-class Coded(Value, frozen=True, tag=True):
+@register
+class Coded(Completion, Value, frozen=True, tag=True):
     """The gradient of the whole batch, from any large enough set of replicas, because each computes several shares.
 
     See `flowml.policy.codes` for the methods. No work is dropped when a replica is late.
@@ -386,13 +337,8 @@ class Coded(Value, frozen=True, tag=True):
             )
 
     @property
-    def of(self) -> Of:
-        return "replicas"
-
-    @property
-    def late(self) -> Late:
-        """What a late replica has sent is not needed."""
-        return Drop()
+    def by_replica(self) -> bool:
+        return True
 
     @property
     def tree(self) -> TreeCode | None:
@@ -422,10 +368,6 @@ class Coded(Value, frozen=True, tag=True):
     def never_drops(self, members: int) -> bool:
         return self.stragglers == 0
 
-    @property
-    def waits_for_all(self) -> bool:
-        return False
-
     def decide(self, arrivals: Arrivals, now: float) -> Answer:
         """Decide as soon as the replicas that have arrived can be decoded."""
         if self.tree is not None:
@@ -449,6 +391,10 @@ class Coded(Value, frozen=True, tag=True):
         each = 1.0 if own else float(tree.load) / arrivals.full
         return Decide((*((r, 1.0) for r in own), *sorted((children[i], a * each) for i, a in found.items())))
 
+    def describe(self) -> str:
+        form = f" {self.children}x{self.levels}" if self.code == "tree" else ""
+        return f"coded {self.stragglers} {self.code}{form}"
+
     def __str__(self) -> str:
         form = f", children={self.children}, levels={self.levels}" if self.code == "tree" else ""
         return f"Coded({self.stragglers}, {self.code!r}{form})"
@@ -462,7 +408,7 @@ def _counting(value: Quorum | Deadline) -> str:
 def _check_cut(where: str, late: Late) -> None:
     if late != Drop():
         raise PolicyError(
-            f"{where} with late={late_name(late)!r} is not sound: every replica contributes in time what it has, and "
+            f"{where} with late={late.describe()!r} is not sound: every replica contributes in time what it has, and "
             "microbatches that were not computed have no gradient to keep; leave late out"
         )
 

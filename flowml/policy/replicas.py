@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from flowml.errors import PolicyError
 from flowml.policy.apply import Consensus, Distill, Mean, Mix, Outer, Sum, base_of, most_at_once
+from flowml.policy.arrivals import Completion
 from flowml.policy.graphs import CompleteGraph
-from flowml.policy.late import Fold, late_name
 from flowml.policy.payload import Delta, Factors, LocalPayload, Weights
-from flowml.policy.quorum import Coded, Deadline, Quorum
+from flowml.policy.quorum import Coded, Quorum
 from flowml.policy.rhythm import ONCE
 from flowml.policy.topology import Gossip, Hierarchy
 
@@ -147,7 +147,7 @@ def _check_sited(policy: Policy) -> None:
     """Check that a site can take part as one replica. Its replicas need each other's gradients at every step."""
     topology = f"topology={policy.topology!r}"
     quorum, inside = policy.quorum, policy.site_quorum
-    if not isinstance(quorum, Quorum | Deadline):
+    if quorum.by_replica:
         raise PolicyError(
             f"{topology} with quorum={quorum} is not sound: the contribution of a site is a sum over its replicas, and "
             "a code and copies of portions are about what each replica has computed; give a Quorum of sites, or use "
@@ -161,7 +161,7 @@ def _check_sited(policy: Policy) -> None:
         )
     if inside is not None:
         _check_site_quorum(policy, inside, topology)
-    elif not (quorum.waits_for_all or isinstance(quorum.late, Fold)):
+    elif not (quorum.waits_for_all or quorum.late.folds):
         raise PolicyError(
             f"{topology} with quorum={quorum} is not sound: a replica whose site is left out would stop its step, for "
             "which the others of its site wait; give local=fm.ParameterServer(), with which the leader decides for "
@@ -174,13 +174,13 @@ def _check_sited(policy: Policy) -> None:
         )
 
 
-def _check_site_quorum(policy: Policy, inside: Quorum | Deadline, topology: str) -> None:
+def _check_site_quorum(policy: Policy, inside: Completion, topology: str) -> None:
     """Check that the leader of a site can decide which of its replicas take part in the sum of a step."""
     quorum = policy.quorum
     if policy.clocked and not quorum.waits_for_all and quorum.late != inside.late and not inside.waits_for_all:
         raise PolicyError(
-            f"{topology} with quorum={quorum} is not sound: late={late_name(inside.late)!r} of the replicas of a site "
-            f"and late={late_name(quorum.late)!r} of sites are two rules for the same step of a replica; give both "
+            f"{topology} with quorum={quorum} is not sound: late={inside.late.describe()!r} of the replicas of a site "
+            f"and late={quorum.late.describe()!r} of sites are two rules for the same step of a replica; give both "
             "quorums the same late rule"
         )
     if policy.sites_decide:
@@ -261,7 +261,7 @@ def _check_dropping(policy: Policy, payload: str) -> None:
             f"{quorum} with apply={policy.apply!r} is not sound: a late replica moves towards the centre, which does "
             "not move towards it; leave quorum out, or give staleness=1 or more, where each pull counts on arrival"
         )
-    if isinstance(policy.quorum.late, Fold) and isinstance(policy.payload, Weights):
+    if policy.quorum.late.folds and isinstance(policy.payload, Weights):
         raise PolicyError(
             f"{quorum} with late={policy.quorum.late!r} and {payload} is not sound: parameters of an earlier round are "
             "no change that a later average could take in; use payload=Delta(), or late='drop'"

@@ -15,15 +15,17 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.numbers import MOST
 from flowml.policy.apply import Apply, Consensus, Mean, Outer, as_apply, base_of, travelling, unsound
+from flowml.policy.arrivals import Completion
 from flowml.policy.completing import check_arriving, check_clocked, check_speculating
-from flowml.policy.completion import COMPLETIONS, Completion, Speculate, cutting, describe_completion, share_of
+from flowml.policy.completion import COMPLETIONS, Speculate, cutting
 from flowml.policy.cuts import check_cut
 from flowml.policy.filtering import check_filters
 from flowml.policy.filters import AnyFilter, Filter, check_chain, is_lossless
-from flowml.policy.late import Fold, Late, late_name, number
+from flowml.policy.kinds import check
+from flowml.policy.late import Fold, Late, number
 from flowml.policy.mathematics import coefficients, shares
-from flowml.policy.payload import Delta, Factors, Gradient, LocalPayload, Payload, Weights
-from flowml.policy.quorum import Deadline, Quorum
+from flowml.policy.payload import PAYLOADS, Delta, Factors, Gradient, LocalPayload, Payload, Weights
+from flowml.policy.quorum import Quorum
 from flowml.policy.replicas import check_replicas
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.topology import (
@@ -139,7 +141,7 @@ class Policy(Value, frozen=True):
     @property
     def clocked(self) -> bool:
         """Whether the layer commits clock by clock. If False, each contribution is applied on arrival."""
-        return not (isinstance(self.quorum.late, Fold) and self.staleness > 0) and self.epoch_share is None
+        return not (self.quorum.late.folds and self.staleness > 0) and self.epoch_share is None
 
     @property
     def epoch_share(self) -> float | None:
@@ -202,7 +204,7 @@ class Policy(Value, frozen=True):
         return is_sited(self.topology)
 
     @property
-    def site_quorum(self) -> Quorum | Deadline | None:
+    def site_quorum(self) -> Completion | None:
         """What completes the sum of a site, where its leader gathers it and passes on values and decisions.
 
         None if there are no sites, or if the replicas of a site need each other at every step.
@@ -212,7 +214,7 @@ class Policy(Value, frozen=True):
             return None
         if topology.quorum is not None:
             return topology.quorum
-        drops = not (self.quorum.waits_for_all or isinstance(self.quorum.late, Fold))
+        drops = not (self.quorum.waits_for_all or self.quorum.late.folds)
         return Quorum() if drops and isinstance(topology.remote, ParameterServer) else None
 
     @property
@@ -269,11 +271,11 @@ class Policy(Value, frozen=True):
         if self.every.describe() and not isinstance(self.remote, Gossip):
             words.append(self.every.describe())
         if self.clocked and self.quorum != Quorum():
-            words.append(describe_completion(self.quorum))
+            words.append(self.quorum.describe())
         elif self.epoch_share is not None:
-            words.append(f"epoch {self.epoch_share} {late_name(self.quorum.late)}")
-        elif not self.clocked and self.quorum != Quorum(1, late=Fold()):
-            words.append(f"by {share_of(self.quorum)}")
+            words.append(f"epoch {self.epoch_share} {self.quorum.late.describe()}")
+        elif not self.clocked and isinstance(self.quorum, Quorum) and self.quorum != Quorum(1, late=Fold()):
+            words.append(f"by {self.quorum.count_or_fraction}")
         if isinstance(self.remote, Gossip):
             if self.mirrored:
                 words += ["deltas", *map(str, self.filters)]
@@ -317,14 +319,14 @@ def _filters(name: str, filters: Sequence[object]) -> tuple[Filter, ...]:
 
 def _check_parts(policy: Policy) -> None:
     """Check that each knob has an available value."""
-    kinds: tuple[tuple[str, object, tuple[type, ...]], ...] = (
-        ("topology", policy.topology, TOPOLOGIES),
-        ("quorum", policy.quorum, COMPLETIONS),
-        ("payload", policy.payload, (Gradient, Factors, Delta, Weights)),
-    )
-    for name, value, types in kinds:
-        if type(value) not in types:
-            raise wrong_kind(name, value, types)
+    if not isinstance(policy.topology, Topology):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise wrong_kind("topology", policy.topology, TOPOLOGIES)
+    if not isinstance(policy.quorum, Completion):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise wrong_kind("quorum", policy.quorum, COMPLETIONS)
+    if type(policy.payload) not in PAYLOADS:
+        raise wrong_kind("payload", policy.payload, PAYLOADS)
+    check(Completion, policy.quorum)
+    check(Late, policy.quorum.late)
 
 
 def _check_sound(policy: Policy) -> None:

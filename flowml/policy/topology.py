@@ -16,7 +16,7 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import real, whole
-from flowml.policy.completion import describe_completion
+from flowml.policy.arrivals import Completion
 from flowml.policy.graphs import (
     Graph,
     NestedGraph,
@@ -28,7 +28,7 @@ from flowml.policy.graphs import (
     readers,
     sites_of,
 )
-from flowml.policy.quorum import Deadline, Quorum
+from flowml.policy.quorum import Quorum
 from flowml.policy.wording import Value, wrong_kind
 
 DOUBLING_BYTES = 2 * 2**20
@@ -164,7 +164,7 @@ class Hierarchy(Value, frozen=True, tag=True):
     local: Local = AllReduce()
     remote: Remote = Ring()
     sites: int | tuple[tuple[int, ...], ...] | None = None
-    quorum: Quorum | Deadline | None = None
+    quorum: Completion | None = None
 
     if TYPE_CHECKING:
 
@@ -173,7 +173,7 @@ class Hierarchy(Value, frozen=True, tag=True):
             local: Topology = ...,
             remote: Topology = ...,
             sites: object = ...,
-            quorum: Quorum | Deadline | None = ...,
+            quorum: Completion | None = ...,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -258,10 +258,10 @@ def as_gossip(topology: Topology) -> Topology:
     return Gossip(NestedGraph(local.graph, remote.graph, sites, remote.every // local.every), local.every, local.pull)
 
 
-def _check_inside(local: Topology, quorum: Quorum | Deadline) -> None:
+def _check_inside(local: Topology, quorum: Completion) -> None:
     """Check that a site can do with some of its replicas."""
     given = f"Hierarchy(local={local!r}, quorum={quorum})"
-    if type(quorum) not in (Quorum, Deadline):
+    if not isinstance(quorum, Completion) or quorum.by_replica:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PolicyError(
             f"Hierarchy(quorum={quorum!r}): a Quorum or a Deadline completes the sum of a site; a code and copies of "
             "portions are about the batch of all replicas, and belong to the quorum of the policy"
@@ -380,7 +380,7 @@ def describe(topology: Topology) -> str:
     if isinstance(topology, Hierarchy):
         if not is_sited(topology):
             return "hierarchy"
-        share = "" if topology.quorum is None else f" {describe_completion(topology.quorum)}"
+        share = "" if topology.quorum is None else f" {topology.quorum.describe()}"
         inside = f"{describe(topology.local) or 'server'}{share} in sites"
         return f"{inside}, {describe(topology.remote) or 'server'} between"
     names = {ParameterServer: "", SharedMemory: "shared memory", AllReduce: "all-reduce", Ring: "ring"}

@@ -89,7 +89,8 @@ def brief(value: Value, hidden: Sequence[str] = (), shown: Sequence[str] = ()) -
         if field.name not in hidden and (field.name in shown or getattr(value, field.name) != field.default)
     ]
     kind = type(value)
-    module = f"{kind.__module__.replace('flowml', 'fm', 1)}." if kind.__module__ in _INNER else "fm."
+    ours = "fm." if kind.__module__.startswith("flowml.") else ""
+    module = f"{kind.__module__.replace('flowml', 'fm', 1)}." if kind.__module__ in _INNER else ours
     return f"{module}{kind.__name__}({', '.join(given)})"
 
 

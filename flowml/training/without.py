@@ -10,7 +10,6 @@ from its beginning that some are lost.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from flowml.devices import worker_of
 from flowml.errors import PolicyError, UnsupportedError, named
 from flowml.placement.homes import homes_only
 from flowml.plan import Part, Plan, Reduction, Site, StoreSpec, Training
-from flowml.policy import Completion, Deadline, Gossip
+from flowml.policy import Completion, Gossip
 from flowml.policy.compose import check_count
 from flowml.policy.graphs import NestedGraph, OwnMatrix, among
 from flowml.training.adapted import has_inside
@@ -85,7 +84,7 @@ class TooFew(NamedTuple):
 
 def goes_on(quorum: Completion | None) -> bool:
     """Whether a clock is complete with whichever replicas are there, once a time limit is over."""
-    return isinstance(quorum, Deadline) and quorum.limit_s < math.inf
+    return quorum is not None and quorum.goes_on()
 
 
 def too_few(training: Training, left: Collection[int]) -> TooFew | None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import flowml as fm
 from flowml.policy import Decide, Policy, Wait, check_composition, coded_by
 from flowml.policy.codes import CyclicRepetition, matrix
+from flowml.policy.kinds import read
 from flowml.policy.quorum import Arrivals, Coded, Quorum
 
 
@@ -61,7 +62,7 @@ def test_a_coded_policy_travels_and_describes_itself() -> None:
         (fm.policies.coded_reduce(4, 3, 1), "coded 1 tree 4x3"),
     ):
         assert policy.describe() == text
-        assert msgspec.msgpack.decode(msgspec.msgpack.encode(policy), type=Policy) == policy
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(policy), type=Policy, dec_hook=read) == policy
 
 
 UNSOUND: list[tuple[dict[str, Any], str]] = [

@@ -31,6 +31,7 @@ from flowml.policy import (
     named,
     window,
 )
+from flowml.policy.kinds import read
 
 SITES = Hierarchy(ParameterServer(), AllReduce(), 2, Quorum(0.5))
 
@@ -95,7 +96,7 @@ def test_named_policies_describe_themselves_and_travel(policy: Policy, text: str
     assert policy.describe() == text
     assert policy.local
     sent = msgspec.msgpack.encode(policy.travelling)
-    assert msgspec.msgpack.decode(sent, type=Policy) == policy.travelling
+    assert msgspec.msgpack.decode(sent, type=Policy, dec_hook=read) == policy.travelling
 
 
 def test_an_outer_optimizer_does_not_travel() -> None:

@@ -10,7 +10,6 @@ from flowml import sim
 from flowml.policy import UNBOUNDED, Coded, Deadline, Every, Fold, Gossip, Hierarchy, Outer, Policy, Prox, Quorum
 from flowml.policy.apply import base_of
 from flowml.policy.graphs import name_of
-from flowml.policy.late import late_name
 from flowml.policy.rhythm import ONCE
 from flowml_tools.faults.cases import Case
 
@@ -58,7 +57,7 @@ def values_of(policy: Policy) -> list[str]:
     found.append(f"quorum {_quorum(quorum)}")
     if policy.clocked and not quorum.never_drops(2):
         late = quorum.late
-        found.append(f"late {late_name(late)}" + (" with decay" if isinstance(late, Fold) and late.decay < 1 else ""))
+        found.append(f"late {late.describe()}" + (" with decay" if isinstance(late, Fold) and late.decay < 1 else ""))
     found += [f"every {name}" for name in _rhythm(every)]
     alpha = " mixed" if getattr(policy.payload, "alpha", 0.0) else ""
     found.append(f"payload {type(policy.payload).__name__.lower()}{alpha}")

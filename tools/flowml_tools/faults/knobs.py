@@ -17,6 +17,7 @@ import msgspec
 
 from flowml import sim
 from flowml.policy import Policy
+from flowml.policy.kinds import Knob, kinds_of
 from flowml_tools.faults.cases import Case
 
 _NO_KNOBS = (sim.Operation, sim.Recording)
@@ -125,4 +126,5 @@ def _literals(hint: Any) -> Collection[str]:
 
 
 def _classes(hint: Any) -> list[type]:
-    return [part for part in _parts(hint) if isinstance(part, type) and part is not NoneType]
+    found = [part for part in _parts(hint) if isinstance(part, type) and part is not NoneType]
+    return [kind for part in found for kind in (kinds_of(part) if issubclass(part, Knob) else (part,))]

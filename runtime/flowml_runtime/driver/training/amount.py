@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flowml.plan import Training
-from flowml.policy import Requeue
 from flowml.splits import Shards, Shuffle
 from flowml.training.pieces import short_items, short_parts
 from flowml_runtime.driver.training.tables import group_names
@@ -32,7 +31,7 @@ def work_of(
         portions=training.items // replicas,
         epoch_share=training.stores[0].policy.epoch_share or 1.0,
         short=short,
-        requeues=isinstance(training.stores[0].policy.late, Requeue),
+        requeues=training.stores[0].policy.late.requeues,
         copies=training.speculation.copies if training.speculation else None,
         sharded=isinstance(shuffle, Shards) and not terms.aligned,
     )

@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from flowml.policy import Requeue
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.terms import Committed, Group, Terms
@@ -269,5 +268,5 @@ class Accounts:
             return Settle(account.item, "used", lost, account.left_out or 0, late)
         if account.folded:
             return Settle(account.item, "folded", tuple(sorted(account.lost)))
-        requeues = any(isinstance(self._terms.groups[g].late, Requeue) for g in account.lost)
+        requeues = any(self._terms.groups[g].late.requeues for g in account.lost)
         return Settle(account.item, "requeued" if requeues else "dropped")

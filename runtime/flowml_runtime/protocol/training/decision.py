@@ -253,6 +253,11 @@ class Decision:
                         "limit_s=), which goes on with what has arrived"
                     )
                 case Decide(coefficients):
+                    if not arrivals.count:
+                        raise QuorumError(
+                            f"clock {self._clock}{self._group.what} would be complete without any contribution; "
+                            f"{self._group.quorum!r} has to wait for one at least"
+                        )
                     if self._lacks_needed():
                         return found
                     found.append(self._commit(arrivals, coefficients, now))

@@ -47,8 +47,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from flowml.policy import Consensus, Fold
+from flowml.policy import Consensus
 from flowml.policy.apply import base_of, scales
+from flowml.policy.late import factor
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training import exchange
@@ -320,7 +321,7 @@ class Home:
             missing = next(r for r in store.senders if r not in there and r not in excluded)
             raise ProtocolError(f"clock {clock} is committed with replica {missing}, which store {index} lacks")
         chosen = [(gathering, 1.0) for _, gathering in taken]
-        if not isinstance(late_rule, Fold):
+        if not late_rule.folds:
             given = {r: a for r, a in event.coefficients if tree is None or r < tree.children}
             actions = self._decode(index, dict(taken), given, clock) if given else self._apply(index, chosen, clock)
             return [*actions, *releases(parts(late.values())), *self._finish(index)]
@@ -332,7 +333,7 @@ class Home:
             gathering = store.pop(earlier, replica)
             if gathering is None or not store.is_complete(gathering):
                 raise ProtocolError(f"the late contribution of replica {replica} at clock {earlier} is not there")
-            chosen.append((gathering, late_rule.decay ** (clock - earlier)))
+            chosen.append((gathering, factor(late_rule, clock - earlier)))
             store.owed[replica] = {c for c in store.owed.get(replica, ()) if c > earlier}
         living: list[int] | None = [r for r in store.senders if r not in excluded or r not in self._lost]
         if store.terms.policy.local:

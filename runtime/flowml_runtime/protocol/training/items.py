@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flowml.policy import Requeue
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.terms import RETIRED, Terms
@@ -27,7 +26,7 @@ def batch(terms: Terms, *, fed: bool) -> int:
     that asks, if replicas share the items by their speed, and in a run of few clocks. Otherwise it is at most about a
     third of them, so that the fates of items, which a replica tells when it asks, are known in the course of the run.
     """
-    requeues = any(isinstance(g.late, Requeue) for g in terms.groups)
+    requeues = any(g.late.requeues for g in terms.groups)
     if fed or requeues or not terms.aligned or terms.total_clocks <= MOST_AHEAD:
         return LOOK_AHEAD
     return min(MOST_AHEAD, terms.total_clocks // 3 + 1)

@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from flowml.policy import Fold
+from flowml.policy.late import factor
 from flowml.policy.waits import Waits
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
@@ -239,10 +239,9 @@ class Site:
         if not full:
             return [*rest, Forward(store, clock, 0, 0, ())]
         late = self._group.late
-        decay = late.decay if isinstance(late, Fold) else 1.0
         weight = sum(g.weight for g, at in full if at == clock) + absent * max(g.weight for g, _ in full)
         base = min(gathering.base_version for gathering, _ in full)
-        terms = tuple((gathering.handles(), decay ** (clock - at)) for gathering, at in full)
+        terms = tuple((gathering.handles(), factor(late, clock - at) if at < clock else 1.0) for gathering, at in full)
         weight = max(weight, 1)
         return [*rest, Forward(store, clock, weight, base, terms, weight / sum(g.weight for g, _ in full))]
 

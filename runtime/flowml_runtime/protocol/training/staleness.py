@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from flowml.policy import Fold, Gossip
+from flowml.policy import Gossip
 from flowml.policy.apply import scales
 from flowml_runtime.protocol.training.store import Gathering, Store
 from flowml_runtime.protocol.training.store_terms import StoreTerms
@@ -28,7 +28,7 @@ def may_be_stale(store: StoreTerms) -> bool:
     """
     policy = store.policy
     return not store.collective and (
-        policy.staleness > 0 or policy.every.delay > 0 or isinstance(policy.late, Fold) or scales(policy.apply)
+        policy.staleness > 0 or policy.every.delay > 0 or policy.late.folds or scales(policy.apply)
     )
 
 

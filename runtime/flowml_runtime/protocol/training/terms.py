@@ -21,7 +21,6 @@ from flowml.policy import (
     Consensus,
     Deadline,
     Every,
-    Fold,
     Gossip,
     Policy,
     Quorum,
@@ -57,7 +56,7 @@ class Group:
     the global ones instead."""
     sites: tuple[tuple[int, ...], ...] = ()
     """As in `StoreTerms`."""
-    site_quorum: Quorum | Deadline | None = None
+    site_quorum: Completion | None = None
     """What completes the sum of a site, where its leader decides that. Its replicas get decisions about themselves."""
     late: Late = field(default_factory=Drop)
     """What becomes of late work of a replica, at whichever level it is late."""
@@ -75,7 +74,7 @@ class Group:
     @cached_property
     def folds(self) -> bool:
         """Whether late contributions join a later clock."""
-        return isinstance(self.late, Fold)
+        return self.late.folds
 
     @property
     def relayed(self) -> bool:
@@ -162,11 +161,11 @@ class Terms:
     def groups(self) -> tuple[Group, ...]:
         """The groups of stores with decisions, in the order of their first stores. Stores whose sites decide alone, by
         different rules, are in different groups: an item of a site may be in some of its sums and not in others."""
-        found: dict[tuple[Completion, Quorum | Deadline | None, bool, Every, bool, Sites], list[int]] = {}
+        found: dict[tuple[Completion, Completion | None, bool, Every, bool, Sites], list[int]] = {}
         for number, store in enumerate(self.stores):
             if store.decided:
                 policy, sites = store.policy, store.sites
-                discards = self._may_drop(store) and policy.local and not isinstance(policy.late, Fold)
+                discards = self._may_drop(store) and policy.local and not policy.late.folds
                 inside = policy.site_quorum if sites else None
                 key = policy.quorum, inside, store.sites_decide, policy.every, discards, sites
                 found.setdefault(key, []).append(number)
@@ -181,7 +180,7 @@ class Terms:
     def _final(self, groups: Sequence[Group]) -> list[Group]:
         """The groups whose sites decide alone at each step, where `groups` are all others."""
         above = {store: group for group in groups for store in group.stores}
-        found: dict[tuple[Quorum | Deadline, Late, Sites, int | None, Every, bool], list[int]] = {}
+        found: dict[tuple[Completion, Late, Sites, int | None, Every, bool], list[int]] = {}
         for number, store in enumerate(self.stores):
             inside, policy = store.policy.site_quorum, store.policy
             if store.sites_decide and inside is not None:
@@ -273,7 +272,7 @@ class Terms:
     def may_wait(self) -> tuple[int, ...]:
         """The stores at whose homes a contribution may wait: for the staleness of others or, if late, a later clock."""
         stores = enumerate(self.stores)
-        return tuple(n for n, s in stores if not s.clocked or (s.decided and isinstance(s.policy.late, Fold)))
+        return tuple(n for n, s in stores if not s.clocked or (s.decided and s.policy.late.folds))
 
     def tells_applied(self, store: int, replica: int) -> bool:
         """Whether the home of a store tells the replica which versions hold its pushes."""

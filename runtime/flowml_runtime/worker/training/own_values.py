@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from flowml.plan import Plan, StoreSpec
-from flowml.policy import Delta, Fold, Mix, Policy
+from flowml.policy import Delta, Mix, Policy
 from flowml.policy.apply import base_of
 from flowml_runtime.execution.programs import Array, TaskFunction, aligned_copy
 from flowml_runtime.worker.training.resident import Arrays, number, row, row_of
@@ -31,7 +31,7 @@ class OwnRhythm:
         """The number of steps in what the next push sends."""
         self._taken = -1
         self._owes = policy.owes
-        self._drops = policy.owes and policy.clocked and not isinstance(policy.late, Fold)
+        self._drops = policy.owes and policy.clocked and not policy.late.folds
         self._since = 0
         """The first step that the next push sends, if a decision may drop those of the push before."""
 
