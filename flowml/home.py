@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from flowml.arrays import ArraySpec, Dimension, Index
+from flowml.policy.routes import Topology
 
 
 class Applies(msgspec.Struct, frozen=True):
@@ -120,7 +121,8 @@ class Local(msgspec.Struct, frozen=True):
 class Reduction(msgspec.Struct, frozen=True):
     """How the workers of a stage add up a part among themselves. Each worker is one rank.
 
-    `schedule` is "doubling", "direct", "ring", "hierarchical", "tree" (with `fanout`), "gather", "spread" or "around".
+    `schedule` is "doubling", "direct", "ring", "hierarchical", "tree" (with `fanout`), "gather", "spread", "around",
+    or "own" with the topology that is the `route`.
     `workers` are in the order of ranks; `hosts` holds the number of each worker's machine.
     """
 
@@ -128,6 +130,7 @@ class Reduction(msgspec.Struct, frozen=True):
     workers: tuple[str, ...]
     hosts: tuple[Index, ...]
     fanout: Index = 0
+    route: Topology | None = None
 
 
 class Site(msgspec.Struct, frozen=True):

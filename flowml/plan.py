@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -495,9 +496,5 @@ def fingerprint(executable: bytes) -> str:
     return hashlib.sha256(executable).hexdigest()[:32]
 
 
-def _read(kind: type, value: object) -> object:
-    return kinds.read(kind, value, from_plan)
-
-
-_decoder = msgspec.msgpack.Decoder(Plan, dec_hook=_read)
+_decoder = msgspec.msgpack.Decoder(Plan, dec_hook=partial(kinds.read, hook=from_plan))
 """Made at import, in one thread: msgspec crashes if two threads resolve a type for the first time at once."""

@@ -2,8 +2,8 @@
 
 Each kind is a value that travels in the plan. It says whether contributions are averaged or added, and by what a stale
 one is scaled; `mathematics.coefficients` computes with that. What the sum does to the parameters is compiled into the
-tasks of the home (`flowml.training.updates`). To add a kind, write a class here, add it to `Apply`, and give it a rule
-there.
+tasks of the home (`flowml.training.updates`). A new kind is a class that follows `Apply`, whose `gradient` changes what
+the optimizer gets, and is registered.
 """
 
 from __future__ import annotations
@@ -15,37 +15,58 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import real, whole
+from flowml.policy.kinds import Knob, check, register
 from flowml.policy.wording import Value, wrong_kind
 
 if TYPE_CHECKING:
     from flowml.policy.spec import Policy
 
 
-class Mean(Value, frozen=True, tag=True):
-    """Apply the mean of the contributions: `"mean"`. Each counts by the number of microbatch gradients in it."""
+class Apply(Knob):
+    """How a home applies contributions. As it is here, it applies their mean."""
 
-    averages = True
+    __slots__ = ()
+
+    @property
+    def averages(self) -> bool:
+        """Whether the mean of the contributions is taken, and not their sum."""
+        return True
 
     def scale(self, staleness: int) -> float:
+        """By what a contribution is multiplied that so many versions of the home were made after."""
         return 1.0
+
+    def gradient(self, mean: Any, parameter: Any, xp: Any) -> Any:
+        """What the optimizer gets in place of the mean of one array. JAX traces it, and `xp` is jax.numpy."""
+        return mean
+
+    def describe(self) -> str:
+        """A short text for tables; "" for the default."""
+        return type(self).__name__.lower()
+
+
+@register
+class Mean(Apply, Value, frozen=True, tag=True):
+    """Apply the mean of the contributions: `"mean"`. Each counts by the number of microbatch gradients in it."""
 
     def describe(self) -> str:
         return ""
 
 
-class Sum(Value, frozen=True, tag=True):
+@register
+class Sum(Apply, Value, frozen=True, tag=True):
     """Apply the sum of the mean gradients of all replicas' steps, as if each were applied alone: `"sum"`."""
 
-    averages = False
-
-    def scale(self, staleness: int) -> float:
-        return 1.0
+    @property
+    def averages(self) -> bool:
+        return False
 
     def describe(self) -> str:
         return "sum"
 
 
-class StalenessScaled(Value, frozen=True, tag=True):
+@register
+class StalenessScaled(Apply, Value, frozen=True, tag=True):
     """Like the mean, but a contribution that is σ versions late counts `rate / σ` (Gupta et al., Rudra, 2016).
 
     σ is the number of versions that the home made between the read of the replica and the update with its
@@ -58,8 +79,6 @@ class StalenessScaled(Value, frozen=True, tag=True):
 
     rate: float = 1.0
 
-    averages = True
-
     def __post_init__(self) -> None:
         _check(self, "rate", 0 < _number(self.rate) < math.inf, "a contribution is multiplied by a number above 0")
 
@@ -70,7 +89,8 @@ class StalenessScaled(Value, frozen=True, tag=True):
         return "÷ staleness" if self.rate == 1 else f"{self.rate:g} ÷ staleness"
 
 
-class Outer(Value, frozen=True, tag=True):
+@register
+class Outer(Apply, Value, frozen=True, tag=True):
     """Give the mean to an optimizer of the home's own, which has its state there (Douillard et al., DiLoCo, 2023).
 
     With gradients it takes the place of the trainer's optimizer for these layers. With deltas, which point from the new
@@ -83,8 +103,6 @@ class Outer(Value, frozen=True, tag=True):
 
     optimizer: Any = None
 
-    averages = True
-
     def __post_init__(self) -> None:
         if self.optimizer is not None and not (hasattr(self.optimizer, "init") and hasattr(self.optimizer, "update")):
             raise PolicyError(
@@ -94,14 +112,12 @@ class Outer(Value, frozen=True, tag=True):
     def __repr__(self) -> str:
         return "fm.Outer()" if self.optimizer is None else "fm.Outer(optimizer)"
 
-    def scale(self, staleness: int) -> float:
-        return 1.0
-
     def describe(self) -> str:
         return "outer"
 
 
-class Mix(Value, frozen=True, tag=True):
+@register
+class Mix(Apply, Value, frozen=True, tag=True):
     """Replicas and the home pull each other: both move by `pull` times their distance (Zhang et al., Deep learning with
     Elastic Averaging SGD, NeurIPS 2015). With k contributions at once the home moves by k · pull towards their mean.
 
@@ -111,19 +127,15 @@ class Mix(Value, frozen=True, tag=True):
 
     pull: float
 
-    averages = True
-
     def __post_init__(self) -> None:
         _check(self, "pull", 0 < _number(self.pull) <= 1, "it is a share of a distance; give a number in (0, 1]")
-
-    def scale(self, staleness: int) -> float:
-        return 1.0
 
     def describe(self) -> str:
         return f"mix {self.pull:g}"
 
 
-class Consensus(Value, frozen=True, tag=True):
+@register
+class Consensus(Apply, Value, frozen=True, tag=True):
     """The consensus step of ADMM: the home keeps the mean of what replicas reported last, each its parameters plus its
     dual variables (Boyd et al., *Distributed Optimization and ADMM*, 2011; Zhang and Kwok, *Asynchronous Distributed
     ADMM*, ICML 2014). `Prox` says what penalty the global parameters have.
@@ -137,19 +149,19 @@ class Consensus(Value, frozen=True, tag=True):
 
     rho: float
 
-    averages = False
+    @property
+    def averages(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         _check(self, "rho", 0 < _number(self.rho) < math.inf, "a distance is multiplied by a number above 0")
-
-    def scale(self, staleness: int) -> float:
-        return 1.0
 
     def describe(self) -> str:
         return f"consensus {self.rho:g}"
 
 
-class Vote(Value, frozen=True, tag=True):
+@register
+class Vote(Apply, Value, frozen=True, tag=True):
     """Apply only the rows that win a vote: each contribution votes for its `rows` largest rows, and 2 · `rows` win.
 
     A row is what one index of a parameter's first dimension selects, such as a feature's histogram. Its size is its
@@ -161,14 +173,9 @@ class Vote(Value, frozen=True, tag=True):
 
     rows: int
 
-    averages = True
-
     def __post_init__(self) -> None:
         rows = whole(self.rows)
         _check(self, "rows", rows is not None and rows > 0, "the number of rows to vote for is an int of at least 1")
-
-    def scale(self, staleness: int) -> float:
-        return 1.0
 
     def describe(self) -> str:
         return f"vote {self.rows}"
@@ -181,7 +188,8 @@ class Examples:
         self.inputs = inputs
 
 
-class Distill(Value, frozen=True, tag=True):
+@register
+class Distill(Apply, Value, frozen=True, tag=True):
     """Train a model of the original size to give the mean of the outputs of the replicas' models (Sun et al.,
     *Ensemble-compression*, ECML 2017; Lin et al., *FedDF*, NeurIPS 2020).
 
@@ -209,8 +217,6 @@ class Distill(Value, frozen=True, tag=True):
     loss: Any = None
     batch_size: int | None = None
 
-    averages = True
-
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             value = whole(getattr(self, name))
@@ -236,9 +242,6 @@ class Distill(Value, frozen=True, tag=True):
         """Whether it is the form in a plan, which holds the compiled distillation."""
         return self.predict is None and self.inputs is None and self.optimizer is None
 
-    def scale(self, staleness: int) -> float:
-        return 1.0
-
     def describe(self) -> str:
         return f"distill {self.steps}"
 
@@ -251,10 +254,8 @@ class Distill(Value, frozen=True, tag=True):
         return f"fm.Distill({', '.join(given)})"
 
 
-Base = Mean | Sum | StalenessScaled | Outer | Mix | Consensus | Vote | Distill
-
-
-class Prox(Value, frozen=True, tag=True):
+@register
+class Prox(Apply, Value, frozen=True, tag=True):
     """Apply as `after` does, then take the proximal step of l1 · |x| + l2 / 2 · x² inside a box, number by number.
 
     The new value is the x between `low` and `high` that minimises ½ (x - updated)² + l1 · |x| + l2 / 2 · x². Both
@@ -269,7 +270,7 @@ class Prox(Value, frozen=True, tag=True):
     l2: float = 0.0
     low: float = -math.inf
     high: float = math.inf
-    after: Base = Mean()
+    after: Apply = Mean()
 
     if TYPE_CHECKING:
 
@@ -279,7 +280,7 @@ class Prox(Value, frozen=True, tag=True):
             l2: float = 0.0,
             low: float = -math.inf,
             high: float = math.inf,
-            after: Base | Literal["mean", "sum"] = ...,
+            after: Apply | Literal["mean", "sum"] = ...,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -308,8 +309,6 @@ class Prox(Value, frozen=True, tag=True):
         return " ".join(filter(None, found))
 
 
-Apply = Base | Prox
-
 BASES = (Mean, Sum, StalenessScaled, Outer, Mix, Consensus, Vote, Distill)
 APPLIES = (*BASES, Prox)
 _NAMED: dict[object, Mean | Sum] = {"mean": Mean(), "sum": Sum()}
@@ -318,17 +317,18 @@ _NAMED: dict[object, Mean | Sum] = {"mean": Mean(), "sum": Sum()}
 def as_apply(value: object, knob: str = "apply", kinds: tuple[type, ...] = APPLIES) -> Any:
     """The kind that a user gives by its name or as a value. Raises PolicyError for anything else."""
     found = _NAMED.get(value, value) if isinstance(value, str) else value
-    if type(found) not in kinds:
+    if not isinstance(found, Apply) or (knob == "after" and isinstance(found, Prox)):
         if hasattr(value, "init") and hasattr(value, "update"):
             raise PolicyError(f"{knob}=... is an optax optimizer, not an apply; give {knob}=fm.Outer(optimizer)")
         if isinstance(value, type) and value in kinds:
             raise wrong_kind(knob, value, kinds)
         others = ", ".join(f"fm.{k.__name__}" for k in kinds if k not in (Mean, Sum))
         raise PolicyError(f"{knob}={value!r} is not available; give {knob}='mean', {knob}='sum', or one of {others}")
+    check(Apply, found)
     return found
 
 
-def base_of(apply: Apply) -> Base:
+def base_of(apply: Apply) -> Apply:
     """The kind that decides the update, which `Prox` follows."""
     return apply.after if isinstance(apply, Prox) else apply
 

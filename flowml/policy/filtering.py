@@ -9,14 +9,10 @@ from flowml.arrays import ArraySpec
 from flowml.errors import PolicyError, named
 from flowml.policy.apply import Outer
 from flowml.policy.filters import (
-    KKT,
     AnyFilter,
     Filter,
     Form,
     LowRank,
-    Quantise,
-    RandomK,
-    RandomSkip,
     check_differences,
     is_additive,
     is_exchanged,
@@ -25,7 +21,6 @@ from flowml.policy.filters import (
     sum_sizes,
 )
 from flowml.policy.filters.dense import most_rank
-from flowml.policy.graphs import changes
 from flowml.policy.payload import Weights
 from flowml.policy.topology import Gossip, ParameterServer
 
@@ -78,7 +73,7 @@ def _check_pushed(policy: Policy) -> None:
             f"payload={policy.payload!r} with {filtered} is not sound: a parameter that a filter leaves out would be "
             "averaged as 0; use payload=fm.Delta(), or lossless filters such as compress()"
         )
-    if kind != "Gradient" and any(isinstance(f, KKT) for f in lossy):
+    if kind != "Gradient" and any(f.of_gradients for f in lossy):
         raise PolicyError(
             f"payload={policy.payload!r} with {filtered} is not sound: the condition of kkt() is on gradients; use "
             "significance(), or payload=fm.Gradient()"
@@ -121,7 +116,7 @@ def _check_tracked(policy: Policy, filtered: str) -> None:
     """Check that neighbours can follow each other's parameters by filtered differences."""
     topology, remote = f"topology={policy.topology!r}", policy.remote
     assert isinstance(remote, Gossip)
-    if changes(remote.graph):
+    if remote.graph.changes:
         raise PolicyError(
             f"{topology} with {filtered} is not sound: a replica follows its neighbours by the differences that they "
             "send in each round, and one that is not a neighbour in all rounds has missed some; give graph='ring' or "
@@ -144,7 +139,7 @@ def _check_tracked(policy: Policy, filtered: str) -> None:
 def _check_factors(lossy: Sequence[Filter], filtered: str) -> None:
     """Check that the product of two filtered factors stands for that of the factors."""
     for one in lossy:
-        if not isinstance(one, Quantise | RandomK | RandomSkip):
+        if not one.of_factors:
             why = (
                 f"what {one} leaves out of a factor is missing from all of the product, and never comes later; use "
                 "quantise(8), random_skip(0.5), whose expectation is the product, or compress()"

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from flowml.errors import PolicyError
 from flowml.numbers import MOST
+from flowml.policy.kinds import check, register
+from flowml.policy.routes import Graph, Weights
 from flowml.policy.wording import Value
 
 Matrix = NDArray[np.float64]
-Weights = dict[int, float]
-"""Replica -> weight, for the nonzero entries of a row of W, in ascending order of replicas."""
 
 _TOLERANCE = 1e-6
 """How far sums of a user's W may be from 1. Larger differences change the mean over replicas noticeably."""
@@ -38,14 +38,24 @@ MAX_OWN = 4096
 _Seed = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 
 
-class RingGraph(Value, frozen=True, tag="ring"):
+class _Symmetric(Graph):
+    __slots__ = ()
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+
+@register
+class RingGraph(_Symmetric, Value, frozen=True, tag="ring"):
     """Each replica averages with the one before and the one after it, all with equal weights."""
 
     def row(self, replica: int, members: int, turn: int = 0) -> Weights:
         return _equal(replica, members, (-1, 1))
 
 
-class TorusGraph(Value, frozen=True, tag="torus"):
+@register
+class TorusGraph(_Symmetric, Value, frozen=True, tag="torus"):
     """Replicas are on a grid with joined borders, as square as possible. Each averages with its four neighbours."""
 
     def row(self, replica: int, members: int, turn: int = 0) -> Weights:
@@ -55,7 +65,8 @@ class TorusGraph(Value, frozen=True, tag="torus"):
         return _shared(replica, [v * width + u for v, u in near])
 
 
-class ExponentialGraph(Value, frozen=True, tag="exponential"):
+@register
+class ExponentialGraph(Graph, Value, frozen=True, tag="exponential"):
     """Replica r averages with r + 1, r + 2, r + 4, …, all with equal weights.
 
     Edges are directed: W is not symmetric. A few neighbours give a large gap (Assran et al., ICML 2019; Ying et al.,
@@ -66,14 +77,16 @@ class ExponentialGraph(Value, frozen=True, tag="exponential"):
         return _equal(replica, members, [1 << k for k in range((members - 1).bit_length())])
 
 
-class CompleteGraph(Value, frozen=True, tag="complete"):
+@register
+class CompleteGraph(_Symmetric, Value, frozen=True, tag="complete"):
     """Each replica averages with all others, which then hold the mean after one round."""
 
     def row(self, replica: int, members: int, turn: int = 0) -> Weights:
         return dict.fromkeys(range(members), 1 / members)
 
 
-class RandomPairs(Value, frozen=True, tag="pairs"):
+@register
+class RandomPairs(_Symmetric, Value, frozen=True, tag="pairs"):
     """In each round every replica averages with one other, drawn from the seed and the round (as NoLoCo does).
 
     If their number is odd, one replica has no partner in the round.
@@ -84,8 +97,16 @@ class RandomPairs(Value, frozen=True, tag="pairs"):
     def row(self, replica: int, members: int, turn: int = 0) -> Weights:
         return _shared(replica, [partner(self.seed, turn, replica, members)], keep=0.5)
 
+    @property
+    def changes(self) -> bool:
+        return True
 
-class OwnMatrix(Value, frozen=True, tag="matrix"):
+    def describe(self) -> str:
+        return "random pairs"
+
+
+@register
+class OwnMatrix(Graph, Value, frozen=True, tag="matrix"):
     """The user's W, one tuple for each row. `own_matrix` checks it."""
 
     rows: tuple[tuple[float, ...], ...]
@@ -96,19 +117,20 @@ class OwnMatrix(Value, frozen=True, tag="matrix"):
     def row(self, replica: int, members: int, turn: int = 0) -> Weights:
         return {j: w for j, w in enumerate(self.rows[replica]) if w}
 
+    def describe(self) -> str:
+        return f"{len(self.rows)}x{len(self.rows)} matrix"
 
-Flat = RingGraph | TorusGraph | ExponentialGraph | CompleteGraph | RandomPairs | OwnMatrix
 
-
-class NestedGraph(Value, frozen=True, tag="nested"):
+@register
+class NestedGraph(Graph, Value, frozen=True, tag="nested"):
     """A graph inside each site, and one of sites, in which the first replica of each site takes part.
 
     Each `often`-th round is between sites, and all others are inside them. In either W is doubly stochastic, and so is
     the product of such rounds. `sites` are their number, or the replicas of each.
     """
 
-    local: Flat
-    remote: Flat
+    local: Graph
+    remote: Graph
     sites: int | tuple[tuple[int, ...], ...]
     often: int
 
@@ -116,7 +138,7 @@ class NestedGraph(Value, frozen=True, tag="nested"):
         graph, among, turn = self.at(replica, members, turn)
         return {among[j]: w for j, w in graph.row(among.index(replica), len(among), turn).items()}
 
-    def at(self, replica: int, members: int, turn: int) -> tuple[Flat, tuple[int, ...], int]:
+    def at(self, replica: int, members: int, turn: int) -> tuple[Graph, tuple[int, ...], int]:
         """The graph in which a replica takes part in a round, the replicas that it joins, and the number of the round
         there. One that does not lead its site is alone while sites exchange."""
         site_of, leaders = _among_sites(self.sites, members)
@@ -126,10 +148,17 @@ class NestedGraph(Value, frozen=True, tag="nested"):
             return CompleteGraph(), (replica,), turn
         return self.remote, leaders, turn // self.often
 
+    @property
+    def changes(self) -> bool:
+        return True
 
-Graph = Flat | NestedGraph
+    def describe(self) -> str:
+        return f"{self.local.describe()} in sites, {self.remote.describe()} between"
+
 
 Name = Literal["ring", "torus", "exponential", "complete", "random_pairs"]
+
+_OURS = (RingGraph, TorusGraph, ExponentialGraph, CompleteGraph, RandomPairs, OwnMatrix, NestedGraph)
 
 _NAMED: Mapping[str, Graph] = {
     "ring": RingGraph(),
@@ -143,6 +172,7 @@ _NAMED: Mapping[str, Graph] = {
 def as_graph(value: object) -> Graph:
     """A graph from its name, from a square matrix, or from a graph. Raises PolicyError for anything else."""
     if isinstance(value, Graph):
+        check(Graph, value)
         return value
     if isinstance(value, str):
         if value not in _NAMED:
@@ -150,6 +180,11 @@ def as_graph(value: object) -> Graph:
             raise PolicyError(f"graph={value!r} is not one; give {known}, or a doubly stochastic matrix")
         return _NAMED[value]
     return own_matrix(value)
+
+
+def name_of(graph: Graph) -> str | None:
+    """The name that `as_graph` takes for it; None if it has none."""
+    return next((name for name, known in _NAMED.items() if known == graph), None)
 
 
 def own_matrix(value: object) -> OwnMatrix:
@@ -208,6 +243,18 @@ def check_members(graph: Graph, members: int, what: str = "replicas") -> None:
             f"the mixing matrix has {len(graph.rows)} rows, but there are {members} {what}; give one row and column "
             f"for each of the {what}"
         )
+    if type(graph) not in _OURS and members <= MAX_OWN:
+        _check_own(graph, members)
+
+
+def _check_own(graph: Graph, members: int) -> None:
+    """Raise PolicyError if the first round of a graph that is not flowml's does not average, or is not as it says."""
+    found = matrix(graph, members)
+    _check_sums(found)
+    if not graph.changes:
+        _check_mixing(found)
+    if graph.symmetric and (found != found.T).any():
+        raise PolicyError(f"graph={graph!r} says that it is symmetric, and its rows for {members} replicas are not")
 
 
 def matrix(graph: Graph, members: int, turn: int = 0) -> Matrix:
@@ -219,11 +266,6 @@ def matrix(graph: Graph, members: int, turn: int = 0) -> Matrix:
     return found
 
 
-def changes(graph: Graph) -> bool:
-    """Whether W differs from round to round."""
-    return isinstance(graph, RandomPairs | NestedGraph)
-
-
 def readers(graph: Graph, replica: int, members: int, turn: int = 0) -> tuple[int, ...]:
     """The other replicas that average with this one in a round: those whose rows have it."""
     if isinstance(graph, NestedGraph):
@@ -233,18 +275,11 @@ def readers(graph: Graph, replica: int, members: int, turn: int = 0) -> tuple[in
         found = {(replica - (1 << k)) % members for k in range((members - 1).bit_length())}
     elif isinstance(graph, OwnMatrix):
         found = {i for i, row in enumerate(graph.rows) if row[replica]}
-    else:  # W is symmetric
+    elif graph.symmetric:
         found = set(graph.row(replica, members, turn))
+    else:
+        found = {i for i in range(members) if replica in graph.row(i, members, turn)}
     return tuple(sorted(found - {replica}))
-
-
-def name_of(graph: Graph) -> str:
-    """A short name for tables."""
-    if isinstance(graph, OwnMatrix):
-        return f"{len(graph.rows)}x{len(graph.rows)} matrix"
-    if isinstance(graph, NestedGraph):
-        return f"{name_of(graph.local)} in sites, {name_of(graph.remote)} between"
-    return next(name for name, known in _NAMED.items() if type(known) is type(graph)).replace("_", " ")
 
 
 def spectral_gap(weights: Matrix) -> float:
@@ -387,6 +422,12 @@ def _check(weights: Matrix | None) -> None:
             f"a mixing matrix is square, with a row and a column for each of 1 to {MAX_OWN} replicas, and this is not; "
             "give such a matrix, or the name of a graph such as 'ring'"
         )
+    _check_sums(weights)
+    _check_mixing(weights)
+
+
+def _check_sums(weights: Matrix) -> None:
+    """Raise PolicyError unless W is doubly stochastic."""
     if not np.isfinite(weights).all() or weights.min() < 0:
         i, j = np.argwhere(~(np.isfinite(weights) & (weights >= 0)))[0]
         raise PolicyError(
@@ -402,6 +443,10 @@ def _check(weights: Matrix | None) -> None:
                 "1, so gossip would change the mean over replicas; for a symmetric graph give each edge "
                 "1 / (1 + the larger degree of its ends) and each diagonal entry the rest"
             )
+
+
+def _check_mixing(weights: Matrix) -> None:
+    """Raise PolicyError unless replicas that average with these weights in each round approach their mean."""
     if len(weights) > 1 and not (weights - np.diag(np.diag(weights))).any():
         raise PolicyError(
             "this mixing matrix has no entry beside its diagonal, so each replica would average with itself alone and "

@@ -7,8 +7,10 @@ holds a value as its fields and the name of its kind, and each process that read
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 import msgspec
@@ -32,7 +34,8 @@ _reading = threading.RLock()
 def register(kind: _Found) -> _Found:
     """Let values of a class travel in plans. Decorates the class, which follows the base of a knob and `Value`.
 
-    Each process that takes part in a fit has to import the module of the class.
+    Each process that takes part in a fit has to know the class. Those that have not imported its module find it if it
+    is installed with an entry point of the group `flowml.kinds`.
 
     Raises:
         PolicyError: for a class that is no kind of a knob, or whose name another one has.
@@ -55,7 +58,7 @@ def register(kind: _Found) -> _Found:
 def check(base: type[Knob], value: object) -> None:
     """Raise PolicyError for a value that follows a base and whose class is not registered: no plan could hold it."""
     tag = getattr(getattr(value, "__struct_config__", None), "tag", None)
-    if isinstance(value, base) and _kinds.get((base, tag)) is not type(value):
+    if isinstance(value, base) and _kinds.get((base, str(tag))) is not type(value):
         name = type(value).__name__
         raise PolicyError(f"{name} is not registered; write @flowml.policy.register before its class")
 
@@ -63,6 +66,13 @@ def check(base: type[Knob], value: object) -> None:
 def kinds_of(base: type[Knob]) -> tuple[type, ...]:
     """The kinds of a knob."""
     return tuple(kind for (of, _), kind in _kinds.items() if of is base)
+
+
+@functools.cache
+def _load_installed() -> None:
+    """Import what installed packages have registered: the modules of entry points of the group `flowml.kinds`."""
+    for found in entry_points(group="flowml.kinds"):
+        found.load()
 
 
 def read(base: type, value: Any, hook: Callable[[type, Any], Any] | None = None) -> Any:
@@ -73,10 +83,13 @@ def read(base: type, value: Any, hook: Callable[[type, Any], Any] | None = None)
         return hook(base, value)
     name = value.get("type") if isinstance(value, dict) else None  # pyright: ignore[reportUnknownMemberType]
     kind = _kinds.get((base, name)) if isinstance(name, str) else None
+    if kind is None and isinstance(name, str):
+        _load_installed()
+        kind = _kinds.get((base, name))
     if kind is None:
         raise ValueError(
-            f"{name!r} is no {base.__name__.lower()} that this process knows; it has to import the module that "
-            "registers it"
+            f"{name!r} is no {base.__name__.lower()} that this process knows; import the module that registers it "
+            "there, or install it with an entry point of the group 'flowml.kinds'"
         )
     with _reading:
         return msgspec.convert(value, kind, dec_hook=read)

@@ -39,7 +39,6 @@ from flowml.policy.topology import (
     is_sited,
     remote_of,
 )
-from flowml.policy.topology import describe as describe_topology
 from flowml.policy.wording import Value, wrong_kind
 
 UNBOUNDED = math.inf
@@ -282,10 +281,10 @@ class Policy(Value, frozen=True):
             if self.tracked:
                 words += [*map(str, self.filters), f"pull {self.remote.pull:g}"]
             outer = ["outer"] if isinstance(self.apply, Outer) else []
-            return ", ".join([*words, describe_topology(self.topology), *outer])
+            return ", ".join([*words, self.topology.describe(), *outer])
         words = [w for w in words if w != "async" or not self.shared] or ([] if self.shared else ["sync"])
         if self.adds_up or self.shared:
-            words.append(describe_topology(self.topology))
+            words.append(self.topology.describe())
         if not isinstance(self.payload, Gradient):
             words.append(type(self.payload).__name__.lower())
         if isinstance(self.payload, LocalPayload) and self.payload.alpha:
@@ -325,6 +324,7 @@ def _check_parts(policy: Policy) -> None:
         raise wrong_kind("quorum", policy.quorum, COMPLETIONS)
     if type(policy.payload) not in PAYLOADS:
         raise wrong_kind("payload", policy.payload, PAYLOADS)
+    check(Topology, policy.topology)
     check(Completion, policy.quorum)
     check(Late, policy.quorum.late)
 

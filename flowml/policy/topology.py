@@ -28,7 +28,9 @@ from flowml.policy.graphs import (
     readers,
     sites_of,
 )
+from flowml.policy.kinds import register
 from flowml.policy.quorum import Quorum
+from flowml.policy.routes import Topology, sent_share
 from flowml.policy.wording import Value, wrong_kind
 
 DOUBLING_BYTES = 2 * 2**20
@@ -40,23 +42,33 @@ DOUBLING_BYTES_APART = 256 * 2**10
 a similar latency, so the limit is lower."""
 
 
-class ParameterServer(Value, frozen=True, tag=True):
+@register
+class ParameterServer(Topology, Value, frozen=True, tag=True):
     """Each layer has one home, which holds its parameters and optimizer state and applies the contributions."""
 
+    def describe(self) -> str:
+        return ""
 
-class AllReduce(Value, frozen=True, tag=True):
+
+@register
+class AllReduce(Topology, Value, frozen=True, tag=True):
     """Every replica keeps a copy, and replicas add up their gradients among themselves.
 
     Small gradients use recursive doubling. Large gradients use reduce-scatter and all-gather: directly on one host,
     around a ring between hosts, and both where hosts have several replicas.
     """
 
+    def describe(self) -> str:
+        return "all-reduce"
 
-class Ring(Value, frozen=True, tag=True):
+
+@register
+class Ring(Topology, Value, frozen=True, tag=True):
     """Like `AllReduce`, but always around a ring: each of N replicas sends 2 (N-1)/N of the gradient."""
 
 
-class Tree(Value, frozen=True, tag=True):
+@register
+class Tree(Topology, Value, frozen=True, tag=True):
     """Like `AllReduce`, but always up a tree to the first replica and down again; each node has `fanout` children."""
 
     fanout: int = 4
@@ -67,12 +79,16 @@ class Tree(Value, frozen=True, tag=True):
             raise PolicyError(f"Tree(fanout={self.fanout!r}): the number of children is an int of at least 1")
         msgspec.structs.force_setattr(self, "fanout", fanout)
 
+    def describe(self) -> str:
+        return f"tree {self.fanout}"
+
 
 _SHOWN_ROWS = 4
 """A user's matrix of more rows is a name where a policy is shown, as other arrays are."""
 
 
-class Gossip(Value, frozen=True, tag=True):
+@register
+class Gossip(Topology, Value, frozen=True, tag=True):
     """Replicas have parameters of their own, and average them with those of their neighbours in a graph.
 
     Args:
@@ -117,7 +133,7 @@ class Gossip(Value, frozen=True, tag=True):
         graph = repr(self.graph)
         if isinstance(self.graph, OwnMatrix):
             graph = repr(self.graph.rows) if len(self.graph.rows) <= _SHOWN_ROWS else "matrix"
-        elif as_graph(name := name_of(self.graph).replace(" ", "_")) == self.graph:
+        elif (name := name_of(self.graph)) is not None:
             graph = repr(name)
         more = [f"{n}={getattr(self, n):g}" for n in ("every", "pull") if getattr(self, n) != 1]
         return f"fm.Gossip({', '.join([graph, *more])})"
@@ -140,8 +156,16 @@ class Gossip(Value, frozen=True, tag=True):
         """The replicas that get the parameters of `replica` in the round of `clock`."""
         return readers(self.graph, replica, members, clock // self.every)
 
+    def describe(self) -> str:
+        if isinstance(self.graph, NestedGraph):
+            inside, between = (part.describe() for part in self.within())
+            return f"{inside} in sites, {between} between"
+        often = f" every {self.every}" if self.every > 1 else ""
+        return f"gossip {self.graph.describe()}{often}"
 
-class Hierarchy(Value, frozen=True, tag=True):
+
+@register
+class Hierarchy(Topology, Value, frozen=True, tag=True):
     """Replicas form sites. Each site keeps in step inside by `local`, and sites keep in step by `remote`.
 
     The replicas of a site add up the gradients of each step by `local`. The site then takes part in `remote` as one
@@ -161,8 +185,8 @@ class Hierarchy(Value, frozen=True, tag=True):
             default all do. The quorum of the policy counts sites.
     """
 
-    local: Local = AllReduce()
-    remote: Remote = Ring()
+    local: Topology = AllReduce()
+    remote: Topology = Ring()
     sites: int | tuple[tuple[int, ...], ...] | None = None
     quorum: Completion | None = None
 
@@ -196,9 +220,12 @@ class Hierarchy(Value, frozen=True, tag=True):
             return tuple(tuple(r for r in range(replicas) if hosts[r] == host) for host in dict.fromkeys(hosts))
         return sites_of(self.sites, replicas)
 
-
-Local = ParameterServer | AllReduce | Ring | Tree | Hierarchy | Gossip
-Remote = ParameterServer | AllReduce | Ring | Tree | Gossip
+    def describe(self) -> str:
+        if not is_sited(self):
+            return "hierarchy"
+        share = "" if self.quorum is None else f" {self.quorum.describe()}"
+        inside = f"{self.local.describe() or 'server'}{share} in sites"
+        return f"{inside}, {self.remote.describe() or 'server'} between"
 
 
 def _check_local(local: Topology) -> None:
@@ -215,7 +242,7 @@ def _check_local(local: Topology) -> None:
             "no step at whose end the site has one gradient to send; give local=fm.AllReduce(), which adds up "
             "directly between the replicas of one machine"
         )
-    elif type(local) not in INSIDE:
+    elif type(local) not in INSIDE and not is_own(local):
         raise wrong_kind("local", local, INSIDE)
 
 
@@ -284,6 +311,8 @@ def _check_remote(remote: Topology) -> None:
             f"Hierarchy(remote={remote!r}) is not sound: sites are on different workers, which share no memory; give "
             "remote=fm.ParameterServer() with staleness=fm.UNBOUNDED, which applies what arrives at once"
         )
+    if is_own(remote):
+        return
     if type(remote) not in TOPOLOGIES:
         raise wrong_kind("remote", remote, BETWEEN)
     if type(remote) not in BETWEEN:
@@ -314,19 +343,26 @@ def _sites(sites: object) -> int | tuple[tuple[int, ...], ...] | None:
     return tuple(sorted(found))
 
 
-class SharedMemory(Value, frozen=True, tag=True):
+@register
+class SharedMemory(Topology, Value, frozen=True, tag=True):
     """The replicas are devices of one worker, and share the parameters: each updates them itself, at once.
 
     No message is sent, and no replica waits for another (Recht et al., *Hogwild*, NeurIPS 2011). A layer is replaced as
     a whole, so that no update is lost and no reader sees half of one (Viebke et al., *CHAOS*, 2017).
     """
 
+    def describe(self) -> str:
+        return "shared memory"
 
-Topology = ParameterServer | AllReduce | Ring | Tree | Hierarchy | Gossip | SharedMemory
 
 TOPOLOGIES = (ParameterServer, AllReduce, Ring, Tree, Hierarchy, Gossip, SharedMemory)
 INSIDE = BETWEEN = (ParameterServer, AllReduce, Ring, Tree, Gossip)
 """What may be inside a site, beside a hierarchy, and between sites."""
+
+
+def is_own(topology: object) -> bool:
+    """Whether it is a kind that says by itself how replicas add up gradients."""
+    return isinstance(topology, Topology) and type(topology) not in TOPOLOGIES
 
 
 def is_sited(topology: Topology) -> bool:
@@ -337,6 +373,10 @@ def is_sited(topology: Topology) -> bool:
 def remote_of(topology: Topology) -> Topology:
     """The topology between sites, or between replicas if there are none."""
     return topology.remote if isinstance(topology, Hierarchy) and is_sited(topology) else topology
+
+
+OWN = "own"
+"""The name of a schedule that the topology itself makes."""
 
 
 def choose(nbytes: int, hosts: Sequence[Hashable]) -> str:
@@ -352,6 +392,8 @@ def schedule_name(topology: Topology, nbytes: int, hosts: Sequence[Hashable], *,
     them, and a tree passes all slots of an exchange up and down."""
     if exchanges and not isinstance(topology, Tree):
         return "around" if isinstance(topology, Ring) else "spread"
+    if is_own(topology):
+        return OWN
     if isinstance(topology, AllReduce):
         return choose(nbytes, hosts)
     if isinstance(topology, ParameterServer):
@@ -359,29 +401,13 @@ def schedule_name(topology: Topology, nbytes: int, hosts: Sequence[Hashable], *,
     return "ring" if isinstance(topology, Ring) else "tree" if isinstance(topology, Tree) else "hierarchical"
 
 
-def sent_bytes(schedule: str, nbytes: float, ranks: int) -> float:
+def sent_bytes(schedule: str, nbytes: float, ranks: int, route: Topology | None = None) -> float:
     """The bytes that a rank sends for a gradient of `nbytes`, as the mean over all ranks."""
+    if route is not None:
+        return sent_share(route, ranks) * nbytes if ranks > 1 else 0.0
     if schedule in ("gather", "spread", "around"):
         return (ranks - 1) / ranks * nbytes
     if schedule != "doubling":  # N-1 sends add up the gradient, N-1 sends distribute the sum
         return 2 * (ranks - 1) / ranks * nbytes
     power = 1 << (ranks.bit_length() - 1)
     return (2 * (ranks - power) + power * (power.bit_length() - 1)) / ranks * nbytes
-
-
-def describe(topology: Topology) -> str:
-    """A short name for tables; "" for the default topology."""
-    if isinstance(topology, Gossip):
-        if isinstance(topology.graph, NestedGraph):
-            inside, between = map(describe, topology.within())
-            return f"{inside} in sites, {between} between"
-        often = f" every {topology.every}" if topology.every > 1 else ""
-        return f"gossip {name_of(topology.graph)}{often}"
-    if isinstance(topology, Hierarchy):
-        if not is_sited(topology):
-            return "hierarchy"
-        share = "" if topology.quorum is None else f" {topology.quorum.describe()}"
-        inside = f"{describe(topology.local) or 'server'}{share} in sites"
-        return f"{inside}, {describe(topology.remote) or 'server'} between"
-    names = {ParameterServer: "", SharedMemory: "shared memory", AllReduce: "all-reduce", Ring: "ring"}
-    return f"tree {topology.fanout}" if isinstance(topology, Tree) else names[type(topology)]

@@ -221,7 +221,9 @@ def _reduced(stores: Sequence[StoreSpec]) -> str:
     schedules = Counter(f"{r.schedule}{f' {r.fanout}' if r.fanout else ''}" for _, _, r in buckets)
     known = ", ".join(f"{count} by {name}" for name, count in schedules.items())
     summed = sum(p.nbytes / s.every for s, p, _ in buckets)
-    sent = sum(len(r.workers) * sent_bytes(r.schedule, p.nbytes, len(r.workers)) / s.every for s, p, r in buckets)
+    sent = sum(
+        len(r.workers) * sent_bytes(r.schedule, p.nbytes, len(r.workers), r.route) / s.every for s, p, r in buckets
+    )
     workers = {w for _, _, r in buckets for w in r.workers}
     return (
         f"  Replicas add up {bytes_text(summed)} a step in {plural(len(buckets), 'bucket')} ({known}); "

@@ -10,7 +10,8 @@ from flowml.plan import Part, Reduction, Site
 from flowml.policy import Gossip, Hierarchy, Policy, Topology, Tree
 from flowml.policy.compose import check_sites
 from flowml.policy.graphs import check_members
-from flowml.policy.topology import schedule_name
+from flowml.policy.routes import MOST_PLAYED, check
+from flowml.policy.topology import OWN, schedule_name
 
 
 def reduction_of(
@@ -24,7 +25,10 @@ def reduction_of(
         number = {_worker(devices[r]): n for n, site in enumerate(sites) for r in site}
         hosts = tuple(number[worker] for worker in workers)
     fanout = topology.fanout if isinstance(topology, Tree) else 0
-    return Reduction(schedule_name(topology, nbytes, hosts, exchanges=exchanges), workers, hosts, fanout)
+    schedule = schedule_name(topology, nbytes, hosts, exchanges=exchanges)
+    if schedule == OWN and 1 < len(workers) <= MOST_PLAYED:
+        check(topology, len(workers))
+    return Reduction(schedule, workers, hosts, fanout, topology if schedule == OWN else None)
 
 
 def split(topology: Topology, replicas: Sequence[Sequence[str]], links: Links) -> tuple[tuple[int, ...], ...]:

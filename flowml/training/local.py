@@ -51,7 +51,7 @@ from flowml.training.couplings import Exchange, Use, together, uses
 from flowml.training.distil import Distilling, distilling
 from flowml.training.optimizer import OptimizerSlices, slice_optimizer
 from flowml.training.step import is_narrow, scaled, wide
-from flowml.training.updates import proximal
+from flowml.training.updates import changed, proximal
 
 
 def fragmented(policies: Mapping[str, Policy]) -> dict[str, Policy]:
@@ -171,6 +171,7 @@ class Optimizers:
             found = HomeUpdate(self.distilling.update, (), ())
         else:
             found = HomeUpdate(_averaging(policy, len(leaves), replicas if policy.clocked else 1), (), ())
+        found = replace(found, update=changed(kind, found.update, len(leaves)))
         return after_update(policy, found, len(leaves))
 
     def exchanged(self, policy: Policy, exchange: Exchange, store: int, leaves: int) -> HomeUpdate:

@@ -46,7 +46,7 @@ from flowml.training.groups import alone, one_a_worker, reduction_of, sites_of, 
 from flowml.training.local import HomeUpdate, Optimizers, local_tasks
 from flowml.training.shared import check_shared
 from flowml.training.step import Treatment
-from flowml.training.updates import check_vote
+from flowml.training.updates import changed, check_vote
 
 
 @dataclass
@@ -411,7 +411,8 @@ class StorePlanner:
         if (found := self._exchange_of.get(number)) is None:
             return self.optimizers.at_home(store.policy, store.leaves, senders), None
         update = self.optimizers.exchanged(store.policy, found[1], number, leaves)
-        return update, HomeUpdate(lambda *arrays: arrays[:leaves], (), ())
+        gradients = changed(base_of(store.policy.apply), lambda *arrays: arrays[:leaves], leaves)
+        return update, HomeUpdate(gradients, (), ())
 
     def _couple(
         self, number: int, store: StoreDraft, specs: Sequence[ArraySpec], update: HomeUpdate, table: ExecutableTable

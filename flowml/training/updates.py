@@ -1,4 +1,4 @@
-"""Computes what `Prox` and `Vote` add to the update of a home, and checks that layers are large enough for a vote."""
+"""Computes what the kind of apply adds to the update of a home, and checks that layers are large enough for a vote."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from flowml.errors import PolicyError
-from flowml.policy.apply import Prox, Vote
+from flowml.policy.apply import Apply, Prox, Vote
 
 
 def proximal(prox: Prox, update: Callable[..., tuple[Any, ...]], leaves: int) -> Callable[..., tuple[Any, ...]]:
@@ -19,6 +19,20 @@ def proximal(prox: Prox, update: Callable[..., tuple[Any, ...]], leaves: int) ->
         return (*(proximal_step(prox, p) for p in results[:leaves]), *results[leaves:])
 
     return updated
+
+
+def changed(kind: Apply, update: Callable[..., tuple[Any, ...]], leaves: int) -> Callable[..., tuple[Any, ...]]:
+    """The update, of what the kind makes of its first `leaves` arguments, the means. The parameters come after them."""
+
+    def updated(*arrays: Any) -> tuple[Any, ...]:
+        pairs = zip(arrays[:leaves], arrays[leaves : 2 * leaves], strict=True)
+        given = [jnp.asarray(kind.gradient(mean, p, jnp)).astype(mean.dtype) for mean, p in pairs]
+        for made, mean in zip(given, arrays, strict=False):
+            if made.shape != mean.shape:
+                raise PolicyError(f"{kind!r} makes an array of {made.shape} of one of {mean.shape}; keep the shape")
+        return update(*given, *arrays[leaves:])
+
+    return updated if type(kind).gradient is not Apply.gradient else update
 
 
 def proximal_step(prox: Prox, x: Any) -> Any:

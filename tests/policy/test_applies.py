@@ -29,6 +29,7 @@ from flowml.policy.apply import (
     travelling,
     unsound,
 )
+from flowml.policy.kinds import read
 
 PROX = Prox(l1=0.1, after="sum")
 DISTILL = Distill(lambda params, inputs: inputs, (), steps=3, optimizer=optax.sgd(0.1))
@@ -58,7 +59,7 @@ def test_every_kind_is_tested_and_travels() -> None:
     assert [type(k) for k in KINDS] == list(APPLIES)
     for kind in KINDS:
         sent = travelling(kind)
-        assert msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=Apply) == sent
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=Apply, dec_hook=read) == sent
         assert (sent.describe(), sent.averages) == (kind.describe(), kind.averages)
         assert hash(kind) == hash(msgspec.structs.replace(kind))
 

@@ -19,6 +19,7 @@ from flowml.errors import PolicyError
 from flowml.policy import Policy
 from flowml.policy import filters as f
 from flowml.policy.filters.sparse import kept, pack_keys, unpack_keys
+from flowml.policy.kinds import read
 
 Array = np.ndarray[Any, Any]
 
@@ -317,7 +318,7 @@ def every_filter() -> list[f.Filter]:
 def test_filters_travel_as_values_and_say_how_they_are_made() -> None:
     for chosen in every_filter():
         data = msgspec.msgpack.encode(chosen)
-        assert msgspec.msgpack.decode(data, type=f.AnyFilter) == chosen
+        assert msgspec.msgpack.decode(data, type=f.AnyFilter, dec_hook=read) == chosen
         assert eval(str(chosen), {name: getattr(f, name) for name in f.__all__}) == chosen
     assert str(f.top_k(0.01).with_error_feedback()) == "top_k(0.01).with_error_feedback()"
     assert str(f.sign()) == "quantise(1, block=0)"
@@ -326,7 +327,7 @@ def test_filters_travel_as_values_and_say_how_they_are_made() -> None:
 def test_a_filter_with_a_bad_field_is_not_decoded() -> None:
     data = msgspec.msgpack.encode({"type": "TopK", "share": 3.5})
     with pytest.raises(msgspec.ValidationError, match="a share lies in"):
-        msgspec.msgpack.decode(data, type=f.AnyFilter)
+        msgspec.msgpack.decode(data, type=f.AnyFilter, dec_hook=read)
 
 
 @pytest.mark.parametrize("make", [f.top_k, f.random_k])

@@ -30,6 +30,7 @@ from flowml.policy.graphs import (
     sites_of,
     spectral_gap,
 )
+from flowml.policy.kinds import read
 
 GRAPHS: list[Graph] = [RingGraph(), TorusGraph(), ExponentialGraph(), CompleteGraph(), RandomPairs(7)]
 STILL = GRAPHS[:-1]
@@ -220,9 +221,9 @@ def test_a_matrix_for_other_replicas_is_refused() -> None:
 
 def test_graphs_travel() -> None:
     for graph in (*GRAPHS, own_matrix([[0.5, 0.5], [0.5, 0.5]])):
-        assert msgspec.msgpack.decode(msgspec.msgpack.encode(graph), type=Graph) == graph
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(graph), type=Graph, dec_hook=read) == graph
     with pytest.raises(msgspec.ValidationError, match="doubly stochastic"):
-        msgspec.json.decode(b'{"type": "matrix", "rows": [[0.5, 0.4], [0.5, 0.5]]}', type=Graph)
+        msgspec.json.decode(b'{"type": "matrix", "rows": [[0.5, 0.4], [0.5, 0.5]]}', type=Graph, dec_hook=read)
     assert isinstance(as_graph([[1.0]]), OwnMatrix)
 
 

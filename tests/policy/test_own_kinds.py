@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -204,3 +208,47 @@ def test_what_is_no_kind_or_not_registered_is_refused() -> None:
         register(NoTag)
     with pytest.raises(PolicyError, match=r"has the name 'Drop' already"):
         register(type("Drop", (Late, Value), {}, frozen=True, tag=True))
+
+
+MODULE = """
+from flowml.policy import Completion, Decide, Wait, register
+from flowml.policy.wording import Value
+
+@register
+class FirstOf(Completion, Value, frozen=True, tag=True):
+    count: int
+
+    def decide(self, arrivals, now):
+        return Decide() if arrivals.count >= self.count else Wait()
+"""
+SCRIPT = """
+import sys
+import jax.numpy as jnp, numpy as np, optax
+import flowml as fm
+
+if __name__ == "__main__":
+    from first_of import FirstOf
+    source = {"x": np.ones((16, 4), np.float32)}
+    with fm.Cluster.local(workers=2):
+        trainer = fm.Trainer(
+            lambda w, b: jnp.mean(b["x"] @ w), optax.sgd(0.1), replicas=2, policies=fm.Policy(quorum=FirstOf(1))
+        )
+        print("used", trainer.fit(jnp.zeros(4), source, batch_size=4, steps=4, progress=False).ledger.used >= 4)
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_other_processes_find_the_kinds_of_installed_packages(tmp_path: Path, installed: bool) -> None:
+    (tmp_path / "first_of.py").write_text(MODULE)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    if installed:
+        (tmp_path / "first_of-1.dist-info").mkdir()
+        (tmp_path / "first_of-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: first-of\nVersion: 1\n")
+        (tmp_path / "first_of-1.dist-info/entry_points.txt").write_text("[flowml.kinds]\nfirst_of = first_of\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment, check=False)
+    if installed:
+        assert done.stdout == "used True\n", done.stderr
+    else:
+        assert "'FirstOf' is no completion that this process knows" in done.stderr

@@ -1,13 +1,13 @@
 """Filters make what replicas send smaller: `flowml.Policy(filters=(top_k(0.01).with_error_feedback(), compress()))`.
 
-Each function here makes a frozen value that travels in the plan. `AnyFilter` lists all of them: a new filter is one
-class in this package and one name in that list. Filters are applied in order, each to what the one before has left
+Each function here makes a frozen value that travels in the plan. A new filter is one class that follows `Filter` and
+is registered. Filters are applied in order, each to what the one before has left
 (`chain`). Arithmetic stands in kernels, which run with NumPy or JAX (`base`).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from flowml.errors import PolicyError
 from flowml.policy.filters.base import Context as Context
@@ -47,9 +47,16 @@ from flowml.policy.filters.sums import Talk as Talk
 from flowml.policy.filters.sums import add_up as add_up
 from flowml.policy.filters.sums import is_additive as is_additive
 from flowml.policy.filters.sums import sum_sizes as sum_sizes
+from flowml.policy.kinds import register
 from flowml.signatures import worded
 
-AnyFilter = Significance | KKT | TopK | RandomK | RandomSkip | LowRank | Quantise | KeyCache | Compress
+if TYPE_CHECKING:  # all filters follow it, and msgspec asks for what follows a base that is no struct
+    AnyFilter = Filter
+else:
+    from flowml.policy.filters.base import AnyFilter as AnyFilter
+
+for _kind in (Significance, KKT, TopK, RandomK, RandomSkip, LowRank, Quantise, KeyCache, Compress):
+    register(_kind)
 
 
 def significance(threshold: float, decay: Literal["sqrt"] | None = "sqrt") -> Significance:

@@ -28,6 +28,7 @@ import numpy as np
 from flowml import numbers
 from flowml.arrays import ArraySpec, dtype_of
 from flowml.errors import FlowmlError, PolicyError
+from flowml.policy.kinds import Knob
 from flowml.policy.wording import Value
 
 Array = np.ndarray[Any, Any]
@@ -123,7 +124,13 @@ class Context(NamedTuple):
         return ((raw >> np.uint64(11)) * 2.0**-52 - 1).astype(dtype).reshape(shape)
 
 
-class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=True):
+class AnyFilter(Knob):
+    """The base of what plans hold as filters."""
+
+    __slots__ = ()
+
+
+class Filter(AnyFilter, Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the filters. `feedback` is the share of what the chain loses that is added to the next value; 0: none.
 
     Class attributes:
@@ -136,6 +143,8 @@ class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=T
         remembers: whether its parts have a meaning only together with those of earlier pushes.
         exact: whether `decode` gives the same bits on every machine.
         additive: whether replicas with one seed can add up what they encode; see `sums`.
+        of_factors: whether the product of two filtered factors stands for that of the factors.
+        of_gradients: whether it is about gradients alone, and not about changes of parameters.
     """
 
     feedback: float = 0.0
@@ -149,6 +158,8 @@ class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=T
     remembers: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     additive: ClassVar[bool] = False
+    of_factors: ClassVar[bool] = False
+    of_gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.feedback and self.lossless:
@@ -205,7 +216,7 @@ class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=T
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return f"fm.filters.{self}"
+        return f"fm.filters.{self}" if type(self).__module__.startswith("flowml.") else str(self)
 
     def __str__(self) -> str:
         """The call that makes it, as in `top_k(0.01).with_error_feedback()`."""

@@ -18,7 +18,19 @@ import numpy as np
 
 from flowml.arrays import ArraySpec, unheard
 from flowml.errors import PolicyError
-from flowml.policy.filters.base import Array, Context, EncodingError, Filter, Form, Run, State, on_numpy, wide
+from flowml.policy.filters.base import (
+    AnyFilter,
+    Array,
+    Context,
+    EncodingError,
+    Filter,
+    Form,
+    Run,
+    State,
+    on_numpy,
+    wide,
+)
+from flowml.policy.kinds import check
 
 Chain = Sequence[Filter]
 
@@ -237,6 +249,7 @@ def check_chain(filters: Sequence[object]) -> tuple[Filter, ...]:
             raise PolicyError(f"filters: {name} is not a filter, but a function that makes one; call it, as {name}(…)")
         if not isinstance(value, Filter):
             raise PolicyError(f"filters: {value!r} is not a filter; give those of fm.filters, such as top_k(0.01)")
+        check(AnyFilter, value)
         _check_place(value, chain, roles)
         chain.append(value)
         roles = (roles - {value.takes} if value.takes else set()) | value.gives

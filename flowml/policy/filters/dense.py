@@ -40,6 +40,7 @@ class Quantise(Filter, frozen=True):
     stochastic: bool = False
     block: int = BLOCK
 
+    of_factors = True
     call: ClassVar[str] = "quantise"
     gives: ClassVar[frozenset[Role]] = frozenset({"codes"})
 

@@ -212,6 +212,7 @@ class KKT(_Compared, frozen=True):
 
     l1: float
 
+    of_gradients = True
     call: ClassVar[str] = "kkt"
 
     def __post_init__(self) -> None:
@@ -230,6 +231,7 @@ class KKT(_Compared, frozen=True):
 class _Seeded(Filter, frozen=True):
     """Base of the filters that choose by a seed. What they send is scaled so that its expectation is the array."""
 
+    of_factors = True
     gives: ClassVar[frozenset[Role]] = frozenset({"codes", "values"})
 
     def positions(self, draws: Array) -> Array:

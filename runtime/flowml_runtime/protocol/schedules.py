@@ -5,7 +5,7 @@ does all its sends before its takes. A rank sends without waiting and takes in t
 outstanding take of the program can always happen, and no schedule deadlocks. Each rank computes only its own steps,
 from its rank and the shape of the whole.
 
-There are five families:
+There are five families, and a topology may say its own rounds (`flowml.policy.routes`):
 
     hierarchical  each rank of a host owns a shard. The host's other ranks send it to the owner, which adds them up.
                   Owners of a shard on different hosts reduce it around a ring. Then every owner sends its shard to the
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flowml.policy import topology
+from flowml.policy.routes import Round, Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +54,6 @@ class Take:
 
 
 Step = Send | Take
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """The steps of one rank in one round: sends as (peer, chunk), then takes as (chunk, peers)."""
-
-    sends: tuple[tuple[int, int], ...]
-    takes: tuple[tuple[int, tuple[int, ...]], ...]
-    add: bool
-    complete: bool = True
 
 
 class Schedule:
@@ -254,7 +245,14 @@ def around(ranks: int) -> Schedule:
     return Schedule("around", ranks, ranks, rounds, owned=True)
 
 
-def named(name: str, hosts: Sequence[Hashable], fanout: int = 0) -> Schedule:
+@lru_cache(maxsize=256)
+def routed(route: Topology, ranks: int) -> Schedule:
+    """The rounds that a topology says itself."""
+    rounds = (lambda rank: route.rounds(rank, ranks)) if ranks > 1 else lambda _: ()
+    return Schedule(topology.OWN, route.chunks(ranks), ranks, rounds)
+
+
+def named(name: str, hosts: Sequence[Hashable], fanout: int = 0, route: Topology | None = None) -> Schedule:
     """The schedule with that name for ranks on `hosts`, the machine of each rank. Raises ValueError if unknown."""
     match name:
         case "doubling":
@@ -273,6 +271,8 @@ def named(name: str, hosts: Sequence[Hashable], fanout: int = 0) -> Schedule:
             return around(len(hosts))
         case "hierarchical":
             return hierarchical(tuple(hosts))
+        case topology.OWN if route is not None:
+            return routed(route, len(hosts))
         case _:
             raise ValueError(f"there is no schedule {name!r}")
 

@@ -191,7 +191,7 @@ class Collectives:
         store, part = key[:2]
         reduction = self._parts[store][part].reduction if site is None else site.reductions[part]
         assert reduction is not None
-        schedule = schedules.named(reduction.schedule, reduction.hosts, reduction.fanout)
+        schedule = schedules.named(reduction.schedule, reduction.hosts, reduction.fanout, reduction.route)
         found = self._sums[key] = _Sum(reduction.workers, schedule, self._sizes_of(key))
         return found
 

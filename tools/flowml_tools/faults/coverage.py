@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from flowml import sim
 from flowml.policy import UNBOUNDED, Coded, Deadline, Every, Fold, Gossip, Hierarchy, Outer, Policy, Prox, Quorum
 from flowml.policy.apply import base_of
-from flowml.policy.graphs import name_of
 from flowml.policy.rhythm import ONCE
 from flowml_tools.faults.cases import Case
 
@@ -71,7 +70,7 @@ def values_of(policy: Policy) -> list[str]:
 
 def _topology(topology: object) -> str:
     if isinstance(topology, Gossip):
-        return f"gossip {name_of(topology.graph)}"
+        return f"gossip {topology.graph.describe()}"
     if isinstance(topology, Hierarchy):
         local, remote = (type(t).__name__.lower() for t in (topology.local, topology.remote))
         return f"sites: {local} inside, {remote} between"

@@ -167,7 +167,7 @@ class Reductions:
                 identity, run.me, reduction.workers, send, hosts=hosts, deadline_s=deadline_s, ahead=ahead
             )
         here = tuple(r for r in replicas if worker_of(run.training.replicas[r][part.stage]) == run.me)
-        schedule = named(reduction.schedule, reduction.hosts, reduction.fanout)
+        schedule = named(reduction.schedule, reduction.hosts, reduction.fanout, reduction.route)
         return _Bucket(number, part, schedule, self._groups[group], here)
 
     def group(self, store: int) -> Group:
