@@ -46,8 +46,8 @@ class Run(Protocol):
 
 
 def on_numpy(kernel: Kernel, *arrays: Any, exact: bool = True, **numbers: Any) -> Any:
-    """Run a kernel with NumPy."""
-    return kernel(*arrays, **numbers, xp=np)
+    """Run a kernel with NumPy, on whichever arrays: those of JAX would multiply matrices by themselves."""
+    return kernel(*(a if a is None else np.asarray(a) for a in arrays), **numbers, xp=np)
 
 
 Role = Literal["values", "keys", "codes"]

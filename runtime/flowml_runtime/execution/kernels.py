@@ -87,7 +87,7 @@ class Kernels:
             return _chosen[kind]
 
     def _numpy(self, kernel: Kernel, arrays: tuple[Any, ...], numbers: Mapping[str, Any]) -> Any:
-        return on_numpy(kernel, *(a if a is None else np.asarray(a) for a in arrays), **numbers)
+        return on_numpy(kernel, *arrays, **numbers)
 
     def _jax(self, kernel: Kernel, arrays: tuple[Any, ...], numbers: Mapping[str, Any]) -> Any:
         with exact_types(), jax.default_device(self._device):

@@ -20,6 +20,7 @@ from flowml.policy import Gossip
 from flowml.policy.filters import Seat, Talk, compares
 from flowml.training.pieces import Piece, pieces
 from flowml_runtime import wire
+from flowml_runtime.execution.kernels import Kernels
 from flowml_runtime.execution.programs import Array, ExecutableCache, LoadedProgram, load_programs
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.execution.services import host_view
@@ -107,7 +108,9 @@ class Arithmetic:
         self._seats: dict[tuple[int, int], dict[int, Seat]] = {}
         """(store, part) -> those of replicas that exchange what filters encode."""
         self._couplings = Couplings(self._training)
-        self._decoder = Decoder(self._training.stores)
+        self._decoder = Decoder(
+            self._training.stores, {i: self._kernels(s.home) for i, s in enumerate(self._training.stores)}
+        )
         self._public: dict[tuple[str, int], PublicCopy] = {}
         """(worker, store) -> what its readers hold, where what is published is filtered."""
         self._compared: dict[tuple[At, int], Arrays] = {}
@@ -122,6 +125,10 @@ class Arithmetic:
         self._zero = {
             (worker_of(device), i): device for i, store in enumerate(self._training.stores) for device in store.copies
         }
+
+    def _kernels(self, device: str) -> Kernels:
+        """What runs the filters of a device, as on real workers."""
+        return Kernels(self._compiled.loaded[device].device)
 
     def begin(self, at: At, start: Start, leaves_out: Callable[[int], bool]) -> Step:
         device = self._device(at)
@@ -278,7 +285,8 @@ class Arithmetic:
     def _encoder_of(self, at: At) -> Encoder:
         found = self._encoders.get(at)
         if found is None:
-            found = self._encoders[at] = Encoder(self._training.stores, at[0], self._start.seed)
+            kernels = self._kernels(self._device(at))
+            found = self._encoders[at] = Encoder(self._training.stores, at[0], self._start.seed, kernels)
         return found
 
     def settle(self, at: At, clock: int, stores: Sequence[int], counts: bool) -> None:
@@ -369,7 +377,9 @@ class Arithmetic:
 
     def _public_of(self, worker: str, store: int) -> PublicCopy:
         spec = self._training.stores[store]
-        return self._public.setdefault((worker, store), PublicCopy(spec, (self._start.seed, store)))
+        if (worker, store) not in self._public:
+            self._public[worker, store] = PublicCopy(spec, (self._start.seed, store), self._kernels(spec.home))
+        return self._public[worker, store]
 
     def newest(self, worker: str, store: int) -> Arrays:
         """The parameters of a store at one of its homes."""
