@@ -14,7 +14,7 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import MOST
-from flowml.policy.apply import Apply, Consensus, Mean, Outer, as_apply, base_of, travelling, unsound
+from flowml.policy.apply import Apply, Consensus, Distill, Mean, Mix, Outer, as_apply, base_of, travelling, unsound
 from flowml.policy.arrivals import Completion
 from flowml.policy.completing import check_arriving, check_clocked, check_speculating
 from flowml.policy.completion import COMPLETIONS, Speculate, cutting
@@ -368,6 +368,11 @@ def _check_shared(policy: Policy) -> None:
         raise PolicyError(
             f"topology=SharedMemory() with payload={policy.payload!r} is not sound: replicas share the parameters, and "
             "send nothing; use payload=Gradient(), or topology=fm.ParameterServer()"
+        )
+    if isinstance(base_of(policy.apply), Mix | Consensus | Distill):
+        raise PolicyError(
+            f"topology=SharedMemory() with apply={policy.apply!r} is not sound: it is about parameters that each "
+            "replica has of its own, and these replicas share them; use apply='mean', or topology=fm.ParameterServer()"
         )
     if policy.every.pull != policy.every.push:
         raise PolicyError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from flowml.errors import TraceError, one_line
+from flowml.numbers import MOST
 
 Row: TypeAlias = dict[str, Any]
 Column: TypeAlias = Callable[[str], Any]
@@ -24,6 +25,14 @@ def integer(text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError("a whole number") from None
+
+
+def number(text: str) -> int:
+    """A whole number of at least 0, as messages count."""
+    found = integer(text)
+    if not 0 <= found <= MOST:
+        raise ValueError("a whole number of at least 0 and below 2**53")
+    return found
 
 
 def seconds(text: str) -> float:

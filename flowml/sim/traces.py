@@ -26,6 +26,7 @@ gradient) all workers. `layernorm-grads-all-reduce` joins the workers that split
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from os import PathLike
@@ -37,10 +38,10 @@ from flowml.sim import tables
 from flowml.sim.recording import Operation, Recording
 
 _COLUMNS: Mapping[str, tables.Column] = {
-    "step": tables.integer,
-    "rank": tables.integer,
-    "dp_rank": tables.integer,
-    "stage": tables.integer,
+    "step": tables.number,
+    "rank": tables.number,
+    "dp_rank": tables.number,
+    "stage": tables.number,
     "optype": tables.word,
     "seq_id": tables.integer,
     "mc": tables.integer,
@@ -222,6 +223,8 @@ def _check_whole(rows: Sequence[_Row], name: str) -> None:
                 )
 
 
+_ANEW = "the file is damaged, so record or copy it again"
+
 _BUSY = ("run", "push", "send", "fetch")
 """Spans in which a device works. A task starts without waiting for its result, so its time shows in the span that
 first needs the result. In all other spans (feed, read, receive) the device waits for others."""
@@ -239,9 +242,12 @@ def read_compute_times(path: str | PathLike[str]) -> tuple[tuple[float, ...], ..
     content = tables.json_of(file)
     try:
         events = content["traceEvents"]
+        _check_times(events, str(file))
         workers = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
         lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
         times = _times_by_worker(workers, lanes, [e for e in events if e.get("cat") in _BUSY])
+    except TraceError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError):
         raise TraceError(
             f"{file} is not a trace that flowml wrote; give a file of `flowml trace` or cluster.trace, or a recorded "
@@ -250,6 +256,20 @@ def read_compute_times(path: str | PathLike[str]) -> tuple[tuple[float, ...], ..
     if not times:
         raise TraceError(f"{file} has no task; record a block in which the cluster computes")
     return times
+
+
+def _check_times(events: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Check the times of the spans that are read. Raises TraceError, which names the event."""
+    for at, event in enumerate(events):
+        for key, least in (("ts", -math.inf), ("dur", 0.0)) if event.get("cat") in _BUSY else ():
+            value = event[key]
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError
+            if not least <= value < math.inf or value == -math.inf:
+                what = "a finite number" if key == "ts" else "a finite number of at least 0"
+                raise TraceError(
+                    f"{name}, traceEvents[{at}], {key!r}: {value!r} is not {what} of microseconds; {_ANEW}"
+                )
 
 
 def _times_by_worker(

@@ -46,7 +46,7 @@ from flowml.training.groups import alone, one_a_worker, reduction_of, sites_of, 
 from flowml.training.local import HomeUpdate, Optimizers, local_tasks
 from flowml.training.shared import check_shared
 from flowml.training.step import Treatment
-from flowml.training.updates import changed, check_vote
+from flowml.training.updates import changed, check_prox, check_vote
 
 
 @dataclass
@@ -165,6 +165,7 @@ class StorePlanner:
         values = {leaf: sent[raw[leaf]] if leaf in products else (v,) for leaf, v in enumerate(treated)}
         forms = {path: Form.of(graph.values[v]) for path, v in zip(self.paths, treated, strict=True)}
         for path, form in forms.items():
+            check_prox(parameter_path(path), self.policies[path].apply, form.dtype)
             for chain in (self.policies[path].filters, self.policies[path].pull_filters):
                 check_array(chain, form, parameter_path(path))
         check_ranks(self.policies, forms)

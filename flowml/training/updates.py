@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from flowml.errors import PolicyError
 from flowml.policy.apply import Apply, Prox, Vote
@@ -45,16 +46,27 @@ def proximal_step(prox: Prox, x: Any) -> Any:
     return jnp.clip(x / (1 + prox.l2) if prox.l2 else x, prox.low, prox.high)
 
 
+def check_prox(name: str, apply: Apply, dtype: np.dtype[Any]) -> None:
+    """Raise PolicyError if the apply compares numbers of a parameter that have no order."""
+    if isinstance(apply, Prox) and dtype.kind == "c":
+        raise PolicyError(
+            f"{name!r} has elements of {dtype}, and {apply!r} compares numbers, which have no order if they are "
+            "complex; give this parameter a policy without a proximal step"
+        )
+
+
 def check_vote(layer: str, vote: Vote, shapes: Iterable[tuple[int, ...]]) -> tuple[str, ...]:
     """A warning if the vote has no effect on parameters of these shapes, because so many rows win that all do.
 
     Raises:
         PolicyError: for a vote for more rows than any parameter has.
     """
+    shapes = tuple(shapes)
     most = max((shape[0] for shape in shapes if shape), default=0)
     if most > 2 * vote.rows:
         return ()
-    has = f"its largest parameter has {most} row{'' if most == 1 else 's'}" if most else "it has only scalars"
+    none = f"it has only {'arrays without rows' if any(shapes) else 'scalars'}"
+    has = f"its largest parameter has {most} row{'' if most == 1 else 's'}" if most else none
     told = f"{layer!r}: {vote} with 2 · {vote.rows} winners has no effect, because {has}, so each of them wins"
     fix = f"give rows of at most {(most - 1) // 2}, or apply='mean'" if most > 2 else "use apply='mean'"
     if vote.rows > most:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import msgspec
+import numpy as np
 import optax
 import pytest
 
@@ -30,6 +32,7 @@ from flowml.policy.apply import (
     unsound,
 )
 from flowml.policy.kinds import read
+from flowml.training.updates import check_vote
 
 PROX = Prox(l1=0.1, after="sum")
 DISTILL = Distill(lambda params, inputs: inputs, (), steps=3, optimizer=optax.sgd(0.1))
@@ -124,6 +127,34 @@ def test_the_table_of_what_is_sound(kind: Any, payload: Any, collective: bool) -
     why = unsound(kind, payload, collective=collective)
     assert (why is None) == sound
     assert why is None or "; use " in why  # the nearest that is sound
+
+
+def test_a_vote_over_arrays_without_rows_says_so() -> None:
+    with pytest.raises(PolicyError, match="has no effect, because it has only arrays without rows"):
+        check_vote("e", Vote(1), [(0, 3)])
+    with pytest.raises(PolicyError, match="because it has only scalars"):
+        check_vote("s", Vote(1), [()])
+
+
+@pytest.mark.parametrize("apply", [Mix(0.1), Prox(l1=0.1, after=Mix(0.1)), Consensus(1.0)], ids=str)
+def test_what_is_about_own_parameters_is_refused_where_they_are_shared(apply: Any) -> None:
+    with pytest.raises(PolicyError, match=r"it is about parameters that each replica has"):
+        Policy(topology=fm.SharedMemory(), apply=apply)
+
+
+@pytest.mark.parametrize("apply", [Prox(l1=0.1), Prox(low=0, after="sum")], ids=str)
+def test_a_proximal_step_of_complex_numbers_is_refused_by_name(apply: Any) -> None:
+    cluster = fm.SimulatedCluster(2, fm.sim.Constant(0.1), fm.sim.Network(1e-3, 1e9))
+    trainer = fm.Trainer(
+        lambda p, b: jnp.mean(jnp.abs(b["x"] @ p["z"]) ** 2),
+        optax.sgd(0.1),
+        cluster=cluster,
+        replicas=2,
+        policies=Policy(apply=apply),
+    )
+    source = {"x": np.ones((8, 3), np.float32)}
+    with pytest.raises(PolicyError, match=r"'z' has elements of complex64, and fm.Prox\(.*compares numbers"):
+        trainer.fit({"z": jnp.ones(3, jnp.complex64)}, source, batch_size=4, steps=1, progress=False)
 
 
 def test_scales_and_coefficients() -> None:

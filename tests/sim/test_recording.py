@@ -7,6 +7,7 @@ what-if analysis, arXiv 2505.05713) for its job ST: 2 replicas of 4 stages, 32 r
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -201,6 +202,9 @@ DAMAGED = {
     "no number": (damage(3, duration="long"), "job.csv, line 3, column 'duration': 'long' is not a number"),
     "negative": (damage(3, duration="-1"), "job.csv, line 3, column 'duration': '-1' is not a finite number"),
     "nan": (damage(4, start_ts="nan"), "job.csv, line 4, column 'start_ts': 'nan' is not a finite number"),
+    "no worker": (damage(5, rank="-1"), "job.csv, line 5, column 'rank': '-1' is not a whole number of at least 0"),
+    "no replica": (damage(5, dp_rank="-2"), "job.csv, line 5, column 'dp_rank': '-2' is not a whole number of"),
+    "too far": (damage(5, step="1" + "0" * 20), "job.csv, line 5, column 'step': '1" + "0" * 20),
     "no integer": (damage(5, step="1.5"), "job.csv, line 5, column 'step': '1.5' is not a whole number"),
     "kind": (damage(2, optype="prefetch"), "job.csv, line 2, column 'optype': 'prefetch' is not a kind of operation"),
     "part": (damage(2, mc="1"), "job.csv, line 2, column 'mc': 1 is the second part"),
@@ -348,6 +352,31 @@ def test_times_of_a_trace_of_flowml(threads_cluster: fm.Cluster, tmp_path: Path)
     steps = sorted({step for step, _ in busy})
     assert times[0] == pytest.approx([sum(s for at, s in busy if at == step) for step in steps])
     assert fm.sim.Recorded(tmp_path / "t.json").seconds(0, 0, 7) == times[0][2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("dur", -5.0, "a finite number of at least 0"),
+        ("dur", math.nan, "a finite number of at least 0"),
+        ("dur", math.inf, "a finite number of at least 0"),
+        ("ts", math.inf, "a finite number"),
+        ("ts", math.nan, "a finite number"),
+    ],
+)
+def test_a_time_of_a_trace_that_makes_no_sense_is_named(tmp_path: Path, key: str, value: float, what: str) -> None:
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": "worker:0"}},
+        {"ph": "M", "name": "thread_name", "pid": 0, "tid": 0, "args": {"name": "worker:0/cpu:0"}},
+    ]
+    for step in range(2):
+        arguments = {"step": step, "microbatch": 0}
+        span = {"ph": "X", "pid": 0, "tid": 0, "name": "task0", "cat": "run", "ts": step, "dur": 1, "args": arguments}
+        events.append(span | ({key: value} if step else {}))
+    (tmp_path / "t.json").write_text(json.dumps({"traceEvents": events}))
+    with pytest.raises(fm.TraceError) as caught:
+        fm.sim.Recorded(tmp_path / "t.json")
+    assert f"t.json, traceEvents[3], '{key}': {value!r} is not {what} of microseconds" in str(caught.value)
 
 
 def test_a_task_runs_on_in_the_push_that_needs_its_result_and_waits_do_not_count(tmp_path: Path) -> None:

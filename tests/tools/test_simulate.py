@@ -64,6 +64,22 @@ def test_the_goodput_on_spot_machines_is_printed_side_by_side(script: str, tmp_p
     assert 0 < decoupled < whole
 
 
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (",0", "GAP_S=0; give seconds above 0"),
+        (",20,-1", "NOTICE_S=-1; give seconds of at least 0"),
+        (",20,30", "NOTICE_S=30 is longer than the interval GAP_S=20"),
+        (",20,5,inf", "inf"),
+    ],
+)
+def test_a_replay_that_makes_no_sense_is_refused_with_the_reason(script: str, given: str, reason: str) -> None:
+    ended = flowml("--workers", "4", "--compute", "constant:1", "--spot", f"trace.json{given}", script, "1")
+    assert ended.returncode == 2
+    assert "argument --spot: " in ended.stderr and reason in ended.stderr.splitlines()[-1]
+    assert "invalid spot value" not in ended.stderr
+
+
 def test_a_record_may_count_the_machines_that_are_gone(script: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     trace.write_text('{"metadata": {"gap_seconds": 300}, "data": [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]}')

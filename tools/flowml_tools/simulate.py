@@ -195,6 +195,7 @@ def network(text: str) -> Callable[[int], NetworkModel]:
 
 def spot(text: str) -> Spot:
     """An argparse type for records of spot machines, such as `trace.json,30,5,preempted`."""
+    from flowml.errors import SimulationError
     from flowml_tools.spot import Spot
 
     given, counts = counted(text)
@@ -208,7 +209,10 @@ def spot(text: str) -> Spot:
         numbers = _numbers(len(rest), "30,5,10")(",".join(rest)) if rest else ()
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}; only available or preempted may come after the numbers") from None
-    return Spot(path, *numbers, counts=counts)
+    try:
+        return Spot(path, *numbers, counts=counts)
+    except SimulationError as error:  # a ValueError, whose text argparse would leave out
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--spot: ")) from None
 
 
 def _members(text: str) -> dict[str, int]:
