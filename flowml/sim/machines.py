@@ -30,6 +30,9 @@ _TIME = 0
 _STRAGGLERS = 16
 """First stream of the innermost `Straggler`. Each one around it uses the next `_STREAMS`."""
 
+LONGEST_S = 1e290
+"""A bound on the time of a step, so that the sum of many is a number too."""
+
 _WHO, _WHEN, _PHASE, _STREAMS = 0, 1, 2, 3
 
 
@@ -52,9 +55,11 @@ class ComputeModel(ABC):
         """Like `draw`. Raises SimulationError if a time that the model draws is none."""
         with np.errstate(all="ignore"):  # the error below says more
             times = self.draw(seed, workers, steps)
-        if not np.all((times >= 0) & (times < math.inf)):
-            wrong = times[~((times >= 0) & (times < math.inf))].flat[0]
-            raise SimulationError(f"{one_line(repr(self))} draws a step of {wrong:g} s; give a model of finite times")
+        if not np.all((times >= 0) & (times < LONGEST_S)):
+            wrong = times[~((times >= 0) & (times < LONGEST_S))].flat[0]
+            raise SimulationError(
+                f"{one_line(repr(self))} draws a step of {wrong:g} s; give a model of times from 0 to {LONGEST_S:g} s"
+            )
         return times
 
 
@@ -99,6 +104,11 @@ class LogNormal(ComputeModel):
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean_s", checks.number("LogNormal", "mean_s", self.mean_s, open_at_least=True))
         object.__setattr__(self, "sigma", checks.number("LogNormal", "sigma", self.sigma))
+        if math.exp(math.log(self.mean_s) - self.sigma * self.sigma / 2) == 0:
+            raise SimulationError(
+                f"LogNormal: sigma={self.sigma:g} makes no sense: half of all steps would take less than the smallest "
+                f"number of seconds above 0; give a smaller sigma, such as 0.5"
+            )
 
     def draw(self, seed: int, workers: Counters, steps: Counters) -> Floats:
         middle = math.log(self.mean_s) - self.sigma**2 / 2

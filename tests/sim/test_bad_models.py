@@ -23,6 +23,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: S.Constant(10**400),
         r"Constant: s=inf makes no sense; give a finite number of at least 0",
     ),
+    "half of all steps take nothing": (
+        lambda: S.LogNormal(1, 1e9),
+        r"LogNormal: sigma=1e\+09 makes no sense: half of all steps would take less than the smallest number",
+    ),
     "no list of samples": (
         lambda: S.Empirical(3),  # pyright: ignore[reportArgumentType]
         r"Empirical: samples_s is of type int; give a list of measured times",
@@ -117,10 +121,14 @@ class Nonsense(S.ComputeModel):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (S.Pareto(1, 1e-9), r"Pareto\(scale_s=1\.0, alpha=1e-09\) draws a step of inf s; give a model of finite times"),
-        (Nonsense(), r"Nonsense\(\) draws a step of -0\.5 s; give a model of finite times"),
+        (
+            S.Pareto(1, 1e-9),
+            r"Pareto\(scale_s=1\.0, alpha=1e-09\) draws a step of inf s; give a model of times from 0 to 1e\+290 s",
+        ),
+        (S.Constant(1.7e308), r"Constant\(s=1\.7e\+308\) draws a step of 1\.7e\+308 s; give a model of times from 0"),
+        (Nonsense(), r"Nonsense\(\) draws a step of -0\.5 s; give a model of times from 0"),
     ],
-    ids=["overflow", "negative"],
+    ids=["overflow", "huge", "negative"],
 )
 def test_a_model_that_draws_a_time_that_is_none_ends_the_fit(model: S.ComputeModel, message: str) -> None:
     def loss(params: Any, batch: Any) -> Any:
