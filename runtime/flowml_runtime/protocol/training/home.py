@@ -397,7 +397,7 @@ class Home:
         if not full:
             return rest, None
         factors, part = [factor for _, factor in full], 1.0
-        decays = () if exact or min(factors) == 1 else tuple(factors)
+        decays = () if exact or min(factors) == max(factors) == 1 else tuple(factors)
         if not exact:
             weights = [weight for _, _, weight in weighed if weight]
             absent = missing * max(weights) if living is None else store.absent((g for g, _ in full), living)
