@@ -76,9 +76,9 @@ def loss(w: Any, batch: Any) -> Any:
     return jnp.mean(batch["x"] @ w)
 
 
-def simulated(policy: fm.Policy, source: Any = SOURCE) -> Any:
+def simulated(policy: fm.Policy, source: Any = SOURCE, **more: Any) -> Any:
     cluster = fm.SimulatedCluster(REPLICAS, SLOW, NETWORK)
-    trainer = fm.Trainer(loss, optax.sgd(RATE), cluster=cluster, replicas=REPLICAS, policies=policy)
+    trainer = fm.Trainer(loss, optax.sgd(RATE), cluster=cluster, replicas=REPLICAS, policies=policy, **more)
     return trainer.fit(jnp.zeros(4), source, batch_size=16, steps=STEPS, progress=False)
 
 
@@ -146,6 +146,13 @@ def test_a_new_late_rule_weighs_by_how_late_it_is(threads_cluster: fm.Cluster) -
     assert moved(Fading()) == pytest.approx(expected, rel=1e-6)
     real = on_threads(fm.Policy(quorum=fm.Quorum(0.75, late=Fading())), threads_cluster)
     assert real.ledger.used >= 3 * STEPS
+
+
+def test_a_late_contribution_counts_more_with_weighted_batches_too() -> None:
+    policy = fm.Policy(quorum=fm.Quorum(0.75, late=ByTable(2)))
+    plain = simulated(policy, source=ONES)
+    weighted = simulated(policy, source=ONES, weight=lambda batch: batch["x"].sum())
+    np.testing.assert_allclose(weighted.params, plain.params, rtol=1e-6)
 
 
 def test_a_new_late_rule_inside_sites() -> None:
