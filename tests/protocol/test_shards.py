@@ -116,7 +116,7 @@ def test_what_is_not_begun_is_drawn_again_in_its_order(replicas: int, each: int,
             taken.append((replica, clock, item))
     begun = [rng.randint(0, count) for count in steps]
     again = ShardQueue(work)
-    again.restore(queue.state([(r, c, item) for r, c, item in taken if c >= begun[r]]))
+    again.restore(queue.state([(r, c, item) for r, c, item in taken if c >= begun[r]]), {})
     for replica, first in enumerate(begun):
         found = [again.take(replica, clock) for clock in range(first, 13)]
         order = [e * work.items_per_epoch + n * replicas + replica for e in range(-(-12 // each)) for n in range(each)]

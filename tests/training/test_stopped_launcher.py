@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import signal
+import subprocess
 import threading
 from collections.abc import Generator
 from contextlib import closing, contextmanager
@@ -26,7 +27,7 @@ from flowml_runtime.launch.launched import LaunchedCluster
 from tests.conftest import wait_until
 from tests.training import test_killed_launcher
 from tests.training.test_lost_and_replaced import REPLICAS, STEPS
-from tests.training.test_orphans import lose_driver, written
+from tests.training.test_orphans import command, lose_driver, written
 
 
 @contextmanager
@@ -86,6 +87,24 @@ def test_workers_whose_launcher_is_killed_write_the_last_checkpoint(tmp_path: Pa
         with held(fit):
             launcher.send_signal(signal.SIGKILL)
             wait_until(lambda: any(saves(process.pid) for process in processes), "one writes", 30)
+        assert psutil.wait_procs(processes, 30)[1] == [], "all processes end with their launcher"
+    assert 0 < written(fit) < STEPS
+
+
+@pytest.mark.parametrize("first", ["launcher", "driver"])
+def test_workers_whose_launcher_and_driver_are_killed_at_once_write_the_last_checkpoint(
+    tmp_path: Path, first: str
+) -> None:
+    with test_killed_launcher.launched(tmp_path) as (launcher, address):
+        fit = tmp_path / "fit"
+        about: Any = SimpleNamespace(address=address, token=(tmp_path / "token").read_text())
+        processes = psutil.Process(launcher.pid).children(recursive=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(**command(about, "synchronous", fit), **pipes) as driver:
+            assert driver.stdout is not None
+            assert driver.stdout.readline() == b"is here\n"
+            for process in (launcher, driver) if first == "launcher" else (driver, launcher):
+                process.send_signal(signal.SIGKILL)
         assert psutil.wait_procs(processes, 30)[1] == [], "all processes end with their launcher"
     assert 0 < written(fit) < STEPS
 

@@ -39,6 +39,10 @@ class _Whole:
     """Those that are the same in all snapshots."""
 
 
+DRIVER_LOST_S = 0.5
+"""How long a worker that ends waits for the loss of a driver whose fit it keeps. If that lives, it goes on without."""
+
+
 class KeptFits:
     """What one worker keeps. Safe to use from any thread."""
 
@@ -114,6 +118,7 @@ class KeptFits:
     def on_lost(self, driver: str) -> None:
         with self._changed:
             self._step(protocol.DriverLost(driver))
+            self._changed.notify_all()
 
     @property
     def writes(self) -> bool:
@@ -126,9 +131,11 @@ class KeptFits:
             self._step(protocol.Leave())
 
     def finish(self, timeout_s: float) -> None:
-        """`leave`, and wait until they are written. Those who would kill this process see that it writes."""
+        """`leave`, and wait until they are written. Those who would kill this process see that it writes. What has
+        ended this worker may have ended a driver too, of whose loss it hears a moment later."""
         with self._changed:
             self._step(protocol.Leave())
+            self._changed.wait_for(lambda: not self._machine.is_driven, min(timeout_s, DRIVER_LOST_S))
             if self._machine.writes:
                 call_process(SAVING)
             self._changed.wait_for(lambda: not self._machine.writes, timeout_s)

@@ -229,6 +229,11 @@ class KeptFits:
         """Whether a fit is being written."""
         return bool(self._in_writing())
 
+    @property
+    def is_driven(self) -> bool:
+        """Whether a driver trains a fit that would be kept without it."""
+        return bool(self.orphan_s) and any(fit.driver and fit.lasts and fit.keys for fit in self._fits.values())
+
     def _of(self, driver: str, fit: str) -> _Fit | None:
         """The fit, if it is that driver's."""
         found = self._fits.get(fit)
