@@ -8,32 +8,66 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 
 from flowml.errors import CheckpointError, UnsupportedError, one_line
 from flowml.ir._jax import path_name
 from flowml.ir.objects import array_leaves, leaves_of_modules
 from flowml.leaves import why_no_array
+from flowml.render.units import listed
 from flowml_runtime.driver.checkpoint import restore
 from flowml_runtime.driver.training.differing import bounded, differences
 from flowml_runtime.driver.training.snapshots import Key, key_of
+from flowml_runtime.environment import checkpoints
+from flowml_runtime.environment.checkpoints import ORBAX_TREE
 from flowml_runtime.saved import load
+
+Spec = tuple[str, tuple[int, ...]]
+Specs = Mapping[tuple[Key, ...], Spec]
+
+
+class _More(msgspec.Struct):
+    random_key_impl: str | None = None
+
+
+class _ArrayMetadata(msgspec.Struct):
+    param_name: str
+    ext_metadata: _More | None = None
+
+
+class _Entry(msgspec.Struct):
+    array_metadata: _ArrayMetadata
+
+
+class _ArrayMetadatas(msgspec.Struct):
+    """What Orbax writes of arrays into a file of its own."""
+
+    array_metadatas: tuple[_Entry, ...] = ()
 
 
 def to_orbax(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
-    """Write what `fm.restore(source)` or `fm.load(source)` returns as an Orbax checkpoint, to a new directory `path`.
+    """Read a directory that a fit or `fm.save` has written, and write its values to an Orbax checkpoint.
 
     Of a fit it has "params", "opt_state", "step" and, if the loss has state, "state". Orbax restores it with
     `StandardCheckpointer().restore(path, like)`, where `like` may have the named tuples of optax. Needs no cluster.
 
+    Args:
+        source: the name of the directory, as for `fm.restore` or `fm.load`. A tree is written by Orbax itself.
+        path: a new directory.
+
     Returns: the absolute path. Raises CheckpointError if the source cannot be read or the path is not new.
     """
-    tree, target = _tree(source), Path(path).resolve()
+    named = checkpoints.named_directory
+    directory = named("fm.to_orbax", source, " that a fit or fm.save has written", "; Orbax itself writes a tree")
+    target = named("fm.to_orbax(path=)", path).resolve()
+    tree = _tree(directory)
     if target.exists():
         raise CheckpointError(f"{target} is there already; give the name of a new directory")
     if not jax.tree_util.tree_leaves(tree):
@@ -57,19 +91,39 @@ def from_orbax(path: str | os.PathLike[str], like: Any = None) -> Any:
             read. If it has several items, the result is a dict of those that are pytrees.
         like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the structure of the result, such as
             `{"params": params, "opt_state": optimizer.init(params)}`, from which what is no array in an equinox module
-            is taken. Without it containers are dicts and lists.
+            is taken. Without it containers are dicts and lists. Of several items, a dict with such a pytree for each,
+            or None for one that is read as it is.
 
-    Raises CheckpointError if there is none, it is damaged, or differs from `like`: it names the leaves.
+    Raises CheckpointError if there is none, it is damaged, or differs from `like`: it names the items or leaves.
     """
-    found = _items(Path(path).resolve())
+    found = _items(checkpoints.named_directory("fm.from_orbax", path).resolve())
     if not found:
         raise CheckpointError(f"{path} is no checkpoint of Orbax; give the directory that a checkpointer has written")
     if set(found) == {""}:
         return _restored(found[""], like)
-    return {name: _restored(item, like and like.get(name)) for name, item in found.items()}
+    if like is not None:
+        _check_items(path, found, like)
+    return {name: _restored(item, None if like is None else like[name]) for name, item in found.items()}
 
 
-def _tree(source: str | os.PathLike[str]) -> Any:
+def _check_items(path: str | os.PathLike[str], items: Mapping[str, Path], like: Any) -> None:
+    """Raise CheckpointError if `like` has not these items."""
+    if not isinstance(like, Mapping):
+        raise CheckpointError(
+            f"the Orbax checkpoint {path} has the items {listed(tuple(items))}, and like= is of type "
+            f"{type(like).__name__}; give a dict with a tree for each"
+        )
+    here = list(map(str, like))
+    differs = [f"item {name!r} is only there" for name in items if name not in here]
+    differs += [f"item {name!r} is only here, or no pytree there" for name in here if name not in items]
+    if differs:
+        raise CheckpointError(
+            f"the Orbax checkpoint {path} cannot be read as like=: {bounded(differs)}; give a dict with a tree for "
+            f"each of its items {listed(tuple(items))}, or None for one to be read as it is"
+        )
+
+
+def _tree(source: Path) -> Any:
     """What a directory of flowml holds."""
     try:
         fit = restore(source)
@@ -86,10 +140,12 @@ def _items(path: Path) -> dict[str, Path]:
     """The pytrees of a checkpoint by name. One that has no name has the name ""."""
     if not path.is_dir():
         return {}
-    if (path / "_METADATA").exists():
+    if (path / ORBAX_TREE).exists():
         return {"": path}
-    steps = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-    items = {p.name: p for p in sorted((steps[-1] if steps else path).iterdir()) if (p / "_METADATA").exists()}
+    steps = [] if (path / checkpoints.ORBAX).exists() else checkpoints.orbax_steps(path)
+    if steps:
+        return _items(steps[-1])
+    items = {p.name: p for p in sorted(path.iterdir()) if (p / ORBAX_TREE).exists()}
     return {"": items["default"]} if set(items) == {"default"} else items
 
 
@@ -117,26 +173,57 @@ def _leaves(checkpointer: Any, path: Path, like: Any, structs: Mapping[tuple[Key
     fixed, (leaves, structure), rest = leaves_of_modules(like), jax.tree_util.tree_flatten(like), iter(structs.values())
     target = structure.unflatten([None if i in fixed else next(rest) for i in range(len(leaves))])
     try:
-        return jax.tree_util.tree_leaves(checkpointer.restore(path, target))
+        found = jax.tree_util.tree_leaves(checkpointer.restore(path, target))
     except Exception as error:  # as above
         there = checkpointer.metadata(path).item_metadata.tree
-        _check(path, there, structs, error)
-        found = checkpointer.restore(path, jax.tree_util.tree_map_with_path(lambda p, _: structs[_keys(p)], there))
-        values = {_keys(p): value for p, value in jax.tree_util.tree_leaves_with_path(found)}
-        return [values[keys] for keys in structs]
+        implementations = _implementations(path)
+        pairs = jax.tree_util.tree_leaves_with_path(there)
+        _check(path, {_keys(p): _spec(x, implementations) for p, x in pairs}, structs, error)
+        read = checkpointer.restore(path, jax.tree_util.tree_map_with_path(lambda p, _: structs[_keys(p)], there))
+        values = {_keys(p): value for p, value in jax.tree_util.tree_leaves_with_path(read)}
+        found = [values[keys] for keys in structs]
+    # Orbax reads a key as the key that it is, whatever is asked for.
+    _check(path, {keys: _spec(value) for keys, value in zip(structs, found, strict=True)}, structs)
+    return found
 
 
-def _check(path: Path, there: Any, here: Mapping[tuple[Key, ...], Any], error: Exception) -> None:
-    """Raise CheckpointError if a checkpoint with this metadata has other leaves. Orbax converts dtypes, so that others
-    are no difference."""
-    specs = {_keys(p): (str(x.dtype), tuple(x.shape)) for p, x in jax.tree_util.tree_leaves_with_path(there)}
-    mine = {keys: (str(x.dtype), tuple(x.shape)) for keys, x in here.items()}
-    mine = {keys: specs[keys] if keys in specs and specs[keys][1] == spec[1] else spec for keys, spec in mine.items()}
-    differs = differences("leaf", specs, mine)
+def _check(path: Path, there: Specs, structs: Mapping[tuple[Key, ...], Any], error: Exception | None = None) -> None:
+    """Raise CheckpointError if a checkpoint with these leaves has other ones. Orbax converts dtypes of numbers, so that
+    others are no difference."""
+    here = {keys: _spec(struct) for keys, struct in structs.items()}
+    here = {
+        keys: there[keys] if keys in there and _converts(there[keys], spec) else spec for keys, spec in here.items()
+    }
+    differs = differences("leaf", there, here)
     if differs:
         raise CheckpointError(
             f"the Orbax checkpoint {path} cannot be read as like=: {bounded(differs)}; give a tree like it"
         ) from error
+
+
+def _converts(there: Spec, here: Spec) -> bool:
+    return there[1] == here[1] and not there[0].startswith("key<") and not here[0].startswith("key<")
+
+
+def _spec(leaf: Any, implementations: Mapping[str, str] = MappingProxyType({})) -> Spec:
+    """The dtype and the shape of a leaf, or of one with this metadata."""
+    implementation = implementations.get(getattr(leaf, "name", ""))
+    if implementation is not None:
+        data = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        leaf = jax.eval_shape(partial(jax.random.wrap_key_data, impl=implementation), data)
+    return str(leaf.dtype), tuple(leaf.shape)
+
+
+def _implementations(path: Path) -> dict[str, str]:
+    """The PRNG implementations of the keys in a pytree, by Orbax's names of them. Its metadata have the words of a key
+    only."""
+    found: dict[str, str] = {}
+    for file in path.glob("array_metadatas/process_*"):
+        for entry in msgspec.json.decode(file.read_bytes(), type=_ArrayMetadatas).array_metadatas:
+            about = entry.array_metadata
+            if about.ext_metadata is not None and about.ext_metadata.random_key_impl is not None:
+                found[about.param_name] = about.ext_metadata.random_key_impl
+    return found
 
 
 def _struct(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:

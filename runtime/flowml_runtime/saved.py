@@ -199,11 +199,9 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
     Returns: where the tree is. Raises TypeError for a leaf that is no array, CheckpointError if the disk refuses or the
     directory holds checkpoints of a fit, WorkerLostError if a value is lost.
     """
-    if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"fm.save(path={path!r}): give the name of a directory")
+    directory = checkpoints.named_directory("fm.save(path=)", path)
     if not os.fspath(path):
         raise ValueError("fm.save(path=''): give the name of a directory; '.' is the current one")
-    directory = Path(path)
     whole_number("keep", keep, least=1)
     try:
         pairs, _ = array_leaves(tree)
@@ -260,9 +258,8 @@ def load(
     Raises CheckpointError if there is none, it is damaged, or it differs from `like`: it names the leaves;
     WorkerLostError if the placement names a lost worker.
     """
-    if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"fm.load({path!r}): give the name of a directory")
-    directory, read = Path(path), partial(_loaded, cluster=cluster, placement=placement, like=like)
+    directory = checkpoints.named_directory("fm.load", path)
+    read = partial(_loaded, cluster=cluster, placement=placement, like=like)
     if checkpoints.snapshots(directory):
         found = newest(directory, read, "Loaded is")
         assert found is not None

@@ -153,9 +153,11 @@ def test_other_trees_and_leaves_are_refused(tmp_path: Path) -> None:
         TypeError, match=r"^the tree cannot be saved: [^\n]*; give each dict keys of one kind, such as text$"
     ):
         fm.save({"a": 1, 3: 1}, tmp_path)
-    for use in (fm.restore, fm.load):
-        with pytest.raises(TypeError, match=r"\(3\): give the name of a directory"):
-            use(3)  # type: ignore[arg-type]
+    for use in (fm.restore, fm.load, lambda given: fm.save({"n": 1}, given), fm.Checkpoint):
+        with pytest.raises(
+            TypeError, match=r"^fm\.[^\n]*: give the name of a directory, and not a value of type dict$"
+        ):
+            use({"w": np.ones((20, 30))})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="save: leaf 'x'"):
         fm.save({"x": "text"}, tmp_path)
     with pytest.raises(fm.CheckpointError, match=r"holds a tree of fm.save, and no fit"):

@@ -13,9 +13,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 import flowml as fm
 from flowml.data import epoch_order
+from flowml_runtime.environment import checkpoints
 from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
@@ -124,6 +126,124 @@ def test_what_is_no_array_in_a_module_comes_from_like(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found["params"](np.ones(3)), model(np.ones(3)))
 
 
+class Noisy(eqx.Module):
+    w: jax.Array
+    keys: jax.Array
+    name: str = eqx.field(default="noisy", static=True)
+    act: Any = jnp.tanh
+
+
+def noisy(number: int, implementation: str) -> Noisy:
+    return Noisy(jnp.full(3, number, jnp.float32), jax.random.split(jax.random.key(number, impl=implementation)))
+
+
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
+def test_keys_come_back_and_are_told_by_their_kind(tmp_path: Path, implementation: str) -> None:
+    """Orbax has the words of a key in its metadata, and reads the key whatever is asked for."""
+    tree: dict[str, Any] = {"model": noisy(1, implementation), "key": jax.random.key(3, impl=implementation)}
+    fm.save(tree, tmp_path / "saved")
+    fm.to_orbax(tmp_path / "saved", tmp_path / "orbax")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "own", eqx.filter(tree, eqx.is_array))
+    like: dict[str, Any] = {"model": noisy(2, implementation), "key": jax.random.key(4, impl=implementation)}
+    kind = jax.random.key(0, impl=implementation).dtype
+    for path in (tmp_path / "orbax", tmp_path / "own"):
+        found = fm.from_orbax(path, like)
+        assert found["key"].dtype == found["model"].keys.dtype == kind
+        for key, expected in ((found["key"], tree["key"]), (found["model"].keys, tree["model"].keys)):
+            np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(expected))
+        for change, what in (
+            ({"w": jnp.ones(2)}, rf"leaf 'key', {kind}\[\], is only there; leaf 'w', float32\[2\], is only here"),
+            ({"key": jax.random.key(1, impl="unsafe_rbg")}, rf"leaf 'key' is {kind}\[\] there and key<urbg>\[\] here"),
+            ({"key": jax.random.key_data(tree["key"])}, rf"leaf 'key' is {kind}\[\] there and uint32\[\d\] here"),
+            ({"key": like["model"].keys}, rf"leaf 'key' is {kind}\[\] there and {kind}\[2\] here"),
+        ):
+            with pytest.raises(fm.CheckpointError, match=rf"cannot be read as like=: {what}; give a tree like it$"):
+                fm.from_orbax(path, {"model": like["model"]} | change)
+
+
+def test_a_model_with_dropout_comes_back_from_a_fit(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.a, self.drop = nnx.Linear(8, 4, rngs=rngs), nnx.Dropout(0.3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.drop(self.a(x))
+
+    kind, params, state = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss(params: Any, state: Any, batch: Any) -> Any:
+        model = nnx.merge(kind, params, state)
+        return jnp.mean(model(batch["x"]) ** 2), nnx.split(model, nnx.Param, ...)[2]
+
+    trainer = fm.Trainer(loss, OPTIMIZER, cluster=threads_cluster, replicas=2, has_state=True)
+    source, checkpoint = {"x": np.ones((16, 8), np.float32)}, fm.Checkpoint(tmp_path / "flowml")
+    options: dict[str, Any] = {"batch_size": 4, "steps": 2, "progress": False, "checkpoint": checkpoint}
+    fitted = trainer.fit(params, source, state=state, **options)
+    like = {"params": params, "opt_state": OPTIMIZER.init(params), "state": state, "step": 0}
+    path = fm.to_orbax(tmp_path / "flowml", tmp_path / "orbax")
+    found = fm.from_orbax(path, like)
+    assert jax.tree.structure(found["state"]) == jax.tree.structure(fitted.state)
+    expected = {"params": fitted.params, "opt_state": fitted.opt_state, "state": fitted.state, "step": 2}
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+        one, other = (jax.random.key_data(x) if is_key else x for x in (a, b))
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(
+        fm.CheckpointError, match=r"as like=: leaf 'step', int\d+\[\], is only there; give a tree like it$"
+    ):
+        fm.from_orbax(path, {name: tree for name, tree in like.items() if name != "step"})
+
+
+def test_several_items_are_compared_by_name(tmp_path: Path) -> None:
+    a, b = {"x": jnp.ones(2)}, {"y": jnp.zeros(3)}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        save, about = ocp.args.StandardSave, ocp.args.JsonSave({"n": 1})
+        manager.save(1, args=ocp.args.Composite(a=save(a), b=save(b), about=about))
+        manager.wait_until_finished()
+    assert_same(fm.from_orbax(tmp_path, {"a": a, "b": b}), {"a": a, "b": b})
+    assert_same(fm.from_orbax(tmp_path, {"a": a, "b": None}), {"a": a, "b": b})
+    assert_same(fm.from_orbax(tmp_path / "1" / "a", a), a)
+    for like, what in (
+        ([a, b], "has the items a, b, and like= is of type list; give a dict with a tree for each"),
+        ({}, r"item 'a' is only there; item 'b' is only there; give a dict with a tree for each of its items a, b, or"),
+        ({"a": a}, "cannot be read as like=: item 'b' is only there; give"),
+        ({"a": a, "b": b, "other": a}, "as like=: item 'other' is only here, or no pytree there; give"),
+        ({"a": b, "b": b}, r"leaf 'x', float32\[2\], is only there; leaf 'y', float32\[3\], is only here"),
+    ):
+        with pytest.raises(fm.CheckpointError, match=what):
+            fm.from_orbax(tmp_path, like)
+
+
+@pytest.mark.parametrize(
+    "names", [{"step_prefix": "step"}, {"step_prefix": "my_run", "step_format_fixed_length": 4}, {}]
+)
+def test_the_newest_step_of_a_manager_is_read_whatever_its_names(
+    threads_cluster: fm.Cluster, tmp_path: Path, names: dict[str, Any]
+) -> None:
+    with ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(**names)) as manager:
+        for step in (9, 10):
+            manager.save(step, args=ocp.args.StandardSave({"x": jnp.full(2, step)}))
+        manager.wait_until_finished()
+    (tmp_path / "plots_2024").mkdir()
+    (tmp_path / "99").write_text("no step")
+    assert_same(fm.from_orbax(tmp_path), {"x": jnp.full(2, 10)})
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads_cluster)
+    with pytest.raises(fm.CheckpointError, match=r"holds checkpoints of Orbax; .* fm\.from_orbax"):
+        trainer.fit(mlp(), data(), batch_size=4, steps=1, progress=False, checkpoint=fm.Checkpoint(tmp_path))
+
+
+def test_items_and_trees_whose_names_end_with_a_number_are_no_steps(tmp_path: Path) -> None:
+    trees = {f"layer_{n}": {"x": jnp.full(2, n)} for n in (1, 2)}
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "orbax", args=ocp.args.Composite(**items))
+    assert_same(fm.from_orbax(tmp_path / "orbax"), trees)
+    fm.save({"x": jnp.ones(2)}, tmp_path / "saved")
+    fm.to_orbax(tmp_path / "saved", tmp_path / "saved" / "orbax_1")
+    checkpoints.prepare(tmp_path / "saved")
+
+
 def test_no_fit_writes_into_a_directory_of_orbax(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "orbax", {"w": jnp.ones(3)})
@@ -136,6 +256,24 @@ def test_no_fit_writes_into_a_directory_of_orbax(threads_cluster: fm.Cluster, tm
         with pytest.raises(fm.CheckpointError, match=r"holds checkpoints of Orbax; .* fm\.from_orbax"):
             trainer.fit(mlp(), data(), batch_size=4, steps=1, progress=False, checkpoint=fm.Checkpoint(path))
         assert sorted(path.rglob("*")) == before
+
+
+def test_a_tree_in_place_of_a_directory_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    tree: Any = {"w": jnp.ones((100, 100))}
+    given = "and not a value of type dict"
+    of = "that a fit or fm.save has written"
+    for use, text in (
+        (
+            lambda: fm.to_orbax(tree, tmp_path / "new"),
+            f"fm.to_orbax: give the name of a directory {of}, {given}; Orbax",
+        ),
+        (lambda: fm.to_orbax(tmp_path, tree), f"fm.to_orbax(path=): give the name of a directory, {given}"),
+        (lambda: fm.from_orbax(tree), f"fm.from_orbax: give the name of a directory, {given}"),
+    ):
+        with pytest.raises(TypeError) as error:
+            use()
+        assert str(error.value).startswith(text)
+        assert len(str(error.value)) < 150
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

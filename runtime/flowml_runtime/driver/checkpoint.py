@@ -41,8 +41,7 @@ class Checkpoint:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"Checkpoint(path={self.path!r}): give the name of a directory")
+        checkpoints.named_directory("fm.Checkpoint(path=)", self.path)
         if not os.fspath(self.path):
             raise ValueError("Checkpoint(path=''): give the name of a directory; '.' is the current one")
         if self.every_steps is not None and self.every_s is not None:
@@ -110,9 +109,7 @@ def restore(path: str | os.PathLike[str]) -> Restored:
 
     Raises CheckpointError if there is none, or it is damaged.
     """
-    if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"fm.restore({path!r}): give the name of a directory")
-    directory = Path(path)
+    directory = checkpoints.named_directory("fm.restore", path)
     if checkpoints.snapshots(directory):
         found = newest(directory)
     else:

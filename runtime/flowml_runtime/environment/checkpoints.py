@@ -38,6 +38,8 @@ FORMAT = 1
 DATA, MANIFEST, TOKEN, IDENTITY = "buffers.bin", "manifest.json", ".token", ".identity"
 ORBAX = "_CHECKPOINT_METADATA"
 """The file by which Orbax knows its checkpoints."""
+ORBAX_TREE = "_METADATA"
+"""That of a pytree in one."""
 ALIGNMENT = 64
 MOST_BYTES = 2**30
 """Of a manifest."""
@@ -46,6 +48,8 @@ _Offset = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _NAME = re.compile(r"step-(\d{12})")
 _FILE = re.compile(r"[a-z]+\d*\.bin")
 _UNFINISHED = re.compile(r"\.(?:writing|offered|damaged)-\d{12}-(\d+)")
+_ORBAX_STEP = re.compile(r"(?:.+_)?([0-9]+)")
+"""Orbax names a step by its number, which may have zeros and, after a "_", a prefix before it."""
 LAST = ".last-"
 _offers = count()
 _open: set[Path] = set()
@@ -138,7 +142,8 @@ def withdraw(folder: Path) -> None:
     """Remove a folder that was `offered`. What a worker writes there meanwhile may keep it from being removed; then
     `remove_withdrawn` does, or the next snapshot."""
     _open.discard(folder)
-    (folder / TOKEN).unlink(missing_ok=True)
+    with suppress(OSError):  # the disk may be read-only by now: then no worker can write there either
+        (folder / TOKEN).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -213,11 +218,36 @@ def prepare(directory: Path) -> None:
         raise CheckpointError(
             f"no checkpoint can be written into {directory}: {why}; give fm.Checkpoint a directory that can be written"
         )
-    if (directory / ORBAX).exists() or any(directory.glob(f"[0-9]*/{ORBAX}")):
+    if (directory / ORBAX).exists() or any((step / ORBAX).exists() for step in orbax_steps(directory)):
         raise CheckpointError(
             f"{directory} holds checkpoints of Orbax; give fm.Checkpoint another directory, and begin from "
             "fm.from_orbax of this one"
         )
+
+
+def orbax_steps(directory: Path) -> list[Path]:
+    """The steps of a `CheckpointManager` of Orbax, the newest last. A folder whose name has a prefix, and that is a
+    pytree itself, is none: who wrote it has chosen its name."""
+    found: list[tuple[int, Path]] = []
+    for path in directory.glob("*[0-9]"):
+        name = _ORBAX_STEP.fullmatch(path.name)
+        if name is None:
+            continue
+        if (path / ORBAX_TREE).exists():
+            is_step = path.name == name[1]
+        else:
+            is_step = (path / ORBAX).exists() or any(path.glob(f"*/{ORBAX_TREE}"))
+        if is_step:
+            found.append((int(name[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def named_directory(where: str, path: Any, of: str = "", fix: str = "") -> Path:
+    """The path that a function was given. Raises TypeError if it is none: `of` says whose it is to be."""
+    if not isinstance(path, str | os.PathLike):
+        given = f"and not a value of type {type(path).__name__}"  # which may be large, so it is not shown
+        raise TypeError(f"{where}: give the name of a directory{of}, {given}{fix}")
+    return Path(path)
 
 
 def identity(directory: Path, *, anew: bool) -> str:
