@@ -7,7 +7,7 @@ recurrence that PipeDream (Harlap et al., 2018) uses for pipelines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +20,8 @@ from flowml.ir.keys import is_key, is_random
 from flowml.placement.links import Links
 
 _MAX_ITEMS = 600
+_Key = str | int
+"""A layer, or a node without one."""
 
 
 def pipeline_stages(
@@ -41,13 +43,14 @@ def pipeline_items(graph: Graph) -> list[list[Node]]:
     or split its keys do not show the layer's position in the model.
     """
     data, joined = _data_nodes(graph), _joined(graph)
-    groups: dict[str | int, list[Node]] = {}
+    groups: dict[_Key, list[Node]] = {}
     begins: dict[str | int, int] = {}
     for position, node in enumerate(graph.nodes):
         key = joined.get(node.layer, node.layer) or -1 - node.id
         groups.setdefault(key, []).append(node)
         if node.id in data:
             begins.setdefault(key, position)
+    groups = _without_copies(graph, groups)
     first_use = {key: position for position, key in enumerate(groups)}
     order = sorted(groups, key=lambda k: (begins.get(k, -1), first_use[k]))
     items = [groups[key] for key in order]
@@ -55,6 +58,22 @@ def pipeline_items(graph: Graph) -> list[list[Node]]:
         return items
     step = -(-len(items) // _MAX_ITEMS)
     return [[n for item in items[i : i + step] for n in item] for i in range(0, len(items), step)]
+
+
+def _without_copies(graph: Graph, groups: Mapping[_Key, list[Node]]) -> dict[_Key, list[Node]]:
+    """The groups, of which one that only copies what another has made is part of that.
+
+    A gradient is a copy with the layer of the parameter's path, which may be another than that of the scope in which
+    the parameter is used. A stage of such copies would have no work, and keep a parameter away from where it is read.
+    """
+    of = {node.id: key for key, nodes in groups.items() for node in nodes}
+    found = {key: list(nodes) for key, nodes in groups.items()}
+    for key, nodes in groups.items():
+        if all(node.op == "copy" for node in nodes):
+            makers = {of[graph.producer[v].id] for node in nodes for v in node.reads if v in graph.producer}
+            if len(makers) == 1 and (maker := makers.pop()) != key and maker in found:
+                found[maker] += found.pop(key)
+    return found
 
 
 def _joined(graph: Graph) -> dict[str, str]:

@@ -443,3 +443,27 @@ def test_batches_of_several_shapes_update_the_same_parameters(threads_cluster: f
 
     expected = replica_loop(loss, mlp(), inner, ordered, 4, dict.fromkeys(mlp(), fm.Every(2)))
     assert_close(result.params, expected.params)
+
+
+def scaled_loss(params: Any, batch: Any) -> Any:
+    """A parameter is used in the scope of another layer."""
+    with fm.layer("a"):
+        hidden = jnp.tanh(batch["x"] @ params["a"])
+    with fm.layer("c"):
+        return jnp.mean((hidden @ params["c"] * params["s"] - batch["y"]) ** 2)
+
+
+@pytest.mark.parametrize(
+    "policies", [fm.policies.synchronous(), fm.policies.local_sgd(2), {"s": fm.policies.local_sgd(2)}]
+)
+def test_each_stage_has_work_where_links_are_slow(policies: Any) -> None:
+    """A gradient that is copied with the path of its parameter is no stage."""
+    cluster = fm.SimulatedCluster(4, fm.sim.Constant(0.003), fm.sim.Network(1e-2, 1e7))
+    params = {"a": np.ones((6, 5), np.float32), "c": np.ones((5, 2), np.float32), "s": np.float32(1.5)}
+    source = {"x": np.ones((32, 6), np.float32), "y": np.ones((32, 2), np.float32)}
+    trainer = fm.Trainer(
+        scaled_loss, optax.sgd(0.01), cluster=cluster, replicas=2, policies=policies, placement=fm.Pipeline(stages=2)
+    )
+    plan = trainer.plan(params, {name: leaf[:16] for name, leaf in source.items()})
+    assert len({node.device for node in plan.nodes if node.op == "dot_general"}) == 2
+    assert len(trainer.fit(params, source, batch_size=16, steps=4, progress=False).history) == 4
