@@ -297,7 +297,7 @@ def test_a_directory_that_is_removed_under_a_fit_is_locked_again(threads_cluster
 @pytest.mark.parametrize(
     ("number", "text"),
     [
-        (errno.ENOSPC, "; make room on the disk"),
+        (errno.ENOSPC, "; make room on the disk: an older checkpoint is removed only when a newer one is complete"),
         (errno.EROFS, "; the disk is read-only"),
         (errno.ENOENT, "; see whether the directory was removed"),
         (errno.EINTR, ""),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import re
 import subprocess
 import sys
 import warnings
@@ -112,6 +116,55 @@ def test_the_driver_writes_what_workers_with_another_disk_keep(
     found = fit(threads_cluster, "synchronous", tmp_path, resume="auto")
     assert found.resumed_at == STEPS // 2
     assert_same((found.params, found.opt_state), (whole.params, whole.opt_state))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_refuses_a_worker_is_warned_of_once_and_ends_no_fit(
+    threads_cluster: fm.Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+) -> None:
+    """A read-only disk also refuses to remove what was offered to workers, also after the last snapshot."""
+
+    def refuse(*_: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    remove = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == checkpoints.TOKEN and number == errno.EROFS:
+            refuse()
+        remove(path, missing_ok=missing_ok)
+
+    whole = fit(threads_cluster, "synchronous")
+    monkeypatch.setattr(checkpoints, "write_invited", refuse)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.warns(fm.FlowmlWarning) as said:
+        found = fit(threads_cluster, "synchronous", tmp_path)
+    assert_same((found.params, found.opt_state), (whole.params, whole.opt_state))
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    why = rf"worker:\d could not write its part: \[Errno {number}\] {os.strerror(number)}"
+    advice = "make room on the disk: an older .*" if number == errno.ENOSPC else "the disk is read-only"
+    said_as = rf"the checkpoint after step (\d+) could not be written to .*: {why}; {advice}; the fit goes on, .*"
+    steps = [match[1] if (match := re.fullmatch(said_as, str(one.message))) else str(one.message) for one in said]
+    assert steps and all(step.isdigit() for step in steps), steps
+    assert len(set(steps)) == len(steps), "one warning for each"
+
+
+def test_a_snapshot_counts_as_written_though_older_ones_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        patch.setattr(Path, "glob", lambda path, _: refuse(path))
+        written = checkpoints.write(tmp_path, 1, b"{}", {"x": np.arange(3)}, 1)
+        checkpoints.remove_withdrawn(tmp_path)
+    assert checkpoints.snapshots(tmp_path) == [written]
 
 
 @pytest.mark.parametrize("at", ["before send Wrote 5", "after send Wrote 5", "soon send Wrote 4"])

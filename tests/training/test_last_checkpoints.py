@@ -4,6 +4,7 @@ fails. `test_orphans` does the same with real fits.
 
 from __future__ import annotations
 
+import errno
 import logging
 import subprocess
 import sys
@@ -101,6 +102,19 @@ def test_a_part_is_not_taken_for_the_whole(directory: Path, caplog: pytest.LogCa
     assert not give(directory, "one", {"key": part("one", 5)})
     assert not give(directory, "one", {"key": part("one", 5)}, again=True)
     assert "parts of other workers are missing: they were lost, or are on machines without" in caplog.messages[-1]
+    assert steps(directory) == [1]
+
+
+def test_a_disk_that_refuses_is_told_with_what_to_do(
+    directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_arrays", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert not give(directory, "one", {"key": part("one", 5)})
+    assert ": [Errno 28] No space left on device; make room on the disk" in caplog.messages[-1]
     assert steps(directory) == [1]
 
 

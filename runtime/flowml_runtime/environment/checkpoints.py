@@ -57,7 +57,10 @@ _open: set[Path] = set()
 
 
 _ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room on the disk"),
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT),
+        "make room on the disk: an older checkpoint is removed only when a newer one is complete",
+    ),
     errno.EFBIG: "let this process write larger files",
     errno.EROFS: "the disk is read-only",
     **dict.fromkeys((errno.EACCES, errno.EPERM), "let this process write there"),
@@ -149,9 +152,10 @@ def withdraw(folder: Path) -> None:
 
 def remove_withdrawn(directory: Path) -> None:
     """Remove the folders that this process has withdrawn, and that are there all the same."""
-    for path in directory.resolve().glob(f".offered-*-{os.getpid()}"):
-        if path not in _open:
-            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # what cannot be listed cannot be removed
+        for path in directory.resolve().glob(f".offered-*-{os.getpid()}"):
+            if path not in _open:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def part_of(worker: str) -> str:
@@ -165,7 +169,8 @@ def complete(folder: Path, content: bytes, entries: Sequence[Entry], keep: int, 
     directory, number = folder.parent, int(folder.name.split("-")[1]) if step is None else step
     target = named(folder, number, content, entries)
     _open.discard(folder)
-    _remove(directory, keep)
+    with suppress(OSError):  # the snapshot is complete all the same
+        _remove(directory, keep)
     return target
 
 

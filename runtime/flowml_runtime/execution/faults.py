@@ -17,6 +17,7 @@ from flowml.errors import (
 )
 from flowml.plan import Plan
 from flowml_runtime import wire
+from flowml_runtime.environment import checkpoints
 from flowml_runtime.service import named, sendable, text_of
 
 _HERE = str(Path(__file__).parent)
@@ -61,6 +62,11 @@ def _kind(error: BaseException) -> wire.FaultKind:
 def one_line(error: BaseException) -> str:
     """An error as one line: flowml's own errors as text only, others with their type."""
     return text_of(error) if isinstance(error, FlowmlError) else named(error)
+
+
+def refusal(error: OSError | FlowmlError) -> str:
+    """Why something could not be written to the disk, as one line with what to do about it."""
+    return f"{text_of(error)}{checkpoints.advice(error)}"
 
 
 def own_traceback(error: BaseException) -> str:

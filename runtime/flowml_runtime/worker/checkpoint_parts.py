@@ -22,7 +22,7 @@ from flowml.errors import CheckpointError, FlowmlError
 from flowml.plan import ArraySpec
 from flowml_runtime import wire
 from flowml_runtime.environment import checkpoints
-from flowml_runtime.execution.faults import one_line
+from flowml_runtime.execution.faults import one_line, refusal
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.transport.endpoint import Sender
@@ -94,7 +94,7 @@ class CheckpointParts:
             if arrays:
                 entries = checkpoints.write_invited(Path(folder), file, token, arrays)
         except (OSError, CheckpointError) as error:
-            tell(error=one_line(error)[:MAX_REASON])
+            tell(error=refusal(error)[:MAX_REASON])
         else:
             if entries is None:
                 for owner, named in found.items():

@@ -17,7 +17,7 @@ from flowml.errors import FlowmlError
 from flowml.ir._jax import exact_types
 from flowml_runtime import service, wire
 from flowml_runtime.environment.checkpoints import Entry, read_arrays, write_invited
-from flowml_runtime.execution.faults import one_line
+from flowml_runtime.execution.faults import one_line, refusal
 from flowml_runtime.execution.kept import Cell, Kept
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.mailbox import Scope
@@ -173,7 +173,7 @@ class Keeping:
             found = write_invited(Path(message.folder), message.file, message.token, named) if not error else None
             parts = [wire.Part(e.spec, e.offset, e.checksum) for e in found or ()]
         except (OSError, FlowmlError) as failure:
-            error = one_line(failure)[:MAX_REASON]
+            error = refusal(failure)[:MAX_REASON]
         try:
             self._tell(driver, wire.Written(number=message.number, parts=tuple(parts), error=error))
         finally:

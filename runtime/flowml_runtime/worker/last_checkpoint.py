@@ -16,6 +16,7 @@ import msgspec
 from flowml.errors import CheckpointError, InUseError
 from flowml_runtime.environment import last_checkpoints, locks
 from flowml_runtime.environment.last_checkpoints import Known
+from flowml_runtime.execution.faults import refusal
 from flowml_runtime.protocol.training.kept_fits import Write
 
 _log = logging.getLogger("flowml")
@@ -60,7 +61,7 @@ def write_last(asked: Write, worker: str, found: Mapping[str, Found]) -> bool:
         return True
     except (OSError, CheckpointError) as error:
         if any(last_checkpoints.is_there(directory, key) for key in asked.keys):  # else another driver has written
-            _warn(asked, str(error))
+            _warn(asked, refusal(error))
             _forget(directory, asked.keys)
         return False
 
