@@ -37,6 +37,7 @@ from flowml_runtime.driver.steps import UnloadedError
 from flowml_runtime.driver.trial import Trial, trial_of
 from flowml_runtime.execution.future import Future
 from flowml_runtime.keep import EVERYTHING, Keep, described, donated_inputs, reads_there, stay_of
+from flowml_runtime.mixtures import Caller
 from flowml_runtime.recent import Recent, kind_of
 from flowml_runtime.reviving import revived, with_workers
 
@@ -180,7 +181,7 @@ class Dataflow(Generic[P, R]):
                         self._recent = None  # the full call below finds out what is wrong, and where
             return self._call(args, kwargs)
         except FlowmlError as error:
-            again = revived(error, args, kwargs, self._name)
+            again = revived(error, args, kwargs, self._caller())
         return with_workers(self._current(), self._call, again)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
@@ -212,7 +213,7 @@ class Dataflow(Generic[P, R]):
         try:
             return self._submit(args, kwargs)
         except FlowmlError as error:
-            again = revived(error, args, kwargs, self._name)
+            again = revived(error, args, kwargs, self._caller())
         return with_workers(self._current(), self._submit, again)
 
     def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[R]:
@@ -241,6 +242,9 @@ class Dataflow(Generic[P, R]):
         """For the runtime: what calls that run the same program have in common. None if an argument is being traced."""
         given = self._sort(args, kwargs, values=False)
         return None if given is None else given.key
+
+    def _caller(self) -> Caller:
+        return Caller(self._name, getattr(self._fn, "__code__", None), self._keep is not None or self.chained)
 
     def programs_on(self, cluster: ClusterLike) -> dict[Hashable, _Program]:
         """The programs that are compiled for a cluster."""
@@ -301,7 +305,7 @@ class Dataflow(Generic[P, R]):
                     known = program.handle
                     handle = program.handle = session.load(program.plan) if known is None else session.reload(known)
                     handle.forget = partial(program.forget, handle)
-                    handle.maker = self._name, getattr(self._fn, "__code__", None)
+                    handle.maker = self._caller().maker
                     self._loads.setdefault(cluster, weakref.WeakSet()).add(handle)
             try:
                 return use(session, program, handle)

@@ -7,7 +7,8 @@ ones.
 Values that were saved themselves come back as they were. Else the loop has gone on since the save: an argument is known
 by its structure, shapes and dtypes, as the saved tree or as an element of it, and by its lineage (`driver.lineage`).
 All arguments that the saved tree has are taken from there, also those that are not lost: a mixture of two states would
-be none. A tree that fits but may be another one is refused.
+be none. Those that were made since calls go on from there are as they are. What would be a mixture all the same is
+refused (`mixtures`), as is a tree that fits but may be another one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from flowml.errors import FlowmlError, WorkerLostError
 from flowml_runtime.driver.lineage import Parent, descending_from
 from flowml_runtime.driver.remote import Remote
 from flowml_runtime.membership.advice import without_remedy
-from flowml_runtime.saved import Place, Saved, leaves_of, records_of, taken_from
+from flowml_runtime.mixtures import Call, Caller, is_fresh, note_same, recovery_of, tell_all
+from flowml_runtime.saved import Place, Recovery, Saved, leaves_of, records_of, taken_from
 
 T = TypeVar("T")
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -52,15 +54,21 @@ class Revived:
 class _Found:
     """Where lost values were saved, and what gives the arguments of a call with them in place."""
 
-    paths: Sequence[Path]
+    records: Sequence[Saved]
     parents: Sequence[Parent]
     take: Callable[[], Sequence[Any]]
+    mixes: str = ""
+    """Why that would be a mixture of two states, and what to do."""
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        return [record.path for record in self.records]
 
 
-def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Revived:
+def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], caller: Caller) -> Revived:
     """The arguments of a call that has failed with this error, with saved ones in place of those that were lost before
     it began. Warns of it. Raises the error if there are none, or if the caller has had none of the loss yet."""
-    given = [*args, *kwargs.values()]
+    given, name = [*args, *kwargs.values()], caller.name
     remotes = [leaf for leaf in tree_leaves(given) if type(leaf) is Remote]
     during = isinstance(error, WorkerLostError) and error.step is not None
     for remote in remotes if during else ():
@@ -71,15 +79,18 @@ def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], 
         raise error
     records = records_of(remotes)
     there = [record for record in records if record.is_there]
-    found = _same(given, gone, there) or _before(given, there)
-    if found is None:
-        raise _with_hint(error, _why_not(given, gone, records, there, name)) from error
+    found = _same(given, gone, there, caller) or _before(given, gone, there, caller)
+    if found is None or found.mixes:
+        hint = found.mixes if found is not None else _why_not(given, gone, records, there, caller)
+        raise _with_hint(error, hint) from error
     paths = " and ".join(map(str, found.paths))
     if during or not all(leaf.told for leaf in gone):
         for leaf in gone:
             leaf.tell()
+        tell_all(found.records, gone)
         hint = f"call {name} again: it goes on from the state saved in {paths}, on the workers that there are"
         raise _with_hint(error, hint) from error
+    tell_all(found.records, gone)  # a loss during a call is known of the other values only now
     given = found.take()
     warn(f"{gone[0].why_lost()}; {name} goes on from the state saved in {paths}")
     return Revived((tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))), found.parents)
@@ -113,7 +124,7 @@ def _with_hint(error: FlowmlError, hint: str) -> FlowmlError:
     return WorkerLostError(f"{text}; {hint}", worker=error.worker, step=error.step)
 
 
-def _same(given: Sequence[Any], gone: Sequence[Remote], records: Sequence[Saved]) -> _Found | None:
+def _same(given: Sequence[Any], gone: Sequence[Remote], records: Sequence[Saved], caller: Caller) -> _Found | None:
     """Where all of the lost values were saved themselves. The others are left as they are."""
     places: dict[int, tuple[Saved, int]] = {}
     for leaf in gone:
@@ -124,7 +135,11 @@ def _same(given: Sequence[Any], gone: Sequence[Remote], records: Sequence[Saved]
     used = list({id(record): record for record, _ in places.values()}.values())
 
     def take() -> Sequence[Any]:
-        read = {id(r): leaves_of(r, {i for record, i in places.values() if record is r}) for r in used}
+        mine = {id(r): sorted({i for record, i in places.values() if record is r}) for r in used}
+        read = {id(r): leaves_of(r, mine[id(r)]) for r in used}
+        for record in used:
+            here = [leaf for leaf in gone if places[id(leaf)][0] is record]
+            note_same(record, mine[id(record)], here, caller)
 
         def of(leaf: Any) -> Any:
             record, index = places.get(id(leaf), (None, 0))
@@ -132,33 +147,38 @@ def _same(given: Sequence[Any], gone: Sequence[Remote], records: Sequence[Saved]
 
         return tree_map(of, list(given))
 
-    return _Found([record.path for record in used], [leaf.lineage for leaf in gone], take)
+    return _Found(used, [leaf.lineage for leaf in gone], take)
 
 
-def _before(given: Sequence[Any], records: Iterable[Saved]) -> _Found | None:
+def _before(given: Sequence[Any], gone: Sequence[Remote], records: Iterable[Saved], caller: Caller) -> _Found | None:
     """The newest saved tree from which all lost arguments come."""
     for record in records:
-        places = _places(given, record)
+        recovery = recovery_of(record, gone)
+        places = _places(given, record, recovery)
         if places is None:
             continue
-        taken = {i: (given[i], place) for i, place in places.items()}
+        call = Call(record, recovery, given, places, caller)
         origins = [o for place in places.values() for o in record.origins[slice(*place)] if o is not None]
 
-        def take(record: Saved = record, taken: Mapping[int, tuple[Any, Place]] = taken) -> Sequence[Any]:
-            values = taken_from(record, taken)
+        def take(record: Saved = record, call: Call = call) -> Sequence[Any]:
+            taken = {i: (given[i], place) for i, place in call.places.items()}
+            values = taken_from(record, taken, lambda leaf: is_fresh(leaf, call.recovery))
+            call.begin()
             return [values.get(i, value) for i, value in enumerate(given)]
 
-        return _Found([record.path], list({origin.mark for origin in origins}), take)
+        return _Found([record], list({origin.mark for origin in origins}), take, call.mixes())
     return None
 
 
-def _places(given: Sequence[Any], record: Saved) -> dict[int, Place] | None:
+def _places(given: Sequence[Any], record: Saved, recovery: Recovery) -> dict[int, Place] | None:
     """The place of each argument that comes from a saved tree. None if a lost one does not, or if what does could be
-    taken for something else."""
+    taken for something else. What was made since others have gone on from there is as it is."""
     places: dict[int, Place] = {}
     moved: dict[tuple[Any, ...], int] = {}
     for i, value in enumerate(given):
         remotes = [leaf for leaf in tree_leaves(value) if type(leaf) is Remote]
+        if remotes and all(is_fresh(leaf, recovery) for leaf in remotes):
+            continue
         heirs = {tuple(record.origins[slice(*p)]): p for p in record.fitting(value) if record.precedes(value, p)}
         if len(heirs) > 1:  # one may have it as it is
             heirs = {o: p for o, p in heirs.items() if all(record.index(leaf) in range(*p) for leaf in remotes)}
@@ -193,10 +213,10 @@ def _others(given: Sequence[Any], places: Mapping[int, Place], record: Saved) ->
 
 
 def _why_not(
-    given: Sequence[Any], gone: Sequence[Remote], records: Sequence[Saved], there: Sequence[Saved], name: str
+    given: Sequence[Any], gone: Sequence[Remote], records: Sequence[Saved], there: Sequence[Saved], caller: Caller
 ) -> str:
     """What to do where no saved values can be taken."""
-    removed = _same(given, gone, records) or _before(given, records)
+    removed = _same(given, gone, records, caller) or _before(given, gone, records, caller)
     if removed is not None:
         return f"the state saved in {removed.paths[0]} is not there any more; save to a directory that stays"
     lost = [value for value in given if any(type(x) is Remote and x.is_lost() for x in tree_leaves(value))]
@@ -204,7 +224,7 @@ def _why_not(
     if like is not None:
         return (
             f"the tree saved in {like.path} has the structure of what was lost, but may be another one: it was not "
-            f"saved from these values, nor do they come from it alone; fm.save all that {name} is given in one tree, "
-            f"and give it now what fm.load({str(like.path)!r}, cluster) returns, if that is what was lost"
+            f"saved from these values, nor do they come from it alone; fm.save all that {caller.name} is given in one "
+            f"tree, and give it now what fm.load({str(like.path)!r}, cluster) returns, if that is what was lost"
         )
-    return f"fm.save the state of {name} now and then: then a call goes on from what was saved last"
+    return f"fm.save the state of {caller.name} now and then: then a call goes on from what was saved last"

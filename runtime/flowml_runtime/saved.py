@@ -8,8 +8,8 @@ one before is removed then.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from flowml.numbers import whole_number
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.checkpoint import nested, newest
 from flowml_runtime.driver.holdings import bytes_on_devices
-from flowml_runtime.driver.lineage import Mark
+from flowml_runtime.driver.lineage import Lineage, Mark
 from flowml_runtime.driver.remote import Kind as KeptKind
 from flowml_runtime.driver.remote import Owner, Remote
 from flowml_runtime.driver.training.differing import MOST, bounded, differences
@@ -80,15 +80,29 @@ class Origin:
     number: int
     name: str
 
-    def precedes(self, leaf: Remote) -> bool:
+    def is_of(self, lineage: Lineage, number: int) -> bool:
+        """Whether this is the very value."""
+        return self.mark is lineage.mark and self.number == number
+
+    def precedes(self, lineage: Lineage, name: str) -> bool:
         """Whether a value comes from this one: it is the same output of a later call, or this one was sent or read."""
         maker = self.mark.maker
-        return self.mark in leaf.lineage.line and (
-            maker is None or (leaf.lineage.maker, leaf.kind.name) == (maker, self.name)
-        )
+        return self.mark in lineage.line and (maker is None or (lineage.maker, name) == (maker, self.name))
 
 
-@dataclass(frozen=True)
+@dataclass
+class Recovery:
+    """What has gone on from a saved tree since the last loss."""
+
+    began: int
+    """The number of the first value that was made since."""
+    revived: set[int] = field(default_factory=set[int])
+    """The leaves that calls have taken."""
+    read: set[tuple[Hashable, int]] = field(default_factory=set[tuple[Hashable, int]])
+    """The functions that have taken them, each with the number of the value that was saved."""
+
+
+@dataclass(eq=False)
 class Saved:
     """A tree on the disk. `places` are those of itself and of its elements, by their kinds. `origins` are the handles
     that its leaves were; None for one that was in this process."""
@@ -98,6 +112,15 @@ class Saved:
     origins: Sequence[Origin | None] = ()
     written: tuple[int, int] | None = None
     """See `_written_at`."""
+    made: int = 0
+    """The number of the first value that was made since, in its session."""
+    recovery: Recovery | None = None
+
+    @property
+    def types(self) -> Sequence[tuple[tuple[int, ...], str]]:
+        """The shape and dtype of each leaf."""
+        whole = 0, len(self.origins)
+        return next(types for (_, types), places in self.places.items() if whole in places)
 
     @property
     def is_there(self) -> bool:
@@ -113,16 +136,13 @@ class Saved:
 
     def index(self, leaf: Remote) -> int | None:
         """The leaf that this very value was."""
-        mark, number = leaf.lineage.mark, leaf.number
-        origins = enumerate(self.origins) if mark is not None else ()
-        return next((i for i, o in origins if o is not None and o.mark is mark and o.number == number), None)
+        origins = enumerate(self.origins) if leaf.lineage.mark is not None else ()
+        return next((i for i, o in origins if o is not None and o.is_of(leaf.lineage, leaf.number)), None)
 
     def precedes(self, value: Any, place: Place) -> bool:
         """Whether the handles in a value come from the leaves at a place, or are those."""
         known = [
-            origin is None
-            or (origin.mark is leaf.lineage.mark and origin.number == leaf.number)
-            or origin.precedes(leaf)
+            origin is None or origin.is_of(leaf.lineage, leaf.number) or origin.precedes(leaf.lineage, leaf.kind.name)
             for (_, leaf), origin in zip(array_leaves(value)[0], self.origins[slice(*place)], strict=True)
             if type(leaf) is Remote
         ]
@@ -161,10 +181,16 @@ def _note(tree: Any, path: Path) -> None:
     places[structure, _types(leaves)] = [(0, len(leaves))]
     origins = [Origin(x.lineage.marked(), x.number, x.kind.name) if type(x) is Remote else None for x in leaves]
     for owner in owners.values():
-        owner.saved[:] = [Saved(path, places, origins, _written_at(path)), *owner.saved][:MOST_SAVED]
+        saved = Saved(path, places, origins, _written_at(path), next_number(owner))
+        owner.saved[:] = [saved, *owner.saved][:MOST_SAVED]
         known = {origin.mark for record in owner.saved for origin in record.origins if origin is not None}
         for batch in owner.batches():
             batch.lineage.line &= known
+
+
+def next_number(owner: Owner) -> int:
+    """Values that are made from now on have this number or a later one."""
+    return max((batch.first + len(batch.kinds) for batch in owner.batches()), default=0)
 
 
 def records_of(remotes: Iterable[Remote]) -> list[Saved]:
@@ -173,10 +199,16 @@ def records_of(remotes: Iterable[Remote]) -> list[Saved]:
     return [record for owner in owners.values() for record in owner.saved]
 
 
-def taken_from(record: Saved, values: Mapping[int, tuple[Any, Place]]) -> dict[int, Any]:
-    """Saved values in place of these, which have these leaves of the tree."""
+def taken_from(record: Saved, values: Mapping[int, tuple[Any, Place]], stays: Callable[[Any], bool]) -> dict[int, Any]:
+    """Saved values in place of these, which have these leaves of the tree. Some leaves stay as they are."""
     read = leaves_of(record, {i for _, place in values.values() for i in range(*place)})
-    return {n: array_leaves(value)[1]([read[i] for i in range(*place)]) for n, (value, place) in values.items()}
+    found: dict[int, Any] = {}
+    for number, (value, place) in values.items():
+        pairs, made = array_leaves(value)
+        found[number] = made(
+            [leaf if stays(leaf) else read[i] for (_, leaf), i in zip(pairs, range(*place), strict=True)]
+        )
+    return found
 
 
 def leaves_of(record: Saved, indices: Iterable[int]) -> dict[int, Any]:

@@ -69,7 +69,7 @@ class Holdings:
         """Number of a question -> its worker and the answer: the values (Recall), where they are (Write), or whether
         they are kept (ReadFile)."""
         self.saved: list[Any] = []
-        self._freed: queue.SimpleQueue[tuple[Batch, Sequence[int]] | None] = queue.SimpleQueue()
+        self._freed: queue.SimpleQueue[tuple[Batch, Sequence[int]] | threading.Event | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -113,7 +113,10 @@ class Holdings:
             return self._bytes.get(device, 0)
 
     def batches(self) -> list[Batch]:
-        """Those with handles."""
+        """Those with handles. What was freed before this call is not alive in them."""
+        noted = threading.Event()
+        self._freed.put(noted)
+        noted.wait(CLOSE_S)
         with self._lock:
             return list(self._batches)
 
@@ -314,7 +317,10 @@ class Holdings:
         while (item := self._freed.get()) is not None:
             names: defaultdict[str, list[int]] = defaultdict(list)
             while item is not None:
-                self._note(*item, names)
+                if isinstance(item, threading.Event):
+                    item.set()
+                else:
+                    self._note(*item, names)
                 try:
                     item = self._freed.get_nowait()
                 except queue.Empty:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 Types = frozenset[tuple[Any, Any]]
@@ -34,6 +34,9 @@ class Mark:
 
     maker: Hashable
     types: Types
+    readers: dict[tuple[Hashable, int], None] = field(default_factory=dict[tuple[Hashable, int], None])
+    """The functions that were called with these very values since, each with the number of the value, in their order.
+    """
 
     @property
     def line(self) -> frozenset[Mark]:

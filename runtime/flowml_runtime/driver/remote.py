@@ -143,12 +143,19 @@ class Batch:
         """Whether calls of the session `owner` can use all of the values."""
         return self.owner is owner and not self.gone and not self.lost and self.error is None
 
+    def is_lost(self, index: int) -> bool:
+        """Whether a value cannot be used because a worker was lost."""
+        gone = self.gone.get(index)
+        error = gone.failure if isinstance(gone, Donation) else self.error
+        perished = isinstance(gone, Perished) or isinstance(error, WorkerLostError)
+        return self.owner is not None and (perished or self.kinds[index].worker in self.lost)
+
     def _settle(self, future: Future[Any]) -> None:
         self.error = future.exception()
         self.future = None  # its result has the handles of this batch
 
 
-class _Perished(str):
+class Perished(str):
     """Why a value is gone with a worker, although it was elsewhere."""
 
     __slots__ = ()
@@ -270,7 +277,7 @@ class Remote(jax.Array):
         batch = self._batch
         if batch.owner is not None and (owner is None or owner is batch.owner) and self.is_usable():
             return batch.owner
-        what = self._what()
+        what = f"the kept value {self.kind.name!r} of {batch.call}"
         if batch.owner is None:
             raise ClusterError(f"{what} is gone: its cluster is closed; fetch values before you close the cluster")
         if owner is not None and owner is not batch.owner:
@@ -327,8 +334,7 @@ class Remote(jax.Array):
     def told(self) -> bool:
         """For the runtime: whether the caller has had an error of the loss of this value or of one beside it. The call
         to which a value was donated has raised one."""
-        donated = isinstance(self._batch.gone.get(self._index), Donation | _Perished)
-        return self._batch.told or donated
+        return self._batch.told or isinstance(self._batch.gone.get(self._index), Donation | Perished)
 
     def tell(self) -> None:
         """For the runtime: the caller gets an error of its loss now."""
@@ -336,15 +342,11 @@ class Remote(jax.Array):
 
     def perish(self) -> None:
         """For the runtime: the value was donated to a call during which a worker was lost."""
-        self._batch.gone[self._index] = _Perished("was donated to a call during which a worker was lost")
+        self._batch.gone[self._index] = Perished("was donated to a call during which a worker was lost")
 
     def is_lost(self) -> bool:
         """For the runtime: whether the value cannot be used because a worker was lost."""
-        batch = self._batch
-        gone = batch.gone.get(self._index)
-        error = gone.failure if isinstance(gone, Donation) else batch.error
-        perished = isinstance(gone, _Perished) or isinstance(error, WorkerLostError)
-        return batch.owner is not None and (perished or self.kind.worker in batch.lost)
+        return self._batch.is_lost(self._index)
 
     def why_lost(self) -> str:
         """For the runtime: why a lost value is lost, in words."""
@@ -363,9 +365,6 @@ class Remote(jax.Array):
     def lineage(self) -> Lineage:
         """For the runtime: which saved values its batch comes from."""
         return self._batch.lineage
-
-    def _what(self) -> str:
-        return f"the kept value {self.kind.name!r} of {self._batch.call}"
 
     def block_until_ready(self) -> Remote:
         """Wait until the value is made. Raises the error of the call that should have made it."""

@@ -60,6 +60,10 @@ def _lineage(handle: LoadedPlan, kinds: Sequence[Kind], buffers: Sequence[Any]) 
     """That of the outputs of a call."""
     remotes = [b for b in buffers if type(b) is Remote]
     given = lineages(remotes)
+    if any(parent.mark is not None for parent in given):  # the first call after a save
+        for remote in remotes:
+            if remote.lineage.mark is not None:
+                remote.lineage.mark.readers[handle.maker, remote.number] = None
     line = inherited(given, lambda: frozenset(signature(b)[:2] for b in buffers if type(b) is not Remote))
     if line and any(parent.maker == handle.maker for parent in given):
         line -= _rearranged(remotes, handle.maker)
