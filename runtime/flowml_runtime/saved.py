@@ -199,7 +199,9 @@ def records_of(remotes: Iterable[Remote]) -> list[Saved]:
     return [record for owner in owners.values() for record in owner.saved]
 
 
-def taken_from(record: Saved, values: Mapping[int, tuple[Any, Place]], stays: Callable[[Any], bool]) -> dict[int, Any]:
+def taken_from(
+    record: Saved, values: Mapping[int, tuple[Any, Place]], stays: Callable[[Any], bool] = lambda leaf: False
+) -> dict[int, Any]:
     """Saved values in place of these, which have these leaves of the tree. Some leaves stay as they are."""
     read = leaves_of(record, {i for _, place in values.values() for i in range(*place)})
     found: dict[int, Any] = {}
