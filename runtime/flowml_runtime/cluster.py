@@ -51,8 +51,6 @@ from flowml_runtime.worker.compile_cache import CacheFolder
 
 NOTICE_S = 10.0
 """The longest time after which a lost worker is known to be lost."""
-SUSPENDED_S = 1.0
-"""A driver that has sent no heartbeat for so long may be lost itself."""
 AGAIN_S = 1.0
 """After how long another is asked for again in the place of a lost worker."""
 SOON_S = 0.02
@@ -449,7 +447,7 @@ class Cluster:
         cluster._replace, cluster._give_notice = membership.replace, membership.give_notice
 
         def why_refused(worker: str) -> str:  # the question takes time if the worker is away, and few drivers are lost
-            return endpoint.why_refused(worker) if membership.silent_s > SUSPENDED_S else ""
+            return endpoint.why_refused(worker) if membership.may_be_lost else ""
 
         cluster.why_refused = why_refused
         driver.adopt(cluster, membership)

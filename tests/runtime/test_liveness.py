@@ -70,6 +70,23 @@ def test_a_silent_worker_is_lost_when_it_stops_working(monkeypatch: pytest.Monke
         wait_until(lambda: ended, "it is lost")
 
 
+def test_a_member_that_others_may_count_as_lost_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was suspended just before it sent a heartbeat is lost three heartbeats after that."""
+    host = CoordinatorHost("127.0.0.1:0", TOKEN, timeout_s=1.0)
+    endpoint = GrpcEndpoint(passing_name(), TOKEN)
+    monkeypatch.setattr(Membership, "_beat", lambda *_: None)
+    member = Membership(endpoint, host.address, lambda *_: None, lambda *_: None)
+    assert not member.may_be_lost
+    with closing(host), closing(endpoint):
+        member.join("driver", ())
+        now = time.monotonic()
+        member._beaten_s = now
+        assert not member.may_be_lost
+        member._beaten_s = now - 0.75
+        assert member.may_be_lost
+        member.leave()
+
+
 def test_workers_that_were_never_started_are_not_waited_for() -> None:
     workers = LocalWorkers(lambda *_: None)
     began = time.monotonic()

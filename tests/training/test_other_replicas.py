@@ -164,7 +164,7 @@ def test_the_same_replicas_go_on_elsewhere_as_if_they_had_not_moved(
 def test_without_common_clocks_the_items_are_counted_anew(
     threads_cluster: fm.Cluster, tmp_path: Path, name: str
 ) -> None:
-    steps, policies = 24, ASYNCHRONOUS[name]
+    steps, policies = 96, ASYNCHRONOUS[name]  # many, as the disk may be slow
     checkpoint = fm.Checkpoint(tmp_path, every_steps=4)
 
     def stop(_: dict[str, Any]) -> None:

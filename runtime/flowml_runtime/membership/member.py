@@ -55,6 +55,9 @@ AGAIN_S = 0.25
 RETURN_S = 10.0
 """How long to look for a coordinator that ended while it was asked: one with a log is there again by then."""
 
+SUSPENDED_S, MISSED = 1.0, 2
+"""A peer that has sent no heartbeat for so many seconds, or for the time of so many, may be lost itself."""
+
 _ANY = 2**63
 """An incarnation that is newer than all."""
 
@@ -302,9 +305,11 @@ class Membership:
                 self._endpoint.send(COORDINATOR, wire.Replace(worker=worker))
 
     @property
-    def silent_s(self) -> float:
-        """The longest time for which this peer has sent no heartbeat. It is long after a suspension."""
-        return max(self._longest_s, time.monotonic() - self._beaten_s)
+    def may_be_lost(self) -> bool:
+        """Whether this peer has been silent for so long that others may count it as lost, as after a suspension. One
+        that was suspended when a heartbeat was due has noted that and not sent it."""
+        silent_s = max(self._longest_s, time.monotonic() - self._beaten_s)
+        return self._welcome is not None and silent_s > min(SUSPENDED_S, MISSED * self._welcome.heartbeat_s)
 
     def _has_moved(self) -> bool:
         """Whether the coordinator is at another address by now. Notes it then."""
