@@ -151,7 +151,8 @@ def test_a_kill_of_the_launcher(policy: str, at: Ending, tmp_path: Path) -> None
 
         with ThreadPoolExecutor(1) as pool:
             started = pool.submit(start_another)
-            found = train(cluster, policy, tmp_path / "checkpoints")
+            # slow enough that the workers, which end a moment later, do not come to the end of the fit
+            found = train(cluster, policy, tmp_path / "checkpoints", delays={"worker:1": 0.03})
             started.result()
         ends = policy == "quorum" and at.number > STEPS * round(0.75 * REPLICAS)  # late replicas need not report
         if not ends and at.message not in ("LoadPlan", "Loaded", "StoreValue", "Retired"):

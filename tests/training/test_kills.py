@@ -147,7 +147,8 @@ def count(cluster: fm.Cluster, policy: str, path: Path | None = None, **options:
     def loss(params: Any, batch: Any) -> Any:
         return -sum(jnp.mean(batch @ params[layer]["w"]) for layer in "abc")
 
-    trainer = fm.Trainer(loss, optax.sgd(1.0), cluster=cluster, replicas=REPLICAS, policies=POLICIES[policy])
+    about: dict[str, Any] = {"cluster": cluster, "replicas": REPLICAS, "delays": options.pop("delays", {})}
+    trainer = fm.Trainer(loss, optax.sgd(1.0), policies=POLICIES[policy], **about)
     if path is not None:
         options["checkpoint"] = fm.Checkpoint(path, every_steps=EVERY)
     params = {layer: {"w": jnp.zeros(EXAMPLES)} for layer in "abc"}

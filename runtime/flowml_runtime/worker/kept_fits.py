@@ -39,7 +39,7 @@ class _Whole:
     """Those that are the same in all snapshots."""
 
 
-DRIVER_LOST_S = 0.5
+DRIVER_LOST_S = 0.1
 """How long a worker that ends waits for the loss of a driver whose fit it keeps. If that lives, it goes on without."""
 
 
