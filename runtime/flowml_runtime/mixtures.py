@@ -23,7 +23,7 @@ from jax.tree_util import tree_leaves
 from flowml.ir.objects import array_leaves
 from flowml_runtime.driver.lineage import Mark
 from flowml_runtime.driver.remote import Batch, Owner, Perished, Remote
-from flowml_runtime.saved import Place, Recovery, Saved, next_number
+from flowml_runtime.saved import Place, Recovery, Saved
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def recovery_of(record: Saved, gone: Sequence[Remote]) -> Recovery:
     recovery = record.recovery
     if recovery is not None and all(leaf.number < recovery.began for leaf in gone):
         return recovery
-    return Recovery(next_number(_owner(gone)))
+    return Recovery(_owner(gone).next_number())
 
 
 def is_fresh(leaf: Any, recovery: Recovery) -> bool:

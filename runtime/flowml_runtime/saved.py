@@ -181,16 +181,11 @@ def _note(tree: Any, path: Path) -> None:
     places[structure, _types(leaves)] = [(0, len(leaves))]
     origins = [Origin(x.lineage.marked(), x.number, x.kind.name) if type(x) is Remote else None for x in leaves]
     for owner in owners.values():
-        saved = Saved(path, places, origins, _written_at(path), next_number(owner))
+        saved = Saved(path, places, origins, _written_at(path), owner.next_number())
         owner.saved[:] = [saved, *owner.saved][:MOST_SAVED]
         known = {origin.mark for record in owner.saved for origin in record.origins if origin is not None}
         for batch in owner.batches():
             batch.lineage.line &= known
-
-
-def next_number(owner: Owner) -> int:
-    """Values that are made from now on have this number or a later one."""
-    return max((batch.first + len(batch.kinds) for batch in owner.batches()), default=0)
 
 
 def records_of(remotes: Iterable[Remote]) -> list[Saved]:

@@ -112,6 +112,10 @@ class Holdings:
         with self._lock:
             return self._bytes.get(device, 0)
 
+    def next_number(self) -> int:
+        """Values that are made from now on have this number or a later one."""
+        return self._next
+
     def batches(self) -> list[Batch]:
         """Those with handles. What was freed before this call is not alive in them."""
         noted = threading.Event()
