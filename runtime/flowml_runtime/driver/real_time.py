@@ -24,7 +24,7 @@ class RealTime:
     def now(self) -> float:
         return time.monotonic()
 
-    def next(self, inbox: queue.SimpleQueue[T], until: float) -> T:
+    def next(self, inbox: queue.SimpleQueue[T], until: float, *, patient: bool) -> T:
         return inbox.get(timeout=max(0.0, min(LOOK_UP_S, until - time.monotonic())))
 
     def begin_fit(self, *, goes_on: bool) -> None:

@@ -8,7 +8,8 @@ Few events wait in a heap. A heap of many reaches for memory all over. So `_Queu
 heap, and the others by spans of time, each of which it sorts when its turn comes.
 
 A clock stops at the end of its *window*, `until`, and then calls `meet`, which may move that end. So several clocks
-agree (`parallel`). A clock that is alone has a window without end.
+agree (`parallel`). If others are not `ready` for that, its owner may do something else. A clock that is alone has a
+window without end.
 """
 
 from __future__ import annotations
@@ -147,6 +148,8 @@ class Clock:
         """The end of the window. Events at this time or later wait."""
         self.meet: Callable[[], bool] = lambda: False
         """Called at the end of the window. Returns whether there is another one."""
+        self.ready: Callable[[], bool] = lambda: True
+        """Whether to call it, and not to let `go_on` return before."""
         self._queue = _Queue()
         self._scheduled = 0
         self._last = -1.0
@@ -227,7 +230,8 @@ class Clock:
         self.put(self.now + delay, label, act, args)
 
     def go_on(self, idle: Callable[[], bool]) -> bool:
-        """Let events happen as long as `idle` returns True. Returns False if there are no more events before."""
+        """Let events happen as long as `idle` and, at the end of a window, `ready` return True. Returns False if there
+        are no more events before."""
         if not idle():
             return True
         labels, queue = self._labels, self._queue
@@ -240,6 +244,8 @@ class Clock:
             if self._open is self._group:
                 self._last = -1.0  # none joins a group whose end has come
             if queue.head >= self.until:
+                if not self.ready():
+                    return True
                 if not self.meet():
                     return False
                 continue

@@ -23,7 +23,7 @@ MOST = 4
 """The most processes of such a simulation."""
 _DRIVER, _HOMES = 0.55, 0.3
 """The work of the driver, and of homes to which all replicas push, as shares of that of all workers."""
-_DRIVER_OF_SITES = 0.35
+_DRIVER_OF_SITES = 0.33
 """That of the driver where leaders of sites pass on versions and decisions, so that workers do more. It is also less
 than its work because of the times when only workers have some, as when a run begins."""
 _LEAST = 0.02

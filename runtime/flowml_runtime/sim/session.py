@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import queue
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,14 @@ _BETWEEN = 0x9E3779B97F4A7C15F39CC0605CEDC835
 """An odd number, so that the order of runs matters to their hash."""
 _TIMER = -1
 """The label of the event that the driver has waited long enough."""
+_ANSWERED = frozenset[type]({wire.Ask, wire.Settled})
+"""Messages that the driver answers, or must know for its answers. They may overtake those of `_PATIENT`."""
+_PATIENT = frozenset[type](
+    {wire.Report, wire.Forwarded, wire.Commit, wire.Staleness, wire.NonFinite, wire.Traffic}
+)
+"""Messages that say what has happened, and of which no more events come."""
+_MOST_LATER = 400_000
+"""So many of them wait at most. They take about 50 MB."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,10 @@ class SimulatedSession:
         """The newest time until which a fit waits for messages."""
         self._team: Team | None = None
         """The processes of a run that goes on, if there are several."""
+        self._later: deque[Any] = deque()
+        """Messages that wait until there is time for them, because other processes are not as far."""
+        self._due = 0
+        """How many of them come before any more events."""
         self._world: World | None = None
         """The run of a fit that goes on."""
         self._simulated: Simulated | None = None
@@ -252,6 +265,8 @@ class SimulatedSession:
     def register(self, plan_id: str, handler: PlanHandler) -> None:
         """Pass every later message of this plan to `handler`. A fit does so before it begins, and another after it."""
         self._handlers[plan_id] = handler
+        self._later.clear()
+        self._due = 0
         if self._team is not None:
             team, self._team = self._team, None
             team.end()
@@ -375,11 +390,15 @@ class SimulatedSession:
         """Seconds since the fit began. The clock of each run begins at 0."""
         return self._passed + (self._world.clock.now if self._world else 0.0)
 
-    def next(self, inbox: queue.SimpleQueue[T], until: float) -> T:
+    def next(self, inbox: queue.SimpleQueue[T], until: float, *, patient: bool) -> T:
         """The next message of a fit. Lets events happen until there is one, or until the time `until`."""
         world = self._world
         if world is None:
             raise SimulationError("no fit has begun on this simulated cluster")
+        if patient and self._team is not None:
+            found = self._next_of(inbox, self._team, world.clock)
+            if found is not None:
+                return found
         idle = inbox.empty
         if until < math.inf:
             idle = self._idle_until(until, world.clock, inbox)
@@ -389,6 +408,27 @@ class SimulatedSession:
                 "under way that could complete a clock; see whether faults lose what a policy waits for"
             )
         return inbox.get_nowait()
+
+    def _next_of(self, inbox: queue.SimpleQueue[Any], team: Team, clock: Clock) -> Any:
+        """The next message if several processes simulate; None if no more events happen. Messages that want no answer
+        wait for a time in which other processes are not as far as this one, so that these wait less for it."""
+        later = self._later
+        while not self._due:
+            team.waits = not later
+            going_on = clock.go_on(inbox.empty)
+            if not inbox.empty():
+                entry = inbox.get_nowait()
+                kind = type(entry.message)
+                if kind in _ANSWERED:
+                    return entry
+                later.append(entry)
+                self._due = len(later) if kind not in _PATIENT else len(later) > _MOST_LATER
+            elif later:
+                self._due = 1
+            elif not going_on:
+                return None
+        self._due -= 1
+        return later.popleft()
 
     def _idle_until(self, until: float, clock: Clock, inbox: queue.SimpleQueue[Any]) -> Callable[[], bool]:
         """Whether a fit has no message and the time `until` has not come, which is an event of its own."""

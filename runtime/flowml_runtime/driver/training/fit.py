@@ -113,6 +113,8 @@ class Fit:
         """Called when this run goes on without a worker, with the reason why that is lost, and the step."""
         self._now = 0.0
         """When the message arrived that is processed."""
+        self._patient = not (saving.wanted or session.recorder.on)
+        """Whether messages that want no answer may come later than others."""
 
     def run(
         self,
@@ -144,14 +146,16 @@ class Fit:
             self._step(protocol.Begin(), params, state)
             saves = self.saving.wanted  # not asked after each of the very many messages of a simulation
             while not self._machine.over:
-                self._take(self._next())
+                message = self._take(self._next())
                 if saves:
                     self.saving.tell()
                     for event in self.saving.events(self._machine, self._history.reached, self._time.now()):
                         self._step(event)
+                elif type(message) in _OF_ITEMS:
+                    continue
                 records = self._history.ready()
                 if records or self._observer.holds or self.saving.measures:
-                    show(self._observer.ready(records, self._time.now() - began))
+                    show(self._observer.ready(records, self._now - began))
             seconds = self._time.now() - began
             sent, crossed = totals(self._training, self._machine.traffic.values())
             show(self._observer.rest(self._history.rest(self._aligned * self.total), seconds, sent, crossed), over=True)
@@ -185,11 +189,11 @@ class Fit:
         while True:
             self._interrupts.check()
             gone = self._handle.steps.stopped
-            until, heard = math.inf, self._machine.heard
+            until, heard = math.inf, 0 if self._patient else self._machine.heard
             if heard:
                 until = self.saving.until(self._history.reached, self._time.now(), heard)
             try:
-                return self._time.next(self._inbox, until)
+                return self._time.next(self._inbox, until, patient=self._patient)
             except queue.Empty:
                 if self._time.now() >= until:
                     self._step(protocol.Withdraw())
@@ -234,12 +238,13 @@ class Fit:
             copies=self.saving.copies.begin(self._handle.workers) if self.saving.copies else None,
         )
 
-    def _take(self, entry: Entry) -> None:
-        """Process a message."""
+    def _take(self, entry: Entry) -> object:
+        """Process a message, and return it."""
         self._now, message = entry.at, entry.message
         if type(message) is wire.Retired and message.run == self._options.run:
             self._observer.retired(message.replica, self._now)
         self._step(self._event(entry.peer, message, entry.arrays))
+        return message
 
     def _event(self, peer: str, message: Any, arrays: Sequence[Any]) -> protocol.Event | None:
         if isinstance(message, wire.TrainingMessage):
@@ -493,6 +498,10 @@ class Fit:
             order = epoch_order(self._source.examples, options.seed, epoch, shuffle=options.shuffle)
             self._orders = {**dict(list(self._orders.items())[-3:]), epoch: order}
         return self._orders[epoch]
+
+
+_OF_ITEMS = frozenset[type]({wire.Ask, wire.Settled})
+"""Messages that no record contains anything of."""
 
 
 def _warn(warning: str | None) -> None:

@@ -51,8 +51,9 @@ class Time(Protocol):
         """The time in seconds, from some beginning."""
         ...
 
-    def next(self, inbox: queue.SimpleQueue[T], until: float, /) -> T:
-        """The next message of a fit. Raises queue.Empty if none comes for about a second, or before `until`."""
+    def next(self, inbox: queue.SimpleQueue[T], until: float, /, *, patient: bool) -> T:
+        """The next message of a fit. Raises queue.Empty if none comes for about a second, or before `until`. `patient`:
+        those that want no answer may come later than they arrive, behind others that want one."""
         ...
 
     def begin_fit(self, *, goes_on: bool) -> None:
