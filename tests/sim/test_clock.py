@@ -84,6 +84,33 @@ def test_a_window_ends_before_what_is_later_however_much_waits() -> None:
     assert happened == sorted(times)
 
 
+def test_at_the_end_of_a_window_the_owner_may_do_something_else() -> None:
+    clock, happened = Clock(), list[Any]()
+    clock.at(0.5, 0, happened.append, "event")
+
+    def meet() -> bool:
+        happened.append("meet")
+        clock.until = math.inf
+        return True
+
+    clock.until, clock.meet = 0.1, meet
+    clock.ready = lambda: len(happened) > 1
+    for found in ("first", "second"):
+        assert clock.go_on(lambda: True)
+        happened.append(found)
+    clock.go_on(lambda: len(happened) < 4)
+    assert happened == ["first", "second", "meet", "event"]
+
+
+def test_a_clock_is_tidied_after_many_events() -> None:
+    clock, tidied = Clock(), list[int]()
+    clock.tidy = lambda: tidied.append(clock.events)
+    for n in range(20_000):
+        clock.at(float(n), 0, lambda: None)
+    clock.run(20_001)
+    assert tidied == [8192, 16384]
+
+
 def test_nothing_of_many_happens_after_a_clear() -> None:
     clock, happened = Clock(), list[Any]()
     for n in range(20_000):

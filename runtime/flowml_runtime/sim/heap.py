@@ -150,6 +150,8 @@ class Clock:
         """Called at the end of the window. Returns whether there is another one."""
         self.ready: Callable[[], bool] = lambda: True
         """Whether to call it, and not to let `go_on` return before."""
+        self.tidy: Callable[[], None] = lambda: None
+        """Called after many events."""
         self._queue = _Queue()
         self._scheduled = 0
         self._last = -1.0
@@ -296,3 +298,4 @@ class Clock:
         self._labels.clear()
         self._times, self._firsts = self._times[-1:], [0] * bool(self._times)
         self._numbers = self._numbers[-1:]
+        self.tidy()

@@ -4,6 +4,7 @@ Let L be the least latency of a link between two processes, and t the time of th
 t on sends messages that arrive at t + L or later. So each process lets its events of the window [t, t + L) happen
 without word of the others; then they exchange messages (Chandy and Misra, 1979). Windows here are half as long. So a
 process need not have what others sent in the window before, only in the one before that, and waits less for them.
+Meanwhile process 0 can do something else.
 
 Process 0 is that of the driver, with the last of the workers. It forks the others when a run begins, so that they
 have the plan without a copy, and ends them with the run. They compute nothing with JAX: only runs without arithmetic
@@ -27,6 +28,7 @@ from typing import Any, NoReturn
 
 from flowml.errors import FlowmlError, SimulationError
 from flowml_runtime.sim.heap import Clock
+from flowml_runtime.sim.pages import HugePages
 from flowml_runtime.sim.post import Here, Mail, to_driver
 from flowml_runtime.sim.world import World
 
@@ -121,6 +123,7 @@ class Team:
         for index in range(1, len(firsts)):
             self._fork(make, Here(Clock(), index, firsts, numbers))
         self._here = Here(clock, 0, firsts, numbers)
+        clock.tidy = HugePages().tidy
         self.world = make(clock, self._here, driver)
         self._here.join(numbers, self.world.nodes, driver)
 
@@ -232,6 +235,7 @@ def _serve(line: _Line, make: Make, here: Here) -> NoReturn:
     """Let windows happen as process 0 says, until the run is over."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends process 0, and that ends this one
     clock = here.clock
+    clock.tidy = HugePages().tidy
     try:
         world = make(clock, here, to_driver)
         here.join(world.numbers, world.nodes, to_driver)

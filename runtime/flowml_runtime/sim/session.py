@@ -36,6 +36,7 @@ from flowml_runtime.sim.heap import Clock
 from flowml_runtime.sim.members import Absence, SimulatedMembers, absences
 from flowml_runtime.sim.native.kit import USUAL, compiled
 from flowml_runtime.sim.network import DRIVER, KINDS
+from flowml_runtime.sim.pages import HugePages
 from flowml_runtime.sim.parallel import Team
 from flowml_runtime.sim.partition import firsts, lookahead, processes, why_not
 from flowml_runtime.sim.post import Here
@@ -51,12 +52,10 @@ _TIMER = -1
 """The label of the event that the driver has waited long enough."""
 _ANSWERED = frozenset[type]({wire.Ask, wire.Settled})
 """Messages that the driver answers, or must know for its answers. They may overtake those of `_PATIENT`."""
-_PATIENT = frozenset[type](
-    {wire.Report, wire.Forwarded, wire.Commit, wire.Staleness, wire.NonFinite, wire.Traffic}
-)
+_PATIENT = frozenset[type]({wire.Report, wire.Forwarded, wire.Commit, wire.Staleness, wire.NonFinite, wire.Traffic})
 """Messages that say what has happened, and of which no more events come."""
-_MOST_LATER = 400_000
-"""So many of them wait at most. They take about 50 MB."""
+_MOST_LATER = 50_000
+"""So many of them wait at most. They take about 25 MB."""
 
 
 @dataclass(frozen=True)
@@ -349,6 +348,7 @@ class SimulatedSession:
             return
         self._world = make(self._kit.clock(), None, driver)
         clock = self._world.clock
+        clock.tidy = HugePages().tidy
         on_lost, began = self._handlers[start.plan_id].on_lost, self._passed
         for away in self._absences(self._world.nodes, began):
             label = away.worker * KINDS + _CRASH

@@ -113,8 +113,7 @@ class Fit:
         """Called when this run goes on without a worker, with the reason why that is lost, and the step."""
         self._now = 0.0
         """When the message arrived that is processed."""
-        self._patient = not (saving.wanted or session.recorder.on)
-        """Whether messages that want no answer may come later than others."""
+        self._patient = not (saving.wanted or session.recorder.on)  # for messages that want no answer
 
     def run(
         self,
@@ -146,13 +145,11 @@ class Fit:
             self._step(protocol.Begin(), params, state)
             saves = self.saving.wanted  # not asked after each of the very many messages of a simulation
             while not self._machine.over:
-                message = self._take(self._next())
+                self._take(self._next())
                 if saves:
                     self.saving.tell()
                     for event in self.saving.events(self._machine, self._history.reached, self._time.now()):
                         self._step(event)
-                elif type(message) in _OF_ITEMS:
-                    continue
                 records = self._history.ready()
                 if records or self._observer.holds or self.saving.measures:
                     show(self._observer.ready(records, self._now - began))
@@ -238,13 +235,12 @@ class Fit:
             copies=self.saving.copies.begin(self._handle.workers) if self.saving.copies else None,
         )
 
-    def _take(self, entry: Entry) -> object:
-        """Process a message, and return it."""
+    def _take(self, entry: Entry) -> None:
+        """Process a message."""
         self._now, message = entry.at, entry.message
         if type(message) is wire.Retired and message.run == self._options.run:
             self._observer.retired(message.replica, self._now)
         self._step(self._event(entry.peer, message, entry.arrays))
-        return message
 
     def _event(self, peer: str, message: Any, arrays: Sequence[Any]) -> protocol.Event | None:
         if isinstance(message, wire.TrainingMessage):
@@ -494,14 +490,9 @@ class Fit:
     def _order(self, epoch: int) -> np.ndarray:
         """The order of an epoch. Four orders are kept, because independent replicas may be in different epochs."""
         if epoch not in self._orders:
-            options = self._options
-            order = epoch_order(self._source.examples, options.seed, epoch, shuffle=options.shuffle)
+            order = epoch_order(self._source.examples, self._options.seed, epoch, shuffle=self._options.shuffle)
             self._orders = {**dict(list(self._orders.items())[-3:]), epoch: order}
         return self._orders[epoch]
-
-
-_OF_ITEMS = frozenset[type]({wire.Ask, wire.Settled})
-"""Messages that no record contains anything of."""
 
 
 def _warn(warning: str | None) -> None:

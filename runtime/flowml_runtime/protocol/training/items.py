@@ -23,13 +23,13 @@ def batch(terms: Terms, *, fed: bool) -> int:
     LOOK_AHEAD, so that there are fewer messages.
 
     It is LOOK_AHEAD if items are costly to hold: if their data come with them, if a late item goes to the next replica
-    that asks, if replicas share the items by their speed, and in a run of few clocks. Otherwise it is at most about
-    half of them, so that the fates of items, which a replica tells when it asks, are known in the course of the run.
+    that asks, if replicas share the items by their speed, and in a run of few clocks. Otherwise it is at most about a
+    third of them, so that the fates of items, which a replica tells when it asks, are known in the course of the run.
     """
     requeues = any(g.late.requeues for g in terms.groups)
     if fed or requeues or not terms.aligned or terms.total_clocks <= MOST_AHEAD:
         return LOOK_AHEAD
-    return min(MOST_AHEAD, terms.total_clocks // 2 + 1)
+    return min(MOST_AHEAD, terms.total_clocks // 3 + 1)
 
 
 class Items:
