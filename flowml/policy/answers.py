@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Do not decide yet. Ask again at `until` seconds, or at the next arrival."""
+    """Do not decide yet. Ask again at `until` seconds, if that is later than now, or at the next arrival."""
 
     until: float = math.inf
 

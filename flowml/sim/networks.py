@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from flowml.callers import warn
 from flowml.errors import SimulationError, TraceError, one_line
 from flowml.sim import checks, tables
 
@@ -150,6 +151,8 @@ class Regions:
         Published tables of this kind list what a ping shows, a round trip, of which a message takes half. With
         `delay="one way"` a message takes all of it.
 
+        Warns if the last line does not end, because its number may be cut short.
+
         Raises:
             TraceError: if a line cannot be read or a pair is there twice; the text names the line and column.
         """
@@ -178,6 +181,8 @@ class Regions:
                 )
             latency_s = row["round_trip_or_delay_ms"] * (5e-4 if delay == "round trip" else 1e-3)
             found[pair] = (latency_s, row["gbit_per_s"] * 1e9 / 8)
+        if not text.endswith("\n"):
+            warn(f"{name}: the last line does not end, so its number may be cut short; compare it, and end the line")
         return Regions(found)
 
 

@@ -105,6 +105,37 @@ def test_a_new_quorum_may_say_that_there_is_none() -> None:
         simulated(fm.Policy(quorum=FirstAfter(5)))
 
 
+@register
+class Answers(Completion, Value, frozen=True, tag=True):
+    """Completes a clock with all replicas, and until then answers what is no answer, or is over."""
+
+    what: str
+
+    def decide(self, arrivals: Any, now: float) -> Any:
+        if arrivals.count == REPLICAS:
+            return Decide()
+        return {"none": None, "true": True, "class": Wait, "before": Wait(now - 1.0), "now": Wait(now)}[self.what]
+
+
+@pytest.mark.parametrize("what", ["none", "true", "class"])
+def test_what_is_no_answer_is_refused(what: str, threads_cluster: fm.Cluster) -> None:
+    policy = fm.Policy(quorum=Answers(what))
+    match = r"Answers\('\w+'\)\.decide\(\) answers .*; return Wait\(\), Wait\(until\), Decide\(\) or Never\(why\)"
+    with pytest.raises(fm.FlowmlError, match=match):
+        simulated(policy)
+    with pytest.raises(fm.FlowmlError, match=match):
+        on_threads(policy, threads_cluster)
+
+
+@pytest.mark.parametrize("what", ["before", "now"])
+def test_a_time_that_is_over_waits_for_the_next_arrival(what: str, threads_cluster: fm.Cluster) -> None:
+    policy = fm.Policy(quorum=Answers(what))
+    known = simulated(fm.policies.synchronous())
+    found = simulated(policy)
+    assert found.ledger == known.ledger and found.virtual_seconds == known.virtual_seconds
+    assert on_threads(policy, threads_cluster).ledger == known.ledger
+
+
 def test_a_new_quorum_inside_sites() -> None:
     def sites(quorum: Completion) -> fm.Policy:
         return fm.Policy(topology=fm.Hierarchy(fm.ParameterServer(), fm.AllReduce(), sites=2, quorum=quorum))

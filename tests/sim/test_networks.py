@@ -127,6 +127,11 @@ DAMAGED = {
 }
 
 
+def test_a_table_whose_last_line_does_not_end_may_be_cut_within_a_number() -> None:
+    with pytest.warns(fm.FlowmlWarning, match=r"t\.csv: the last line does not end, so its number may be cut short"):
+        fm.sim.Regions.parse(TABLE.rstrip("\n"), "t.csv")
+
+
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_table_names_the_line_and_column(name: str) -> None:
     text, expected = DAMAGED[name]

@@ -37,6 +37,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from flowml.errors import PolicyError
 from flowml.policy import Arrivals, Coded, Decide, Never, Spread, Wait, window
 from flowml.policy.waits import waits
 from flowml_runtime.protocol.errors import ProtocolError, QuorumError, ensure
@@ -240,9 +241,10 @@ class Decision:
             arrivals = self._now.arrivals
             arrivals.began, arrivals.window_s = self._began, self._spread.window_s
             arrivals.hopeful = len(self._senders) - arrivals.count - self._hopeless
-            match self._group.quorum.decide(arrivals, now):
+            answer: object = self._group.quorum.decide(arrivals, now)  # which may be of a class of the user
+            match answer:
                 case Wait(until):
-                    if until < math.inf and until != self._wake:
+                    if now < until < math.inf and until != self._wake:
                         self._wake = until
                         found.append(Wake(until))
                     return found
@@ -263,6 +265,11 @@ class Decision:
                     found.append(self._commit(arrivals, coefficients, now))
                     self._open_next(now)
                     self._decided.append(now)
+                case _:
+                    raise PolicyError(
+                        f"{self._group.quorum!r}.decide() answers {answer!r}; return Wait(), Wait(until), Decide() or "
+                        "Never(why)"
+                    )
         return found
 
     def _lacks_needed(self) -> bool:
