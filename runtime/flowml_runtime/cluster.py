@@ -120,8 +120,8 @@ class Cluster:
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """The workers that were lost, are not back, and that this cluster can start again."""
-        return () if self._end_worker is None else self.session.lost
+        """The workers that were lost, or have left, and are not back, also those that were before this process came."""
+        return self.session.lost
 
     def have(self, devices: Sequence[Device], leaving: Collection[str] | None = None) -> None:
         """These are the devices now, and these workers have given notice, or those that had if it is None."""

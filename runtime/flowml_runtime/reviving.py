@@ -112,8 +112,15 @@ def _with_workers(cluster: Any, use: Callable[[Any, Any], T], given: Arguments) 
             if error.step is not None:  # the loss is not known everywhere yet
                 cluster.notice(error.worker)
             else:
-                cluster.bring_back(cluster.lost)
+                # Those that others have started may be gone for long, and on purpose.
+                others = getattr(cluster, "outlives", False)
+                cluster.bring_back(_started_again(cluster, error.worker) if others else cluster.lost)
     return use(*given)
+
+
+def _started_again(cluster: Any, worker: str | None) -> Sequence[str]:
+    """The worker, if a spare takes its place or a launcher starts it again."""
+    return [worker] if worker and (cluster.spares or cluster.launchers) else ()
 
 
 def _with_hint(error: FlowmlError, hint: str) -> FlowmlError:

@@ -259,22 +259,22 @@ class Trainer:
         self, cluster: TrainingCluster, asked: Asked, params: Any, opt_state: Any, state: Any, interrupts: Interrupts
     ) -> Runs:
         """Compile and load what a fit needs."""
-        prepare(cluster, asked.on_loss)
-        homes = self._spec.divide(cluster.devices)[1]
-        workers_of(cluster.devices, self._delays, homes, elastic=asked.elastic)  # raises before anything is compiled
+        homes, some = prepare(cluster, self._spec, asked)
+        workers_of(cluster.devices, self._delays, homes, elastic=some)  # raises before anything is compiled
         data, batch_size = asked.data, asked.batch_size
         order = epoch_order(data.examples, asked.seed, 0, shuffle=asked.shuffle)
         model = Model.of(state, self._state_rules, self._spec.replicas)
         spec = replace(self._spec, weight=by_examples) if asked.rest and self._spec.weight is None else self._spec
         batch = first_batch(data, order, batch_size, spec.replicas)
-        everywhere = WithPlaces.of(cluster, spec, elastic=asked.elastic)
-        with begins_whole(asked.on_loss, elastic=asked.elastic):
+        everywhere = WithPlaces.of(cluster, spec, elastic=some)
+        with begins_whole(asked.on_loss, elastic=some):
             program, params = self._first_program(everywhere, spec, params, state, batch)
         check_items(program.training, asked)
         about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest, kind_of(cluster))
         saving = self._saving(cluster, program, params, opt_state, model, asked, about)
         interrupts.check()
-        losses = Losses(cluster, program, asked.on_loss, asked.min_replicas, elastic=asked.elastic)
+        grows, least = asked.elastic, asked.min_replicas
+        losses = Losses(cluster, program, asked.on_loss, least, elastic=grows, begins_smaller=some)
         looked = self._look_at_loss(program, params, data, order, batch_size)
         handle = losses.load(looked.look)
         looked.warn()
@@ -361,7 +361,7 @@ class Trainer:
 
     def _options(self, cluster: TrainingCluster, program: Program, asked: Asked) -> FitOptions:
         run = program.reserve(asked.total)
-        workers = workers_of(cluster.devices, self._delays, elastic=asked.elastic)
+        workers = workers_of(cluster.devices, self._delays, elastic=asked.on_loss == "shrink")
         return FitOptions(
             run=run,
             total=asked.total,

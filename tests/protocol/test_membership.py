@@ -169,7 +169,7 @@ def test_a_free_name_is_given_again_to_a_later_life_only() -> None:
 def test_a_loss_is_told_once_with_its_reason(event: Event, reason: str) -> None:
     machine = admitted(cluster(), "driver", "worker:0", "worker:1")
     actions = machine.step(event)
-    assert actions[:2] == [Append(Left(("worker:1",))), Forget("worker:1")]
+    assert actions[:2] == [Append(Left(("worker:1",), {"worker:1": reason})), Forget("worker:1")]
     assert {p: (names(v), v.lost) for p, v in views(actions).items()} == {
         peer: (["driver", "worker:0"], (("worker:1", reason),)) for peer in ("driver", "worker:0")
     }
@@ -181,7 +181,7 @@ def test_the_end_of_a_process_is_no_loss_of_one_that_has_its_name_by_now() -> No
     assert machine.step(ProcessExited("worker:0", "killed", wire.Process("machine", 41))) == []
     assert machine.step(ProcessExited("worker:0", "killed", wire.Process("another", 42))) == []
     assert machine.step(ProcessExited("worker:0", "killed", PROCESS)) == [
-        Append(Left(("worker:0",))),
+        Append(Left(("worker:0",), {"worker:0": "killed"})),
         Forget("worker:0"),
     ]
 
@@ -203,7 +203,8 @@ def test_a_coordinator_that_was_suspended_blames_nobody() -> None:
     assert machine.step(Tick(1000.0)) == []
     later = [a for t in range(1, 18) for a in machine.step(Tick(1000 + t / 4))]
     assert set(later) == {Look("worker:0", PROCESS)}  # silent it is
-    assert machine.step(Tick(1005.5)) == [Append(Left(("worker:0",))), Forget("worker:0")]
+    left = Left(("worker:0",), {"worker:0": "no heartbeat for 5 s"})
+    assert machine.step(Tick(1005.5)) == [Append(left), Forget("worker:0")]
 
 
 def test_a_silent_worker_that_is_seen_at_work_is_borne_with_for_a_while() -> None:
@@ -487,3 +488,17 @@ class Membership(RuleBasedStateMachine):
 
 Membership.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestMembership = Membership.TestCase
+
+
+def test_a_driver_that_comes_later_is_told_who_is_gone_until_another_is_there() -> None:
+    log: list[Record] = []
+    machine = admitted(cluster(away_s=60.0), "worker:0", "worker:1", "spare-a")
+    log.append(machine._roster.whole())
+    log += logged(machine.step(ProcessExited("worker:1", "killed")))
+    log += logged(machine.step(ConnectionLost("spare-a", "its connection broke")))
+    machine, _ = restarted(machine, log, 100.0)
+    came = machine.step(Received("joining-9", join("driver", at="h:9", devices=())))
+    assert views(came)["driver"].gone == (("worker:1", "killed"),)
+    assert views(came)["driver"].lost == ()
+    back = machine.step(Received("joining-8", join("worker:1", life=2, at="h:8")))
+    assert views(back)["driver"].gone == ()

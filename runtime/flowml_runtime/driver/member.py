@@ -10,7 +10,7 @@ from flowml.devices import Device
 from flowml_runtime import wire
 from flowml_runtime.links.prober import Prober
 from flowml_runtime.links.table import LinkTable
-from flowml_runtime.membership.advice import LAUNCH_AGAIN
+from flowml_runtime.membership.advice import LAUNCH_AGAIN, back_with
 from flowml_runtime.membership.member import Membership, devices_of
 from flowml_runtime.protocol.membership import LAUNCHER, SPARE, WORKER
 from flowml_runtime.transport.endpoint import Endpoint
@@ -40,11 +40,12 @@ class DriverEvents:
         self.prober = prober
         self.table: LinkTable | None = None
         self._cluster: Followed | None = None
+        self._membership: Membership | None = None
         self._lock = threading.Lock()
 
     def adopt(self, cluster: Followed, membership: Membership) -> None:
         with self._lock:
-            self._cluster = cluster
+            self._cluster, self._membership = cluster, membership
             self._show(membership.members)
 
     def on_members(self, members: tuple[wire.Member, ...]) -> None:
@@ -62,6 +63,9 @@ class DriverEvents:
             self._cluster.launchers = sum(m.worker.startswith(LAUNCHER) for m in members)
             leaving = [m.worker for m in members if m.leaving]
             self._cluster.have(devices_of(members, python=self._cluster.python), leaving)
+            session, gone = self._cluster.session, {} if self._membership is None else self._membership.gone
+            session.lost_elsewhere(gone)
+            session.back = back_with(self._cluster.spares, session.remedy)
 
     def on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
         if isinstance(message, wire.Probe | wire.Probed):

@@ -37,6 +37,7 @@ from flowml_runtime.execution.device_thread import Deadlines
 from flowml_runtime.execution.faults import (
     cluster_closed,
     load_failed,
+    missing_workers,
     one_line,
     step_cancelled,
     step_error,
@@ -85,11 +86,12 @@ class Session:
     ) -> None:
         """`submit` waits while `in_flight` calls of a plan are in flight, or fewer if they are large.
 
-        `deadline_s` bounds each wait of a step; `remedy` says what the user can do when a worker is lost.
+        `deadline_s` bounds each wait of a step; `remedy` says what the user can do when a worker is lost. If a spare or
+        a launcher has it again, `back` comes before that.
         """
         self._owner = this_process()
         self.endpoint = endpoint
-        self.remedy = remedy
+        self.remedy, self.back = remedy, ""
         self.arithmetic = True
         self.time = RealTime()
         self.recorder = Recorder()
@@ -224,13 +226,11 @@ class Session:
         lost, it says so."""
         if self._closed:
             return cluster_closed()
-        gone = self._missing()
-        if not gone or (error.worker is not None and error.worker not in gone):
+        if not (gone := self._missing()) or (error.worker is not None and error.worker not in gone):
             return error
-        if error.worker is not None:
-            gone = {error.worker: gone[error.worker]}
+        gone = gone if error.worker is None else {error.worker: gone[error.worker]}
         left = f"without it {error}" if self.devices else "no worker is left to run it"
-        return self._error_of_missing(gone, f"{what} cannot be placed: {left}")
+        return missing_workers(gone, f"{what} cannot be placed: {left}", self.back + self.remedy)
 
     def check_workers(self, what: str) -> None:
         """Raises WorkerLostError if all workers are lost, ClusterError if there are none or the cluster is closed.
@@ -241,9 +241,8 @@ class Session:
             self._check_open()
         if self.devices:
             return
-        gone = self._missing()
-        if gone:
-            raise self._error_of_missing(gone, what)
+        if gone := self._missing():
+            raise missing_workers(gone, what, self.back + self.remedy)
         raise ClusterError(f"the cluster has no workers, so {what}; {self.remedy}")
 
     @property
@@ -251,15 +250,16 @@ class Session:
         """The workers that were lost and are not back."""
         return tuple(self._missing())
 
+    def lost_elsewhere(self, gone: Mapping[str, str]) -> None:
+        """Workers that are lost, or have left, perhaps before this driver came."""
+        with self._lock:
+            self._gone |= {w: r for w, r in gone.items() if w not in self._gone}
+
     def _missing(self) -> dict[str, str]:
         """Lost workers that are not back, with the reasons."""
         there = {d.worker for d in self.devices}
         with self._lock:
             return {w: reason for w, reason in self._gone.items() if w not in there}
-
-    def _error_of_missing(self, gone: Mapping[str, str], so: str) -> WorkerLostError:
-        which = " and ".join(f"{w} was lost ({reason})" for w, reason in gone.items())
-        return WorkerLostError(f"{which}, so {so}; {self.remedy}", worker=next(iter(gone)))
 
     def submit(self, handle: LoadedPlan, inputs: Sequence[Any], *, copy: bool = True) -> Future[list[Any]]:
         """Start one step with the plan's flat inputs. Waits while too many steps are in flight.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,12 @@ def own_traceback(error: BaseException) -> str:
 
 def cluster_closed(step: int | None = None) -> ClusterError:
     return ClusterError("the cluster is closed; start another and pass it as cluster=", step=step)
+
+
+def missing_workers(gone: Mapping[str, str], so: str, remedy: str) -> WorkerLostError:
+    """The error of what cannot be done without workers that are gone."""
+    which = " and ".join(f"{w} was lost ({reason})" for w, reason in gone.items())
+    return WorkerLostError(f"{which}, so {so}; {remedy}", worker=next(iter(gone)))
 
 
 def worker_lost(plan: Plan, step: int, worker: str, reason: str, remedy: str) -> WorkerLostError:

@@ -21,8 +21,11 @@ FIT_AGAIN = (
 BEGIN_AGAIN = "begin again from values that you have fetched or saved"
 """What to do about a lost value."""
 
+_BACK = "have what is lost again with cluster.bring_back(cluster.lost)"
+
 _REMEDY = re.compile(
-    rf"; ({BEGIN_AGAIN}|{re.escape(START_ANOTHER)}|start another with `[^`]*`)({re.escape(FIT_AGAIN)})?$"
+    rf"; (?:{re.escape(_BACK)}[^;]*, or )?"
+    rf"({BEGIN_AGAIN}|{re.escape(START_ANOTHER)}|start another with `[^`]*`)({re.escape(FIT_AGAIN)})?$"
 )
 
 LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
@@ -39,6 +42,14 @@ def start_worker(address: str, token: str | os.PathLike[str] | None, tls: TLS | 
     if tls is not None:
         files += ["--tls-cert PEM", "--tls-key PEM", f"--tls-ca {shlex.quote(os.path.abspath(tls.ca))}"]
     return f"start another with `flowml worker {address} {' '.join(files)}`"
+
+
+def back_with(spares: int, remedy: str) -> str:
+    """How a driver has lost workers again that others have started: what comes before the remedy."""
+    if remedy in (START_ANOTHER, LAUNCH_AGAIN):
+        return ""
+    waits = f" ({spares} spare worker{'s wait' if spares > 1 else ' waits'})" if spares else ""
+    return f"{_BACK}{waits}, or "
 
 
 def without_remedy(text: str) -> str:

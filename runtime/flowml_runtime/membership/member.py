@@ -94,6 +94,8 @@ class Membership:
     ) -> None:
         self.members: tuple[wire.Member, ...] = ()
         """Those of the coordinator's newest view that this peer has not lost."""
+        self.gone: Mapping[str, str] = {}
+        """Worker -> why it was lost, or left, in that view. In its place is no other."""
         self._showing = threading.RLock()
         """Held while the members change and `on_members` is told, so that the newest ones are told last."""
         self._endpoint = endpoint
@@ -413,6 +415,7 @@ class Membership:
             if worker != own:
                 self._endpoint.lose(worker, reason)
         others = [m for m in view.members if m.worker != own]
+        self.gone = dict(view.gone)
         with self._showing:  # what is lost as soon as it is known is lost in this view
             self._endpoint.know({m.worker: m.address for m in others}, {m.worker: m.incarnation for m in others})
             self._show(view.members)

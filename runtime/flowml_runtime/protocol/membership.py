@@ -357,7 +357,7 @@ class Coordinator:
         )
         self._heard[name] = _Heard(self._now(), came=peer)
         return [
-            *([self._change(Left(tuple(gone)))] if gone else []),
+            *([self._change(_left(gone))] if gone else []),
             self._change(Joined(member, join.process)),
             *(Forget(left) for left in gone if left != peer),
             Know(peer, join.address),
@@ -435,7 +435,7 @@ class Coordinator:
     def _lose(self, reasons: dict[str, str]) -> list[Action]:
         lost = {name: reason for name, reason in reasons.items() if self._heard.pop(name, None) is not None}
         self._asked = {spare: worker for spare, worker in self._asked.items() if spare not in lost}
-        return [self._change(Left(tuple(lost))), *map(Forget, lost), *self._announce(lost)] if lost else []
+        return [self._change(_left(lost)), *map(Forget, lost), *self._announce(lost)] if lost else []
 
     def _change(self, record: Record) -> Append:
         self._roster.apply(record)
@@ -446,7 +446,9 @@ class Coordinator:
         return [Send(name, view) for name, heard in self._heard.items() if heard.back]
 
     def _view(self, lost: dict[str, str]) -> wire.Members:
-        return wire.Members(epoch=self._roster.epoch, members=self.members, lost=tuple(lost.items()))
+        roster = self._roster
+        gone = tuple(roster.gone.items())
+        return wire.Members(epoch=roster.epoch, members=self.members, lost=tuple(lost.items()), gone=gone)
 
     def _welcome(self, name: str, incarnation: int) -> wire.Welcome:
         beat, away = self._heartbeat_s, self._away_s
@@ -454,8 +456,14 @@ class Coordinator:
 
 
 def _is(name: str, kind: str) -> bool:
-    """Whether a member is an observer of a kind."""
-    return name == kind or name.startswith(f"{kind}-")
+    """Whether a member is of a kind."""
+    return name == kind or name.startswith((f"{kind}-", f"{kind}:"))
+
+
+def _left(lost: dict[str, str]) -> Left:
+    """The record of members that are lost. Why is of interest as long as a name is free, and that of a worker is used
+    again."""
+    return Left(tuple(lost), {name: reason for name, reason in lost.items() if _is(name, WORKER)})
 
 
 def _named(device: wire.DeviceInfo, worker: str) -> wire.DeviceInfo:

@@ -13,6 +13,9 @@ import msgspec
 
 from flowml_runtime import wire
 
+LOST = "it was lost"
+"""The reason that a record without one stands for."""
+
 
 class Joined(msgspec.Struct, frozen=True, tag=True):
     """A peer became a member, or one has given notice. It takes the place of a member of its name."""
@@ -22,9 +25,10 @@ class Joined(msgspec.Struct, frozen=True, tag=True):
 
 
 class Left(msgspec.Struct, frozen=True, tag=True):
-    """Members were lost, or left, at the same time."""
+    """Members were lost, or left, at the same time, and why."""
 
     names: tuple[wire.Name, ...]
+    reasons: dict[wire.Name, wire.Text] = {}
 
 
 class Whole(msgspec.Struct, frozen=True, tag=True):
@@ -34,6 +38,7 @@ class Whole(msgspec.Struct, frozen=True, tag=True):
     members: tuple[wire.Member, ...]
     lives: dict[wire.Name, wire.Count]
     processes: dict[wire.Name, wire.Process | None]
+    gone: dict[wire.Name, wire.Text] = {}
 
 
 Record = Joined | Left | Whole
@@ -50,6 +55,8 @@ class Roster:
         """Worker -> its latest incarnation, kept after its loss. Observers never return under the same name."""
         self.processes: dict[str, wire.Process | None] = {}
         """The process of each member, if it said which."""
+        self.gone: dict[str, str] = {}
+        """Worker -> why it was lost, or left, until another has its name."""
         for record in records:
             self.apply(record)
 
@@ -61,14 +68,19 @@ class Roster:
                 self.members[member.worker] = member
                 if member.devices:
                     self.lives[member.worker] = member.incarnation
-            case Left(names):
+                self.gone.pop(member.worker, None)
+            case Left(names, reasons):
                 self.epoch += 1
                 for name in names:
+                    if self.members[name].devices:
+                        self.gone[name] = reasons.get(name, LOST)
                     del self.members[name], self.processes[name]
-            case Whole(epoch, members, lives, processes):
+            case Whole(epoch, members, lives, processes, gone):
                 self.epoch, self.lives, self.processes = epoch, dict(lives), dict(processes)
+                self.gone = dict(gone)
                 self.members = {m.worker: m for m in members}
 
     def whole(self) -> Whole:
         """The one record that gives this roster."""
-        return Whole(self.epoch, tuple(self.members.values()), dict(self.lives), dict(self.processes))
+        members, lives, processes = tuple(self.members.values()), dict(self.lives), dict(self.processes)
+        return Whole(self.epoch, members, lives, processes, dict(self.gone))

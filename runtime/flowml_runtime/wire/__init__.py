@@ -157,11 +157,13 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class Members(Message, frozen=True):
-    """The coordinator's view, sent to all members when it changes. `lost` holds lost workers and the reasons."""
+    """The coordinator's view, sent to all members when it changes. `lost` holds those that are lost since the view
+    before, and the reasons. `gone` holds all workers that were lost, or have left, and in whose place is no other."""
 
     epoch: Count
     members: tuple[Member, ...]
     lost: tuple[tuple[Name, Text], ...] = ()
+    gone: tuple[tuple[Name, Text], ...] = ()
 
 
 class Leave(Message, frozen=True):

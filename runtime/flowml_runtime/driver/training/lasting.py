@@ -21,6 +21,7 @@ one fate, and nothing is lost or applied twice. Records of steps that are done a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,14 +30,17 @@ from typing import Any
 import jax
 
 from flowml.callers import warn
-from flowml.errors import FlowmlError, PolicyError, WorkerLostError
+from flowml.devices import Device
+from flowml.errors import FlowmlError, PlacementError, PolicyError, WorkerLostError
+from flowml.placement import Pipeline
 from flowml.plan import Plan
 from flowml.policy.compose import check_count
 from flowml.render.units import listed
+from flowml.training.spec import TrainingSpec
 from flowml.training.without import check_shrinks, goes_on, too_few
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.training.fit import Fit
-from flowml_runtime.driver.training.fit_arguments import Callback, OnLoss
+from flowml_runtime.driver.training.fit_arguments import Asked, Callback, OnLoss
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.outcome import Change, Loss, Outcome
 from flowml_runtime.driver.training.program import Program
@@ -53,11 +57,35 @@ Make = Callable[[LoadedPlan, int, Saving], Fit]
 """A loaded plan, the number of a run, and its snapshots -> the run."""
 
 
-def prepare(cluster: Any, on_loss: OnLoss) -> None:
-    """A fit begins: replace workers that were lost before it."""
-    cluster.session.time.begin_fit(goes_on=on_loss != "raise")
-    if on_loss == "replace":
+def prepare(cluster: Any, spec: TrainingSpec, asked: Asked) -> tuple[tuple[Device, ...], bool]:
+    """A fit begins: replace workers that were lost before it. Returns the homes that compute nothing, and whether the
+    fit begins with the replicas whose workers are there.
+
+    Of workers that others have started only as many come back as the fit needs: some may be gone for long. Without them
+    a fit that resumes goes on with fewer replicas, as it would have if its driver had lived.
+    """
+    cluster.session.time.begin_fit(goes_on=asked.on_loss != "raise")
+    others = getattr(cluster, "outlives", False)
+    if asked.on_loss == "replace" and not others:
         cluster.bring_back(cluster.lost)
+    while asked.on_loss == "replace" and others and cluster.lost and (few := _missing(spec, cluster.devices)):
+        width = max(Counter(device.worker for device in cluster.devices).values(), default=1)
+        cluster.bring_back(sorted(cluster.lost, key=lambda worker: int(worker.rpartition(":")[2]))[: -(-few // width)])
+    smaller = asked.on_loss == "shrink" and asked.resume is not None and others and bool(cluster.lost)
+    try:
+        homes = spec.divide(cluster.devices)[1]
+    except PlacementError as error:
+        raise cluster.session.explained(error, "'the training step'") from None
+    return homes, asked.elastic or (smaller and _missing(spec, cluster.devices) > 0)
+
+
+def _missing(spec: TrainingSpec, devices: Sequence[Device]) -> int:
+    """How many devices, at least, are missing for the replicas of a fit."""
+    stages = spec.placement.stages if isinstance(spec.placement, Pipeline) else 1
+    try:
+        return max(0, spec.replicas * stages - len(spec.divide(devices)[0]))
+    except PlacementError:  # a home that has a name is lost, or nothing computes
+        return 1
 
 
 @contextmanager
@@ -79,9 +107,18 @@ def begins_whole(on_loss: OnLoss, *, elastic: bool) -> Generator[None]:
 class Losses:
     """What a fit does about lost workers."""
 
-    def __init__(self, cluster: Any, program: Program, on_loss: OnLoss, least: int, *, elastic: bool = False) -> None:
-        """A fit goes on with at least `least` replicas. If it is `elastic` it begins with those whose workers are
-        there. Raises ValueError if these are too few."""
+    def __init__(
+        self,
+        cluster: Any,
+        program: Program,
+        on_loss: OnLoss,
+        least: int,
+        *,
+        elastic: bool = False,
+        begins_smaller: bool = False,
+    ) -> None:
+        """A fit goes on with at least `least` replicas. If it is `elastic` or `begins_smaller`, it begins with those
+        whose workers are there. Raises ValueError if these are too few."""
         self.on_loss: OnLoss = on_loss
         self._remedy = "give" if elastic else "give on_loss='replace', or"
         """What to do if too few replicas are left. An elastic fit replaces no worker."""
@@ -106,8 +143,11 @@ class Losses:
         self.regrouping: Regrouping | None = None
         if on_loss == "shrink":
             self.regrouping = Regrouping(cluster, program, lambda gone: not self._cannot(gone), joins=elastic)
-        if elastic:
+        if elastic or begins_smaller:
             self._begin_with_those_there()
+        if self.gone and not elastic:
+            which, were = listed(tuple(self.gone)), "was" if len(self.gone) == 1 else "were"
+            warn(f"{which} {were} lost before this fit has begun, which goes on without the replicas that were there")
 
     def load(self, meanwhile: Callable[[], None]) -> LoadedPlan:
         """Load the plan of the fit. Calls `meanwhile` while workers compile it."""
