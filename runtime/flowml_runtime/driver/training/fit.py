@@ -83,8 +83,8 @@ class Fit:
         work = work_of(training, terms, source.examples, options.batch_size, options.rest, options.shuffle)
         self._aligned = terms.aligned
         start, kept = self._start_message(), saving.resumed.content.ledger if saving.resumed else None
-        keeps, plan = saving.keeps, (terms, work, places)
-        self._machine = self._time.driver(start, *plan, saving.rhythm(training), kept, outlives=keeps)
+        rhythm = saving.rhythm(training)
+        self._machine = self._time.driver(start, terms, work, places, rhythm, kept, outlives=saving.keeps)
         computed = session.arithmetic  # else reports have no values, and every loss is NaN
         self._history = History(
             training,
@@ -132,11 +132,11 @@ class Fit:
         began = self._time.now() - before_s
 
         def show(records: Iterable[Record], *, over: bool = False) -> None:
-            hold = self._machine.hold if self._aligned else None
-            for record in self.saving.validated(records, hold=hold, over=over):
+            for record in self.saving.validated(records, hold=self._machine.hold if self._aligned else None, over=over):
                 progress.show(record)
                 for callback in callbacks:
                     callback(record)
+                self.saving.shown(record["step"] + 1)
             _warn(self._history.loss_warning(over=over))
 
         try:

@@ -312,7 +312,9 @@ class Runs:
         self._losses = losses
         self._records: list[Record] = []
         self._told = -1
-        """The newest step whose record callbacks have seen."""
+        """The newest step whose record callbacks have got."""
+        self._seen = -1
+        """The same, without one in which a callback has raised an error."""
         self._changes: list[Change] = []
         self._in_vain = 0
         """The newest losses without a new step before them."""
@@ -341,15 +343,25 @@ class Runs:
                 self._told = record["step"]
                 for callback in callbacks:
                     callback(record)
+                self._seen = record["step"]
 
         try:
             return self._run([take])
         except FlowmlError:
-            self.fit.saving.leave()
+            self._leave(take)
             raise
         finally:
             if self._losses.regrouping is not None:
                 self._losses.regrouping.forget()
+
+    def _leave(self, take: Callback) -> None:
+        """The fit ends with an error. Another may go on from the newest snapshot, so callbacks get what is before."""
+        saving = self.fit.saving
+        step = saving.newest.content.steps if saving.newest is not None else 0
+        for record in self.fit.held(step, 0.0) if self._seen == self._told else ():
+            take(record)
+        if step <= max(self._seen + 1, self.first):
+            saving.leave()
 
     def _run(self, callbacks: Sequence[Callback]) -> Outcome:
         """One run after the other."""

@@ -1,6 +1,7 @@
 """Takes the snapshots of one fit in the driver, and decides when they are due and what becomes of them.
 
-The fit goes on while a thread writes them (`writing`). If the disk refuses, the fit goes on with a warning.
+The fit goes on while a thread writes them (`writing`), after the records before them were shown (`unshown`). If the
+disk refuses, the fit goes on with a warning.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flowml_runtime.driver.training.reshaping import reshaped
 from flowml_runtime.driver.training.result import restored
 from flowml_runtime.driver.training.snapshots import Figures, Snapshot, Trees, taken
 from flowml_runtime.driver.training.training_session import TrainingSession
+from flowml_runtime.driver.training.unshown import Unshown
 from flowml_runtime.driver.training.validation import Validation
 from flowml_runtime.driver.training.writing import Writer
 from flowml_runtime.protocol.training.clocks import after_push
@@ -66,9 +68,10 @@ class Saving:
         self._kept = kept
         self._saved_step = self._validated_step = self.first
         self._on_disk = self.first
-        """The step of the newest snapshot that is written, or will be. After a loss, that in memory is newer."""
+        """The step of the newest snapshot that is written, or will be next. After a loss, that in memory is newer."""
         self._saved_at: float | None = None
         self._writer = None if checkpoint is None else Writer(checkpoint)
+        self._unshown = None if self._writer is None else Unshown(self._writer, self._put, self.first)
         self.keeps = False
         """Whether the newest snapshot stays in memory, so that the fit can go on from it after a loss."""
         self.newest = resumed
@@ -163,6 +166,8 @@ class Saving:
 
     def events(self, machine: TrainingDriver, step: int, now: float) -> Iterator[Offer | Pause]:
         """What the driver's machine is to hear of, after `step` steps of the whole fit."""
+        if self._unshown is not None:
+            self._unshown.wait(now)
         known = machine.snapshots
         offer = None if self._writer is None else self._writer.offer(known.offer)
         if offer is not None:
@@ -310,14 +315,22 @@ class Saving:
             self._write(snapshot, now)
 
     def _write(self, snapshot: Snapshot, now: float, parts: Parts | None = None) -> None:
-        """Write a snapshot. Workers write `parts` of it."""
-        if self._writer is None:
-            return
-        step = snapshot.content.steps
-        self._saved_step, self._saved_at, self._on_disk = step, now, step
+        """Write a snapshot, after the records before it. Workers write `parts` of it."""
+        if self._unshown is not None:
+            self._saved_step, self._saved_at = snapshot.content.steps, now
+            self._unshown.put(snapshot, parts, now)
+
+    def _put(self, snapshot: Snapshot, parts: Parts | None = None) -> None:
+        assert self._writer is not None
+        self._on_disk = snapshot.content.steps
         self._writer.put(snapshot, parts)
         if snapshot.content.figures.workers != "real":
             self._writer.flush()  # how fast the disk is changes nothing in virtual time
+
+    def shown(self, steps: int) -> None:
+        """Callbacks have had the records of so many steps."""
+        if self._unshown is not None:
+            self._unshown.shown(steps)
 
     def _keep(self, snapshot: Snapshot, now: float) -> None:
         """Keep a snapshot in memory."""
@@ -350,13 +363,13 @@ class Saving:
         """The fit ends with an error: write the newest snapshot in memory, if none on the disk is as new."""
         newest = self.newest
         if self._writer is not None and newest is not None and newest.content.steps > self._on_disk:
-            self._on_disk = newest.content.steps
-            self._writer.put(newest)
+            self._put(newest)
             self.finish()
 
     def finish(self) -> None:
         """Wait until the last snapshot is written. Warns if it could not be."""
-        if self._writer is not None:
+        if self._writer is not None and self._unshown is not None:
+            self._unshown.drop()
             self._writer.close()
         self.tell()
 

@@ -1,7 +1,8 @@
 """Writes the checkpoints of a fit on a thread of its own, so that no step waits for the disk.
 
 Workers write what they keep into folders that this thread has made (`parts`), and it completes them one after the
-other. At most two are in use: one is being written, and one waits. As long as both are, no checkpoint is taken.
+other. At most two are in use: one is being written, and one waits. As long as both are, no checkpoint is taken. There
+is one more while a checkpoint waits for the records before it (`unshown`).
 
 If the driver needs the buffers itself, it has whole snapshots. At most one of them is written at a time, and at most
 one waits. A newer one takes the place of the one that waits: with a slow disk there are fewer checkpoints, and neither
@@ -50,6 +51,8 @@ class Writer:
         """The folders that workers were told of."""
         self._refused = False
         """Whether the disk has refused a folder. Then the driver writes, and says what is wrong."""
+        self.more = False
+        """Whether there may be one folder more."""
         self._elsewhere: set[str] = set()
         """The workers that see another disk, which was said."""
 
@@ -92,6 +95,12 @@ class Writer:
             if parts is None:
                 self._waiting = deque(waiting for waiting in self._waiting if waiting[1] is not None)
             self._waiting.append((snapshot, parts))
+            self._start()
+
+    def discard(self, parts: Parts) -> None:
+        """Remove what workers have written of a snapshot that nobody is to go on from."""
+        with self._changed:
+            self._waiting.append((None, parts))
             self._start()
 
     def flush(self) -> None:
@@ -140,7 +149,7 @@ class Writer:
     def _prepare(self) -> None:
         """Make the next folder."""
         make = self._make
-        if make is None or self._ready is not None or self._folders >= MOST_FOLDERS or self._refused:
+        if make is None or self._ready is not None or self._folders >= MOST_FOLDERS + self.more or self._refused:
             return
         try:
             ready = make()
