@@ -22,8 +22,9 @@ from jax.tree_util import tree_leaves, tree_map
 
 from flowml.callers import warn
 from flowml.errors import FlowmlError, WorkerLostError
-from flowml_runtime.driver.lineage import Parent, descending_from
-from flowml_runtime.driver.remote import Remote
+from flowml_runtime.driver.lineage import Mark, Parent, descending_from
+from flowml_runtime.driver.remote import Batch, Remote
+from flowml_runtime.driver.staying import parents_of
 from flowml_runtime.membership.advice import without_remedy
 from flowml_runtime.mixtures import Call, Caller, is_fresh, note_same, recovery_of, tell_all
 from flowml_runtime.saved import Place, Recovery, Saved, leaves_of, records_of, taken_from
@@ -77,6 +78,7 @@ def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], 
     gone = [leaf for leaf in remotes if leaf.is_lost()]
     if not gone:
         raise error
+    error = _of_loss(error, remotes)
     records = records_of(remotes)
     there = [record for record in records if record.is_there]
     found = _same(given, gone, there, caller) or _before(given, gone, there, caller)
@@ -131,6 +133,16 @@ def _with_hint(error: FlowmlError, hint: str) -> FlowmlError:
     return WorkerLostError(f"{text}; {hint}", worker=error.worker, step=error.step)
 
 
+def _of_loss(error: FlowmlError, remotes: Sequence[Remote]) -> FlowmlError:
+    """That of a value which was donated to a call during a loss is of the loss, if nothing else is wrong."""
+    if isinstance(error, WorkerLostError) or any(r.is_deleted() and not r.is_lost() for r in remotes):
+        return error
+    cause = error.__cause__
+    loss = WorkerLostError(str(error), worker=cause.worker if isinstance(cause, WorkerLostError) else None)
+    loss.__cause__ = cause
+    return loss
+
+
 def _same(given: Sequence[Any], gone: Sequence[Remote], records: Sequence[Saved], caller: Caller) -> _Found | None:
     """Where all of the lost values were saved themselves. The others are left as they are."""
     places: dict[int, tuple[Saved, int]] = {}
@@ -154,7 +166,7 @@ def _same(given: Sequence[Any], gone: Sequence[Remote], records: Sequence[Saved]
 
         return tree_map(of, list(given))
 
-    return _Found(used, [leaf.lineage for leaf in gone], take)
+    return _Found(used, parents_of(gone), take)
 
 
 def _before(given: Sequence[Any], gone: Sequence[Remote], records: Iterable[Saved], caller: Caller) -> _Found | None:
@@ -173,7 +185,7 @@ def _before(given: Sequence[Any], gone: Sequence[Remote], records: Iterable[Save
             call.begin()
             return [values.get(i, value) for i, value in enumerate(given)]
 
-        return _Found([record], list({origin.mark for origin in origins}), take, call.mixes())
+        return _Found([record], list({origin.element or origin.mark for origin in origins}), take, call.mixes())
     return None
 
 
@@ -210,13 +222,29 @@ def _others(given: Sequence[Any], places: Mapping[int, Place], record: Saved) ->
     leaves = [leaf for leaf in leaves if record.index(leaf) is None]
     here = {(leaf.lineage.maker, leaf.kind.name) for leaf in leaves}
     types = {leaf.kind.signature[:2] for leaf in leaves}
+    mine = {o.element.mark for o in origins if o is not None and o.element is not None}
+    known = bool(mine) and all(leaf.lineage.line & mine for leaf in leaves)
     return bool(sent) and any(
         kind.signature[:2] in types and (batch.lineage.maker, kind.name) not in here
         for owner in {id(leaf.owner): leaf.owner for leaf in leaves}.values()
         for batch in (owner.batches() if owner is not None else ())
         if batch.lineage.maker is not None and batch.lineage.line & sent
+        if not (known and _is_another(batch, places, mine, record))
         for kind in (batch.kinds[i] for i in batch.alive.copy())
     )
+
+
+def _is_another(batch: Batch, places: Mapping[int, Place], mine: set[Mark], record: Saved) -> bool:
+    """Whether the values of a call go on from another element than those at these places, which have the marks `mine`:
+    they come from that one and are like it as a whole, and these are not."""
+    found = {o.element.mark for o in record.origins if o is not None and o.element is not None}
+    found &= batch.lineage.line
+    if len(found) != 1 or found & mine:
+        return False
+    here = [i for i, o in enumerate(record.origins) if o is not None and o.element and o.element.mark in found]
+    element = tuple(record.types[here[0] : here[-1] + 1])
+    made = tuple((tuple(kind.signature[0]), str(kind.signature[1])) for kind in batch.kinds)
+    return made == element and all(tuple(record.types[slice(*place)]) != element for place in places.values())
 
 
 def _why_not(

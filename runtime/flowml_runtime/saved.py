@@ -29,7 +29,7 @@ from flowml.numbers import whole_number
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.checkpoint import nested, newest
 from flowml_runtime.driver.holdings import bytes_on_devices
-from flowml_runtime.driver.lineage import Lineage, Mark
+from flowml_runtime.driver.lineage import Element, Lineage, Mark
 from flowml_runtime.driver.remote import Kind as KeptKind
 from flowml_runtime.driver.remote import Owner, Remote
 from flowml_runtime.driver.training.differing import MOST, bounded, differences
@@ -79,6 +79,8 @@ class Origin:
     mark: Mark
     number: int
     name: str
+    element: Element | None = None
+    """The element of the tree, if it has several and the value was sent or read."""
 
     def is_of(self, lineage: Lineage, number: int) -> bool:
         """Whether this is the very value."""
@@ -178,14 +180,40 @@ def _note(tree: Any, path: Path) -> None:
         kind = child, _types(leaves[start:end])
         places.setdefault(kind, []).append((start, end))
         start, whole = end, whole + child.num_leaves
+    elements = [place for kind in places.values() for place in kind]
     places[structure, _types(leaves)] = [(0, len(leaves))]
-    origins = [Origin(x.lineage.marked(), x.number, x.kind.name) if type(x) is Remote else None for x in leaves]
+    origins = _origins(leaves, elements)
     for owner in owners.values():
         saved = Saved(path, places, origins, _written_at(path), owner.next_number())
         owner.saved[:] = [saved, *owner.saved][:MOST_SAVED]
-        known = {origin.mark for record in owner.saved for origin in record.origins if origin is not None}
+        saved_ones = [origin for record in owner.saved for origin in record.origins if origin is not None]
+        known = {o.mark for o in saved_ones} | {o.element.mark for o in saved_ones if o.element is not None}
         for batch in owner.batches():
             batch.lineage.line &= known
+
+
+def _origins(leaves: Sequence[Any], elements: Iterable[Place]) -> list[Origin | None]:
+    """Those of the leaves of a tree with these elements. If there are several, values of a `put` get marks of them."""
+    sent = {
+        place: [leaf for leaf in leaves[slice(*place)] if type(leaf) is Remote and leaf.lineage.maker is None]
+        for place in elements
+    }
+    found = [(leaf, place) for place, mine in sent.items() for leaf in mine]
+    for leaf, _ in found:
+        leaf.lineage.elements = {}
+    known = {(leaf.lineage, leaf.number) for leaf, _ in found}
+    if len({place for _, place in found}) > 1 and len(known) == len(found):
+        types = {place: frozenset(leaf.kind.signature[:2] for leaf in mine) for place, mine in sent.items()}
+        marks = {place: Mark(None, types[place], of_element=True) for place in sent}
+        here = {(leaf.lineage, place): Element(leaf.lineage, marks[place]) for leaf, place in found}
+        for leaf, place in found:
+            leaf.lineage.elements[leaf.number] = here[leaf.lineage, place]
+    return [
+        Origin(x.lineage.marked(), x.number, x.kind.name, x.lineage.elements.get(x.number))
+        if type(x) is Remote
+        else None
+        for x in leaves
+    ]
 
 
 def records_of(remotes: Iterable[Remote]) -> list[Saved]:

@@ -257,6 +257,80 @@ def test_arguments_that_were_loaded_together_go_on_before_the_next_save(cluster:
     assert again(lambda: train(model, moments, 1.0))[2] == 1
 
 
+def counted(state: Any) -> Any:
+    model, count = state
+    return step(model, 1.0)[0], count + 1
+
+
+def average_of(mean: Any, state: Any) -> Any:
+    return average(mean, state[0])
+
+
+def begun(cluster: fm.Cluster, path: Path, first: str) -> tuple[Any, Any]:
+    """A model with a count, and its average, which were saved together before any call."""
+    if first == "apart":
+        found = (tree(1, cluster), fm.put(np.int32(0), cluster, WORKER)), tree(100, cluster)
+    else:
+        model, mean = ({name: np.full(n, value, np.float32) for name, n in (("w", 4), ("b", 2))} for value in (1, 100))
+        found = fm.put(((model, np.int32(0)), mean), cluster, WORKER)
+    fm.save(found, path)
+    return fm.load(path, cluster, like=found) if first == "load" else found
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("first", ["put", "apart", "load"])
+def test_two_programs_go_on_from_what_was_saved_before_their_first_turn(
+    cluster: fm.Cluster, tmp_path: Path, first: str, turns: int
+) -> None:
+    train, mean_of, values = placed(counted, cluster, "*"), placed(average_of, cluster, "*"), placed(sums, cluster)
+    state, mean = begun(cluster, tmp_path, first)
+    for _ in range(2):
+        for _ in range(turns):
+            state = train(state)
+            mean = mean_of(mean, state)
+        lose(cluster)
+        state = again(lambda state=state: train(state))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fm.FlowmlWarning)
+            mean = mean_of(mean, state)
+            assert values(state[0], mean) == [2, 51]
+    lose(cluster)
+    assert again(lambda: values(mean)) == [100]
+
+
+def test_a_copy_of_an_element_is_refused_while_both_are_used(cluster: fm.Cluster, tmp_path: Path) -> None:
+    train, mean_of, values = placed(counted, cluster, "*"), placed(average_of, cluster, "*"), placed(sums, cluster)
+    twice = placed(lambda state: ({name: 2 * value for name, value in state[0].items()}, state[1] + 1), cluster, "*")
+    state, mean = begun(cluster, tmp_path, "put")
+    target = twice(state)
+    state = train(state)
+    mean = mean_of(mean, state)
+    lose(cluster)
+    refused(lambda: train(target), tmp_path)
+    refused(lambda: train(state), tmp_path)
+    assert again(lambda: values(mean)) == [100]
+
+
+def test_a_part_of_the_state_beside_it_is_refused(cluster: fm.Cluster, tmp_path: Path) -> None:
+    """It has the structure of the average, and is none."""
+    train, part = placed(counted, cluster, "*"), placed(lambda state: step(state[0], 1.0)[0], cluster, "*")
+    state, _ = begun(cluster, tmp_path, "put")
+    model = part(state)
+    state = train(state)
+    lose(cluster)
+    refused(lambda: train(state), tmp_path)
+    refused(lambda: part((model, state[1])), tmp_path)
+
+
+def test_the_error_of_what_a_lost_call_was_given_is_that_of_the_loss(cluster: fm.Cluster) -> None:
+    model = tree(1, cluster)
+    for leaf in model.values():
+        leaf.perish()
+    for _ in range(2):
+        with pytest.raises(fm.WorkerLostError, match=r"donated to a call during which a worker was lost; .*fm\.save"):
+            placed(sums, cluster)(model)
+
+
 def test_a_long_loop_remembers_few_saves(cluster: fm.Cluster, tmp_path: Path) -> None:
     train, mean_of = placed(step, cluster, 0), placed(average, cluster, 0)
     model, mean = tree(1, cluster), tree(100, cluster)

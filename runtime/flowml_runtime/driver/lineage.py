@@ -3,6 +3,9 @@
 `fm.save` gives a `Mark` to the values of each call or `put` that it writes. What a call makes has the marks of its
 arguments. Two trees of one structure, such as a model and its moving average, have different marks, or are made by
 different functions, or are different outputs of one. Where an argument could be taken for another, its mark ends.
+
+Values of a `put` that were saved in a tree of several elements are known by their element too: what goes on from one of
+these alone has its mark.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ class Mark:
 
     maker: Hashable
     types: Types
+    of_element: bool = False
+    """Whether it is that of an `Element`."""
     readers: dict[tuple[Hashable, int], None] = field(default_factory=dict[tuple[Hashable, int], None])
     """The functions that were called with these very values since, each with the number of the value, in their order.
     """
@@ -46,7 +51,7 @@ class Mark:
 class Lineage:
     """Of the values of one call or `put`."""
 
-    __slots__ = ("_kinds", "line", "maker", "mark")
+    __slots__ = ("_kinds", "elements", "line", "maker", "mark")
 
     def __init__(self, kinds: Sequence[Any], maker: Hashable = None, line: frozenset[Mark] = frozenset()) -> None:
         self._kinds = kinds
@@ -55,6 +60,8 @@ class Lineage:
         self.line = line
         """The marks of the saved values that they come from, their own included."""
         self.mark: Mark | None = None
+        self.elements: dict[int, Element] = {}
+        """By the number of a value, the element of the newest tree in which values of a `put` were saved."""
 
     @property
     def types(self) -> Types:
@@ -66,6 +73,27 @@ class Lineage:
             self.mark = Mark(self.maker, self.types)
             self.line |= {self.mark}
         return self.mark
+
+
+@dataclass(frozen=True, eq=False)
+class Element:
+    """Values of one `put` that were saved in one of several elements of a tree. As a parent they could be taken for any
+    others of this `put`."""
+
+    lineage: Lineage
+    mark: Mark
+
+    @property
+    def maker(self) -> Hashable:
+        return self.lineage.maker
+
+    @property
+    def line(self) -> frozenset[Mark]:
+        return self.lineage.line | {self.mark}
+
+    @property
+    def types(self) -> Types:
+        return self.lineage.types
 
 
 _REVIVED: ContextVar[Sequence[Parent]] = ContextVar("revived")
@@ -81,11 +109,11 @@ def descending_from(parents: Sequence[Parent]) -> Generator[None]:
         _REVIVED.reset(token)
 
 
-def inherited(given: Sequence[Parent], sent: Callable[[], Types]) -> frozenset[Mark]:
-    """The marks of what a call makes of these. `sent` are the types of its other arguments.
+def inherited(given: Sequence[Parent], maker: Hashable, sent: Callable[[], Types]) -> frozenset[Mark]:
+    """The marks of what `maker` makes of these. `sent` are the types of its other arguments.
 
     A mark ends where another argument could be what the result goes on from: values that the same function made, or
-    that were sent, of a type that the marked ones have.
+    that were sent, of a type that the marked ones have. That of an element ends beside what `maker` has made too.
     """
     revived = _REVIVED.get(())
     parents = (*given, *revived)
@@ -95,9 +123,11 @@ def inherited(given: Sequence[Parent], sent: Callable[[], Types]) -> frozenset[M
     if not line:
         return line
     other = sent() if not revived and any(mark.maker is None for mark in line) else None
-    return frozenset(
-        mark
-        for mark in line
-        if not any(mark not in p.line and p.maker == mark.maker and mark.types & p.types for p in parents)
-        and not (other is not None and mark.maker is None and mark.types <= other)
-    )
+
+    def ends(mark: Mark) -> bool:
+        if other is not None and mark.maker is None and mark.types <= other:
+            return True
+        makers = (mark.maker, maker) if mark.of_element else (mark.maker,)
+        return any(mark not in p.line and p.maker in makers and mark.types & p.types for p in parents)
+
+    return frozenset(mark for mark in line if not ends(mark))

@@ -8,7 +8,7 @@ from typing import Any
 from flowml.devices import Device
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.holdings import Holdings
-from flowml_runtime.driver.lineage import Lineage, Mark, inherited
+from flowml_runtime.driver.lineage import Lineage, Mark, Parent, inherited
 from flowml_runtime.driver.loaded_plan import LoadedPlan, check_donations
 from flowml_runtime.driver.remote import Kind, Remote, lineages, number_of
 from flowml_runtime.execution.programs import Array
@@ -64,10 +64,18 @@ def _lineage(handle: LoadedPlan, kinds: Sequence[Kind], buffers: Sequence[Any]) 
         for remote in remotes:
             if remote.lineage.mark is not None:
                 remote.lineage.mark.readers[handle.maker, remote.number] = None
-    line = inherited(given, lambda: frozenset(signature(b)[:2] for b in buffers if type(b) is not Remote))
+    parents = parents_of(remotes) if any(parent.elements for parent in given) else given
+    line = inherited(
+        parents, handle.maker, lambda: frozenset(signature(b)[:2] for b in buffers if type(b) is not Remote)
+    )
     if line and any(parent.maker == handle.maker for parent in given):
         line -= _rearranged(remotes, handle.maker)
     return Lineage(kinds, handle.maker, line)
+
+
+def parents_of(remotes: Sequence[Remote]) -> list[Parent]:
+    """What these come from, by the elements in which they were saved."""
+    return list({remote.lineage.elements.get(remote.number, remote.lineage) for remote in remotes})
 
 
 def _rearranged(remotes: Sequence[Remote], maker: Hashable) -> frozenset[Mark]:
