@@ -29,6 +29,8 @@ from flowml_runtime.environment import checkpoints
 from flowml_runtime.environment.checkpoints import ORBAX_TREE
 from flowml_runtime.saved import load
 
+OLDER = "give another one, such as an older step"
+
 Spec = tuple[str, tuple[int, ...]]
 Specs = Mapping[tuple[Key, ...], Spec]
 
@@ -163,8 +165,11 @@ def _restored(path: Path, like: Any) -> Any:
             Exception
         ) as error:  # Orbax has no error of its own: a ValueError, KeyError, or what a file system raises
             reason = " ".join(str(error).split())[:500]
-            what = "cannot be read" if like is None else "cannot be read as like="
-            raise CheckpointError(f"the Orbax checkpoint {path} {what}: {reason}") from error
+            if like is None or isinstance(error, msgspec.DecodeError):  # nothing is asked of it that it may not have
+                raise CheckpointError(
+                    f"the Orbax checkpoint {path} cannot be read, and may be damaged or incomplete ({reason}); {OLDER}"
+                ) from error
+            raise CheckpointError(f"the Orbax checkpoint {path} cannot be read as like=: {reason}") from error
 
 
 def _leaves(checkpointer: Any, path: Path, like: Any, structs: Mapping[tuple[Key, ...], Any]) -> list[Any]:
@@ -175,7 +180,12 @@ def _leaves(checkpointer: Any, path: Path, like: Any, structs: Mapping[tuple[Key
     try:
         found = jax.tree_util.tree_leaves(checkpointer.restore(path, target))
     except Exception as error:  # as above
-        there = checkpointer.metadata(path).item_metadata.tree
+        about = checkpointer.metadata(path).item_metadata
+        if about is None:  # Orbax has found no array, because files are missing or cut off
+            raise CheckpointError(
+                f"the Orbax checkpoint {path} is damaged or incomplete: files of it are missing or cut off; {OLDER}"
+            ) from error
+        there = about.tree
         implementations = _implementations(path)
         pairs = jax.tree_util.tree_leaves_with_path(there)
         _check(path, {_keys(p): _spec(x, implementations) for p, x in pairs}, structs, error)

@@ -254,7 +254,7 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
         keep: how many saved trees stay there.
 
     Returns: where the tree is. Raises TypeError for a leaf that is no array, CheckpointError if the disk refuses or the
-    directory holds checkpoints of a fit, WorkerLostError if a value is lost.
+    directory holds checkpoints of a fit or of Orbax, WorkerLostError if a value is lost.
     """
     directory = checkpoints.named_directory("fm.save(path=)", path)
     if not os.fspath(path):
@@ -270,6 +270,10 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
         check_known(f"save: leaf {path_name(p)!r}", value, "save")
     content = msgspec.json.encode(Tree(tuple(_leaf(p, value) for p, value in pairs), hollow(tree)))
     values = [value for _, value in pairs]
+    if checkpoints.holds_orbax(directory):
+        raise CheckpointError(
+            f"no tree can be saved in {directory}: it holds checkpoints of Orbax; give fm.save another directory"
+        )
     before = checkpoints.snapshots(directory)
     _check_trees(directory, before)
     number = checkpoints.step_of(before[0]) + 1 if before else 1

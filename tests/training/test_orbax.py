@@ -244,7 +244,7 @@ def test_items_and_trees_whose_names_end_with_a_number_are_no_steps(tmp_path: Pa
     checkpoints.prepare(tmp_path / "saved")
 
 
-def test_no_fit_writes_into_a_directory_of_orbax(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+def test_nothing_is_written_into_a_directory_of_orbax(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "orbax", {"w": jnp.ones(3)})
     with ocp.CheckpointManager(tmp_path / "manager") as manager:
@@ -255,6 +255,8 @@ def test_no_fit_writes_into_a_directory_of_orbax(threads_cluster: fm.Cluster, tm
         trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads_cluster)
         with pytest.raises(fm.CheckpointError, match=r"holds checkpoints of Orbax; .* fm\.from_orbax"):
             trainer.fit(mlp(), data(), batch_size=4, steps=1, progress=False, checkpoint=fm.Checkpoint(path))
+        with pytest.raises(fm.CheckpointError, match=r"holds checkpoints of Orbax; give fm\.save another directory"):
+            fm.save(mlp(), path)
         assert sorted(path.rglob("*")) == before
 
 
@@ -274,6 +276,24 @@ def test_a_tree_in_place_of_a_directory_is_refused_in_a_sentence(tmp_path: Path)
             use()
         assert str(error.value).startswith(text)
         assert len(str(error.value)) < 150
+
+
+@pytest.mark.parametrize("files", ["d/*", "manifest.ocdbt"])
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_damaged_checkpoint_is_said_to_be_so(tmp_path: Path, files: str, *, gone: bool) -> None:
+    tree = {"a": {"w": jnp.ones((8, 16))}}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", tree)
+    for file in (tmp_path / "orbax").glob(files):
+        if gone:
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for like in (tree, None):
+        with pytest.raises(
+            fm.CheckpointError, match=r"damaged or incomplete.*; give another one, such as an older step"
+        ):
+            fm.from_orbax(tmp_path / "orbax", like)
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

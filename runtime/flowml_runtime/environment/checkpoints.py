@@ -223,11 +223,16 @@ def prepare(directory: Path) -> None:
         raise CheckpointError(
             f"no checkpoint can be written into {directory}: {why}; give fm.Checkpoint a directory that can be written"
         )
-    if (directory / ORBAX).exists() or any((step / ORBAX).exists() for step in orbax_steps(directory)):
+    if holds_orbax(directory):
         raise CheckpointError(
             f"{directory} holds checkpoints of Orbax; give fm.Checkpoint another directory, and begin from "
             "fm.from_orbax of this one"
         )
+
+
+def holds_orbax(directory: Path) -> bool:
+    """Whether a directory is a checkpoint of Orbax, or has steps of one."""
+    return (directory / ORBAX).exists() or any((step / ORBAX).exists() for step in orbax_steps(directory))
 
 
 def orbax_steps(directory: Path) -> list[Path]:
