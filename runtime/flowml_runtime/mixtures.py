@@ -175,11 +175,19 @@ class Call:
 
     def mixes(self) -> str:
         """Why the call would mix two states, and what to do. Empty if it would not."""
-        why = self._made_of_lost() or self._stays() or self._in_the_middle() or self._fetched()
-        path = self.record.path
+        path, load = self.record.path, f"give each program what fm.load({str(self.record.path)!r}, cluster) returns"
+        remedy = f"begin again: {load}"
+        why = self._made_of_lost()
+        if why:
+            remedy = f"begin the turn again if it makes that argument, or {load}"
+        elif why := self._stays():
+            if any(heir.batch.future is not None for heir in self._later()):  # its call may fail because of the loss
+                remedy = f"begin the turn again, and if that is refused, {load}"
+        elif why := self._in_the_middle():
+            remedy = f"begin the turn again, or {load}"
+        why = why or self._fetched()
         return why and (
-            f"{self.caller.name} cannot go on alone from the state saved in {path}, because {why}; "
-            f"begin again: give each program what fm.load({str(path)!r}, cluster) returns"
+            f"{self.caller.name} cannot go on alone from the state saved in {path}, because {why}; {remedy}"
         )
 
     def _made_of_lost(self) -> str:

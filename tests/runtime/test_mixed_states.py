@@ -19,6 +19,7 @@ from tests.conftest import wait_until
 State = dict[str, Any]
 LAYERS = {"step": "w", "average": "a", "mix": "b", "gradient": "w", "update": "w"}
 TOGETHER = dict.fromkeys("wab", "worker:1")
+TURN = "begin the turn again, or "
 APART = {"w": "worker:0", "a": "worker:1", "b": "worker:0"}
 
 
@@ -134,12 +135,12 @@ def retried(call: Callable[[], Any]) -> Any:
             return call()
 
 
-def refused(call: Callable[[], Any], why: str) -> None:
+def refused(call: Callable[[], Any], why: str, remedy: str = "begin again: ") -> None:
     """Each time, in one line that says why and what to do."""
     for _ in range(2):
         with pytest.raises(fm.WorkerLostError, match=f"because [^;]*{why}") as caught:
             call()
-        assert "; begin again: give each program what fm.load('" in str(caught.value)
+        assert f"; {remedy}give each program what fm.load('" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
@@ -251,7 +252,7 @@ def test_a_turn_that_is_left_in_the_middle_does_not_go_on_there(cluster: fm.Clus
     loop, state = begun(cluster, tmp_path)
     w = jax.block_until_ready(loop.programs["step"](state["w"]))
     lose(cluster)
-    refused(lambda: loop.programs["average"](state["a"], w), "step is called before it with the saved")
+    refused(lambda: loop.programs["average"](state["a"], w), "step is called before it with the saved", TURN)
     assert here(retried(lambda: loop.turn({"w": w, "a": state["a"]}))) == {"w": 3, "a": 4.25}
 
 
@@ -283,7 +284,8 @@ def test_a_gradient_of_the_lost_state_is_refused(cluster: fm.Cluster, tmp_path: 
     w = loop.programs["update"](state["w"], on_other(state["w"], np.ones(2, np.float32)))
     g = jax.block_until_ready(on_other(w, np.ones(2, np.float32)))
     lose(cluster)
-    refused(lambda: loop.programs["update"](w, g), "'result' was made of the state that is lost")
+    remedy = "begin the turn again if it makes that argument, or "
+    refused(lambda: loop.programs["update"](w, g), "'result' was made of the state that is lost", remedy)
 
 
 def test_a_second_loss_before_all_programs_have_gone_on(cluster: fm.Cluster, tmp_path: Path) -> None:
@@ -291,7 +293,7 @@ def test_a_second_loss_before_all_programs_have_gone_on(cluster: fm.Cluster, tmp
     lose(cluster)
     w = jax.block_until_ready(retried(lambda: loop.programs["step"](state["w"])))
     lose(cluster)
-    refused(lambda: loop.programs["average"](state["a"], w), "step is called before it")
+    refused(lambda: loop.programs["average"](state["a"], w), "step is called before it", TURN)
     assert here(retried(lambda: loop.turn({"w": w, "a": state["a"]}))) == {"w": 3, "a": 4.25}
 
 
