@@ -122,6 +122,7 @@ def command(launched: LaunchedCluster, policy: str, path: Path, at: str = "") ->
     return {"args": [sys.executable, "-c", script, *arguments], "env": {**os.environ, "PYTHONPATH": modules}}
 
 
+@pytest.mark.filterwarnings("ignore:the workers keep only a part of the first snapshot")
 @pytest.mark.parametrize(("policy", "at"), GRID if ALL else FEW, ids=lambda value: str(value).replace(" ", "-"))
 def test_another_driver_goes_on_with_what_workers_keep(
     launched: LaunchedCluster, whole: dict[str, fm.TrainingResult], policy: str, at: Ending, tmp_path: Path

@@ -11,7 +11,7 @@ without silent replicas the driver has the arrays, and there are no copies.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -42,7 +42,7 @@ class Keeper(Protocol):
 
     fit: str
 
-    def begin(self, workers: Iterable[str], /) -> None:
+    def begin(self, workers: Collection[str], /) -> None:
         """A run begins on these workers."""
         ...
 

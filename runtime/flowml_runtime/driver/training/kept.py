@@ -99,13 +99,30 @@ class KeptFit:
                 return found
         return None
 
-    def begin(self, workers: Iterable[str]) -> None:
-        """A run begins on these workers, some of which may have taken the places of lost ones."""
+    def incomplete(self, after: int) -> int | None:
+        """The steps of the newest snapshot of more than `after` steps of which the workers keep something; 0 if none
+        was complete. None if nothing is kept of one."""
+        found = [v.steps if v.complete else 0 for kept in self._found.values() for v in kept]
+        return max(found, default=None) if not after or max(found, default=0) > after else None
+
+    def begin(self, workers: Collection[str], key: str = "", snapshot: Snapshot | None = None) -> None:
+        """A run begins on these workers, some of which may have taken the places of lost ones. If it goes on from the
+        `snapshot` of which they have been told as `key`, they get what the lost ones had kept of it, so that it stays
+        complete."""
         self.begun = True
-        for worker in workers:
-            self._session.tell(worker, self._claim(next(self._numbers)))
-        self._told.clear()
         self._workers = tuple(dict.fromkeys((*self._workers, *workers)))
+        self._told.clear()
+        if snapshot is None:
+            for worker in workers:
+                self._session.tell(worker, self._claim(next(self._numbers)))
+            return
+        try:
+            answers = self._ask(dict.fromkeys(workers, self._claim))
+        except DeadlineError:  # the next snapshot is complete again
+            return
+        kept = (v for answer, _ in answers.values() for v in answer.versions if v.key == key)
+        there = {owner for version in kept for owner in version.owners}
+        self.completed(key, snapshot, snapshot.content.owners.keys() - there)
 
     def completed(self, key: str, snapshot: Snapshot, new: Collection[str] = (), without: Collection[str] = ()) -> None:
         """A snapshot is complete: each worker keeps its part, and the rest. What is not trained comes with the first

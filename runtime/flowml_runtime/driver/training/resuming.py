@@ -137,6 +137,8 @@ def _newest(checkpoint: Checkpoint, kept: KeptFit | None, trees: Trees) -> tuple
     held = None if kept is None else kept.newest(checkpoints.step_of(written[0]) if written else 0)
     if held is None:
         found = newest(checkpoint.directory)
+        if kept is not None:
+            _tell_incomplete(kept, found)
         if found is not None:
             checkpoints.set_aside(checkpoint.directory, checkpoints.step_of(found[0]))
         return found
@@ -149,6 +151,17 @@ def _newest(checkpoint: Checkpoint, kept: KeptFit | None, trees: Trees) -> tuple
             f"and older checkpoints are as they were{checkpoints.advice(error)}"
         )
     return where, snapshot
+
+
+def _tell_incomplete(kept: KeptFit, found: tuple[Path, Snapshot] | None) -> None:
+    """Warn if workers keep a part of a snapshot that is newer than that on the disk, and others that had the rest are
+    gone."""
+    steps = kept.incomplete(0 if found is None else found[1].content.steps)
+    if steps is None:
+        return
+    which = f"the snapshot of step {steps}, and those that had the rest are gone" if steps else "the first snapshot"
+    what = "begins anew" if found is None else f"goes on from the older checkpoint {found[0]}"
+    warn(f"the workers keep only a part of {which}, so the fit {what}")
 
 
 def _in_form(

@@ -76,6 +76,8 @@ class Saving:
         """Whether the newest snapshot stays in memory, so that the fit can go on from it after a loss."""
         self.newest = resumed
         """The newest snapshot in memory."""
+        self._known_as: tuple[str, Mapping[str, Any]] | None = None
+        """The key by which workers know the newest snapshot in memory, and its arrays."""
         self.total = 0
         """The number of steps of the whole fit."""
         self._kept_at: float | None = None
@@ -111,7 +113,7 @@ class Saving:
         model = model.with_sums() if grows else model
         after = Saving(self._checkpoint, found, self._figures, trees, model, self._kept)
         after.keeps, after.validation, after.copies = self.keeps, self.validation, self.copies
-        after._on_disk, after.total = self._on_disk, total
+        after._on_disk, after.total, after._known_as = self._on_disk, total, self._known_as
         if after.validation is not None:
             after.validation.go_back(after.first)
         return after
@@ -135,11 +137,13 @@ class Saving:
         assert self._figures is not None
         return reshaped(newest, training, total, self._figures, self.model).snapshot
 
-    def begin(self, workers: Iterable[str]) -> str:
+    def begin(self, workers: Collection[str]) -> str:
         """A run begins on these workers. Returns the name under which they keep the fit, "" if they do not."""
         if self._kept is None:
             return ""
-        self._kept.begin(workers)
+        key, arrays = self._known_as or ("", None)
+        is_known = self.newest is not None and self.newest.arrays is arrays
+        self._kept.begin(workers, key, self.newest if is_known else None)
         return self._kept.fit
 
     def open(self, session: TrainingSession, workers: Collection[str]) -> None:
@@ -278,6 +282,7 @@ class Saving:
         self._keep(snapshot, now)
         if self._kept is not None:
             self._kept.completed(key, snapshot)
+            self._know_as(key, snapshot)
         if self.validation is not None and parts is None and (over or self._is_unmeasured(step)):
             self._validated_step = step
             values = zip((*self.trees[:2], self.model.state()), snapshot.trees, strict=True)
@@ -311,6 +316,7 @@ class Saving:
             new = snapshot.content.owners.keys() - found.content.owners.keys()
             silent = {worker_of(device) for replica in action.without for device in training.replicas[replica]}
             self._kept.completed(key, snapshot, new, silent)
+            self._know_as(key, snapshot)
         if self._is_old(step, now):
             self._write(snapshot, now)
 
@@ -337,6 +343,10 @@ class Saving:
         if self.keeps:
             self.newest = snapshot
             self._note_kept(now)
+
+    def _know_as(self, key: str, snapshot: Snapshot) -> None:
+        """Workers have been told of a snapshot. Its arrays are remembered as long as it is in memory anyway."""
+        self._known_as = (key, snapshot.arrays) if self.newest is snapshot else None
 
     def _note_kept(self, now: float) -> None:
         """The next snapshot is due when the fit has trained much longer than replicas stood."""
