@@ -31,8 +31,11 @@ from flowml_runtime.driver.training.amount import with_replicas, work_of
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.snapshots import Content, Figures, Layer, Snapshot, key_of, values_of
 from flowml_runtime.protocol.training.clocks import contained
+from flowml_runtime.protocol.training.closing import closed
+from flowml_runtime.protocol.training.ledger import LedgerState
 from flowml_runtime.protocol.training.recounting import recounted
 from flowml_runtime.protocol.training.terms import Group, Terms
+from flowml_runtime.protocol.training.work import Work
 from flowml_runtime.worker.training.resident import of_stage
 
 _SUMS, _STEPS = "gradients that waited for the next push", "local steps since the last push"
@@ -254,9 +257,12 @@ class _Anew(_Form):
         rows = max(content.stopped.clocks) if terms.aligned else 0
         before = with_replicas(work, figures.replicas, figures.microbatches, *source)
         waits = {(w.replica, w.clock) for w in content.stopped.waiting}
+        unsettled = ((s.replica, u) for s in content.stopped.stages for u in s.unsettled)
+        counted = {(r, u.clock) for r, u in unsettled if max(u.counted, default=-1) >= 0}
 
         def lost(replica: int, clock: int) -> bool:
-            return not self.left_out.keys().isdisjoint((_SUMS, _STEPS)) or (replica, clock) in waits
+            left = not self.left_out.keys().isdisjoint((_SUMS, _STEPS)) or (replica, clock) in waits
+            return left and (replica, clock) not in counted
 
         clock = rows
         if not terms.aligned:
@@ -264,10 +270,22 @@ class _Anew(_Form):
         self._live = sorted({s.replica for s in content.stopped.stages}) or list(range(figures.replicas))
         for store in self.training.stores:
             self._give(store, clock, aligned=terms.aligned)
-        ledger = recounted(content.ledger, before, work, rows, lost)
+        ledger = recounted(self._settled(terms, before), before, work, rows, lost)
         self._note_what_is_left()
         self.give_state()
         return self.made(self._stopped(terms, clock), ledger)
+
+    def _settled(self, terms: Terms, work: Work) -> LedgerState:
+        """The ledger of the snapshot, with the fates of items that were unsettled, if the groups of layers are the
+        same."""
+        content, stores = self.old.content, self.training.stores
+        firsts = [stage.committed for stage in content.stopped.stages if stage.stage == 0]
+        same = [layer.name for layer in content.layers] == [store.name for store in stores]
+        if not same or any(len(committed) != len(terms.groups) for committed in firsts):
+            return content.ledger
+        left = {layer for what in (_SUMS, _STEPS) for layer in self.left_out.get(what, ())}
+        replicas = range(content.figures.replicas)
+        return closed(content.ledger, work, terms, content.stopped, replicas, lambda n: stores[n].name not in left)
 
     def _version(self, number: int) -> int:
         """The version of a store: the newest of those that had its parameters."""

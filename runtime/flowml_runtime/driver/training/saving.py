@@ -103,7 +103,7 @@ class Saving:
         newest, trees = self._newest(), self.trees
         there = {stage.replica for stage in newest.content.stopped.stages} if newest is not None else set[int]()
         grows = bool(there) and not there.issuperset(training.live)  # with portions no replica has a state of its own
-        found = newest and (self._grown(newest, training, total) if grows else newest.of_live(training))
+        found = newest and (self._grown(newest, training, total) if grows else newest.of_live(training, total))
         if found is not None:
             pairs = zip(trees[:2], (found.content.params, found.content.opt_state), strict=True)
             params, state = (restored(tree, found.leaves(leaves)) for tree, leaves in pairs)
@@ -306,7 +306,9 @@ class Saving:
         ended = self.model.replicas if self.newest is None else self.newest.states(training, self.model)
         model, others = self.model.without((*training.lost, *action.without), ended), left_out(training, action.without)
         known = forgotten(buffers, action.without, training)
-        found = taken(others, self._figures, step, action.stopped, ledger, known, self.trees, model, {}).of_live(others)
+        found = taken(others, self._figures, step, action.stopped, ledger, known, self.trees, model, {}).of_live(
+            others, self.total
+        )
         model = model.after(found.states(others, model))
         snapshot = with_newcomers(found, action.without, training, self.total, model)
         self._keep(snapshot, now)

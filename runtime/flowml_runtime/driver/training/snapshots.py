@@ -25,10 +25,13 @@ from flowml.plan import ArraySpec, StoreSpec, Training
 from flowml.splits import Shuffle
 from flowml.training.untrained import Untrained
 from flowml_runtime import wire
+from flowml_runtime.driver.training.amount import work_of
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import as_buffer, from_buffer
 from flowml_runtime.environment import checkpoints
+from flowml_runtime.protocol.training.closing import closed
 from flowml_runtime.protocol.training.ledger import LedgerState
+from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.worker.training.resident import of_waiting
 
 Buffers = Mapping[str, Mapping[str, Any]]
@@ -144,9 +147,9 @@ class Snapshot:
         buffers = {o: {n: self.arrays[f"{o}/{n}"] for n in names} for o, names in owners if o.endswith("/model/state")}
         return _states(training, buffers, model)
 
-    def of_live(self, training: Training) -> Snapshot:
-        """The part for a run of `training` that leaves out the replicas that are lost. What of their contributions
-        waits is dropped, as the ledger says."""
+    def of_live(self, training: Training, total: int) -> Snapshot:
+        """The part for a run of `training` to the step `total` that leaves out the replicas that are lost. What of
+        their contributions waits, or was not pushed, is left out, and the ledger says for which layers."""
         lost, content = training.lost, self.content
         if not lost:
             return self
@@ -155,13 +158,18 @@ class Snapshot:
         left = {*waiting.values(), *(o for o in content.owners if o.startswith(tuple(f"replica/{r}/" for r in lost)))}
         there = {worker_of(d) for r in training.live for d in training.replicas[r]}
         left.update(o for o in content.owners if o.startswith("reader/") and o.split("/")[1] not in there)
+        ledger = content.ledger
+        if any(replica in lost for replica, _, _ in ledger.outstanding):
+            terms, f = Terms.of(training, total), content.figures
+            work = work_of(training, terms, f.examples, f.batch_size, f.rest, f.shuffle)
+            ledger = closed(ledger, work, terms, stopped, lost, lambda store: False)
         stopped = msgspec.structs.replace(
             stopped,
             stages=tuple(s for s in stopped.stages if s.replica not in lost),
             waiting=tuple(w for w in stopped.waiting if w not in waiting),
         )
         owners = {owner: names for owner, names in content.owners.items() if owner not in left}
-        return replace(self, content=msgspec.structs.replace(content, stopped=stopped, owners=owners))
+        return replace(self, content=msgspec.structs.replace(content, stopped=stopped, ledger=ledger, owners=owners))
 
     @property
     def trees(self) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...], tuple[Leaf, ...]]:
