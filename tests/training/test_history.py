@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 import optax
 import pytest
@@ -65,6 +66,32 @@ def test_a_clock_without_a_decision_goes_with_the_next(threads_cluster: fm.Clust
     assert [(r["loss"], r["replicas"]) for r in history.ready()] == [(1.0, 2), (6.0, 2)]
 
 
+@pytest.mark.parametrize("excluded", [(), (1,)], ids=["none", "lost"])
+def test_a_lost_replica_is_not_waited_for_whether_the_decision_names_it_or_not(
+    threads_cluster: fm.Cluster, excluded: tuple[int, ...]
+) -> None:
+    """Beside a layer whose gradients all replicas add up, a decision leaves out none for the whole fit."""
+    plan = msgspec.structs.replace(training(threads_cluster, fm.policies.quorum(2)), lost=(1,))
+    history = History(plan, 4, Metrics())
+    history.committed(0, excluded)
+    report(history, 0, 0, 1.0)
+    assert history.ready() == [], "replica 2 has not reported"
+    report(history, 2, 0, 3.0)
+    assert [(r["loss"], r["replicas"]) for r in history.ready()] == [(2.0, 2)]
+
+
+def test_others_report_the_portions_of_a_lost_replica(threads_cluster: fm.Cluster) -> None:
+    portions = 2
+    plan = msgspec.structs.replace(training(threads_cluster, fm.policies.speculate(portions)), lost=(1,))
+    history = History(plan, 4, Metrics())
+    for sequence in range(REPLICAS * portions):
+        assert history.ready() == [], "the batch is not whole"
+        item = wire.Item(sequence=sequence, epoch=0, start=0, size=4)
+        message = wire.Report(**IDS, replica=sequence % 2 * 2, clock=sequence // 2, item=item, slots=(0,), seconds=0.1)
+        history.report(message, [np.float32(2 * sequence)])
+    assert [(r["loss"], r["replicas"]) for r in history.ready()] == [(2.5, 2)]
+
+
 @pytest.mark.parametrize("policy", [fm.Policy(), fm.policies.quorum(2)], ids=str)
 def test_reports_count_by_their_weight(threads_cluster: fm.Cluster, policy: fm.Policy) -> None:
     plan = training(threads_cluster, policy)
@@ -89,6 +116,4 @@ def test_a_last_step_that_nobody_reports_has_a_record(threads_cluster: fm.Cluste
 
 
 def _with_slots(plan: Training) -> Training:
-    import msgspec
-
     return msgspec.structs.replace(plan, aux_leaves=1)

@@ -52,6 +52,10 @@ def test_every_batch_is_whole(cluster: fm.Cluster, name: str, tmp_path: Any) -> 
     assert found.ledger.outstanding == 0
     assert found.ledger.used == whole.ledger.used
     assert_like((found.params, found.opt_state), (whole.params, whole.opt_state))
+    losses = [record["loss"] for record in whole.history]
+    assert [record["loss"] for record in found.history] == pytest.approx(losses, rel=1e-4)
+    waits = [waited for record in found.history[found.losses[0].resumed_at :] for waited in record["waits"].values()]
+    assert not any(0 in waited["late"] for waited in waits), "nothing waits for the lost replica"
 
 
 @pytest.mark.filterwarnings("ignore:worker.0 was lost")  # unless both are known to be lost at once

@@ -73,9 +73,12 @@ class History:
         self._first = first
         self._leaves_out = leaves_out
         self._members = training.items
-        self._row = training.items - len(training.lost) * (training.items // len(training.replicas))
-        """The reports of a step of replicas that share clocks, if none is left out."""
         self._portions = training.speculation is not None
+        absent = () if self._portions else training.lost  # others compute the portions of lost replicas
+        self._able = frozenset(range(self._members)).difference(absent)
+        """The members of a clock that report it if they are not left out. Not each decision names lost replicas."""
+        self._row = len(self._able)
+        """The reports of a step of replicas that share clocks, if none is left out."""
         self._microbatches = training.microbatches
         self._coded_microbatches = float(training.microbatches / training.code.load) if training.code else 0.0
         """The microbatches of a global batch that is coded; 0 without a code."""
@@ -157,7 +160,7 @@ class History:
 
         With a code it counts those that have a coefficient.
         """
-        counted = frozenset(range(self._members)).difference(excluded)
+        counted = self._able.difference(excluded)
         if coefficients:
             self._coefficients[clock] = dict(coefficients)
             counted = frozenset(self._coefficients[clock])

@@ -104,7 +104,7 @@ class Observer:
         self._modelled = [terms.speculation is not None or set(g.stores) <= set(alone) for g in terms.groups]
         """By group whether reports say what its clocks waited for, instead of the leader."""
         share = terms.speculation
-        self._portions = None if share is None else Portions(terms, share.portions, began)
+        self._portions = None if share is None else Portions(terms, share.portions, began, training.lost)
         bound = [
             i
             for i, s in enumerate(terms.stores)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -283,8 +283,10 @@ class Portions:
     longer than the good ones took for their shares is charged to the late ones, in proportion to what they lack.
     """
 
-    def __init__(self, terms: Terms, portions: int, began: float) -> None:
-        self._replicas, self._members, self._share = terms.replicas, terms.members, portions
+    def __init__(self, terms: Terms, portions: int, began: float, lost: Collection[int] = ()) -> None:
+        """Nothing waits for the `lost` replicas, whose portions others compute."""
+        self._live = [r for r in range(terms.replicas) if r not in lost]
+        self._members, self._share = terms.members, portions
         self._began = began
         self._batches: dict[int, _Batch] = {}
 
@@ -303,12 +305,12 @@ class Portions:
 
     def _waits(self, batch: _Batch, now: float) -> Waits:
         began, self._began = self._began, now
-        results = {r: len(batch.times.get(r, ())) + batch.copies[r] for r in range(self._replicas)}
+        results = {r: len(batch.times.get(r, ())) + batch.copies[r] for r in self._live}
         few = {r for r, number in results.items() if number < SLOW * self._share}
         ends = sorted((times[min(self._share, len(times)) - 1], r) for r, times in batch.times.items() if r not in few)
-        if len(ends) < (self._replicas + 1) // 2:
+        if len(ends) < (len(self._live) + 1) // 2:
             return Waits(now - began)  # there is no middle one to compare with
-        middle = ends[(self._replicas - 1) // 2][0]
+        middle = ends[(len(self._live) - 1) // 2][0]
         on_time = punctual([end for end, _ in ends], middle, max(middle - began, 0.0))
         usual = ends[on_time - 1][0]
         pace = max(usual - began, 1e-9) / self._share
