@@ -80,11 +80,23 @@ def test_replaced_workers_leave_and_the_result_is_that_of_a_fit_without(threads:
         jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
 
 
-def test_local_steps_of_a_replica_that_leaves_are_pushed_first(threads: fm.Cluster) -> None:
+EVERY = 16
+"""The steps between two pushes of the layers that push least often."""
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        fm.policies.diloco(EVERY),
+        {"fc0*": fm.Policy(), "*": fm.policies.local_sgd(EVERY)},
+        {"fc0*": fm.policies.all_reduce(), "fc1*": fm.policies.diloco(EVERY), "*": fm.policies.local_sgd(4)},
+    ],
+    ids=["one", "beside synchronous", "two"],
+)
+def test_local_steps_of_a_replica_that_leaves_are_pushed_first(threads: fm.Cluster, policies: Any) -> None:
     """It leaves and joins again after a push, so nothing is dropped, also with snapshots in between."""
-    every = 16
-    found = leave_and_join(threads, 3, steps=600, policies=fm.policies.diloco(every))
-    assert {change.step % every for change in found.changes} == {0}
+    found = leave_and_join(threads, 3, steps=600, policies=policies)
+    assert {change.step % EVERY for change in found.changes} == {0}
     ledger = found.ledger
     assert (ledger.dropped, ledger.used) == (0, sum(record["replicas"] for record in found.history))
 

@@ -76,7 +76,7 @@ class Fit:
         self._training: Training = training
         self._source = source
         self._options = options
-        self.saving = saving
+        self.saving, saving.total = saving, options.total
         self._ids: dict[str, Any] = {"plan_id": handle.plan_id, "run": options.run}
         self._inbox: queue.SimpleQueue[Entry] = queue.SimpleQueue()
         terms, places = Terms.of(training, options.total), Places.of(training)

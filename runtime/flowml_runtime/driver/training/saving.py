@@ -79,7 +79,7 @@ class Saving:
         self._known_as: tuple[str, Mapping[str, Any]] | None = None
         """The key by which workers know the newest snapshot in memory, and its arrays."""
         self.total = 0
-        """The number of steps of the whole fit."""
+        """The number of steps of the whole fit, once a run begins."""
         self._kept_at: float | None = None
         self._stood_at: float | None = None
         """Since when replicas stand for the snapshot that is being taken."""
@@ -213,8 +213,10 @@ class Saving:
         """Whether the run is to end after so many steps."""
         if not self.regroups():
             return False
-        pushed = after_push((s.policy.every for s in training.stores), step) if self._aligned else step
-        return pushed == step or pushed - step > self.push_within(step, now)
+        if not self._aligned:
+            return True
+        rhythms = (store.policy.every for store in training.stores)
+        return after_push(rhythms, step, self.push_within(step, now)) == step
 
     def withdrawn(self) -> None:
         """The snapshot that was asked for, or that was due at a clock, is not taken, because a replica is late."""

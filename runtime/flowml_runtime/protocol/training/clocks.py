@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from math import gcd, lcm
 
 from flowml.policy import Every, window
 from flowml_runtime.protocol.errors import ensure
@@ -15,14 +16,21 @@ def contained(terms: Terms, every: Every, clock: int) -> int:
     return clock if terms.aligned and clock > terms.last_clock else window(clock, every.push, every.offset)
 
 
-def after_push(rhythms: Iterable[Every], clock: int) -> int:
-    """The first clock from this one on before which all stores have just got what replicas had gathered; `clock` if
-    they have different rhythms."""
-    found = {(every.push, every.offset) for every in rhythms}
-    if len(found) != 1:
-        return clock
-    ((push, offset),) = found
-    return clock + (offset - clock) % push
+def after_push(rhythms: Iterable[Every], clock: int, within: int) -> int:
+    """The clock from this one on, and at most `within` later, before which to stop so that stores have just got what
+    replicas had gathered: the first one before which all have.
+
+    If none is so soon, those that push least often come first, which have most to lose: the first clock of such a one,
+    at which as many others as can push too. `clock` if no store pushes so soon.
+    """
+    found, step = clock, 1  # those so far have pushed before `found`, and `step` later again
+    for push, offset in sorted({(every.push, every.offset) for every in rhythms}, reverse=True):
+        common = gcd(step, push)
+        turns, apart = divmod(offset - found, common)
+        turns = turns * pow(step // common, -1, push // common) % (push // common)
+        if not apart and found + turns * step <= clock + within:
+            found, step = found + turns * step, lcm(step, push)
+    return found
 
 
 class Clocks:

@@ -85,7 +85,7 @@ class WorkerLost(msgspec.Struct, frozen=True):
 
 
 class Pause(msgspec.Struct, frozen=True):
-    """Take a snapshot soon: after the next push of all layers, if that is within so many clocks, or at once."""
+    """Take a snapshot soon: after a push that is within so many clocks (`after_push`), or at once."""
 
     pushed_within: int = 0
 

@@ -133,14 +133,14 @@ class Snapshots:
 
     def pause(self, ids: dict[str, Any], newest: int, pushed_within: int = 0) -> list[Send]:
         """Stop soon: before the clock after the `newest` one that was granted, or at once if no replica waits for
-        another. If all push within so many clocks more, stop after that."""
+        another. Stop after a push that is within so many clocks more (`after_push`)."""
         self._wanted = True
         if self._rhythm is None or self.under_way or self.misses or (self._paused and not self._await_end):
             return []
         clock = newest + 1 if self._terms.aligned or self._terms.paced_by_slowest else 0
         if self._terms.aligned and pushed_within:
-            pushed = after_push((store.policy.every for store in self._terms.stores), clock)
-            clock = pushed if pushed - clock <= pushed_within else clock
+            rhythms = (store.policy.every for store in self._terms.stores)
+            clock = after_push(rhythms, clock, pushed_within)
         if clock >= self.hold:
             return []
         self._paused = {}  # those that have no more items stop for this one too, and tell it again
