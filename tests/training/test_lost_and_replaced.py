@@ -237,6 +237,32 @@ def test_too_few_replicas_end_the_fit(threads: fm.Cluster) -> None:
         threads.bring_back(threads.lost)
 
 
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (None, r": [^;]*; worker:\d was lost too\. 2 of 4 replicas are left, and the fit needs 3 \(min_replicas=\)"),
+        (fm.Policy(quorum=fm.Quorum(3)), r": [^;]*; worker:\d was lost too\. 2 of 4 replicas are left, too few for"),
+    ],
+    ids=["min_replicas", "count"],
+)
+def test_all_workers_are_named_that_are_lost_at_once(threads: fm.Cluster, policy: Any, words: str) -> None:
+    def end(record: dict[str, Any]) -> None:
+        if record["step"] == 5:
+            for worker in ("worker:1", "worker:2"):
+                threads.end_worker(worker)
+            wait_until(lambda: len(threads.devices) == REPLICAS - 2, "both are known to be lost")
+
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads, replicas=REPLICAS, policies=policy)
+    least = 3 if policy is None else 1
+    about: dict[str, Any] = {"batch_size": BATCH, "steps": STEPS, "progress": False, "min_replicas": least}
+    try:
+        with pytest.raises(WorkerLostError, match=words) as raised:
+            trainer.fit(mlp(), data(), on_loss="shrink", callbacks=[end], **about)
+    finally:
+        threads.bring_back(threads.lost)
+    assert all(worker in str(raised.value) for worker in ("worker:1", "worker:2"))
+
+
 @pytest.mark.parametrize("quorum", [fm.Quorum(3), fm.Quorum(3, late="fold", limit_s=60.0)], ids=["drop", "fold"])
 def test_a_count_that_too_few_replicas_cannot_meet_ends_the_fit(threads: fm.Cluster, quorum: fm.Quorum) -> None:
     """It names the worker and what to give, at once, where the clock would wait for ever."""

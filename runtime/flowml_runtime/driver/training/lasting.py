@@ -203,7 +203,7 @@ class Losses:
             if self.on_loss == "replace":
                 self._cluster.bring_back(found)
             else:
-                self._leave_out(found, error)
+                self._leave_out(tuple(lost), error)
             try:
                 return self.program.load(self.gone, anew=True), tuple(lost)
             except WorkerLostError as another:
@@ -265,17 +265,17 @@ class Losses:
 
     def _leave_out(self, workers: Sequence[str], error: FlowmlError) -> None:
         self.gone.update(dict.fromkeys(workers))
-        left = self._left(self.gone)
+        left, why = self._left(self.gone), _all_lost(workers, error)
         if few := too_few(self.program.training, left):
             raise WorkerLostError(
-                f"{without_remedy(str(error))}. {few.why}; {self._remedy} {few.remedy}",
+                f"{why}. {few.why}; {self._remedy} {few.remedy}",
                 worker=workers[0],
                 step=error.step,
             ) from error
         if len(left) < self._least:
             few, smaller = self._few(len(left), "are left")
             raise WorkerLostError(
-                f"{without_remedy(str(error))}. {few}; {self._remedy} {smaller}", worker=workers[0], step=error.step
+                f"{why}. {few}; {self._remedy} {smaller}", worker=workers[0], step=error.step
             ) from error
 
     def _few(self, left: int, are: str) -> tuple[str, str]:
@@ -429,6 +429,15 @@ class Runs:
     def _leaves(self) -> tuple[Sequence[Any], Sequence[Any]]:
         params, state, _ = self.fit.saving.trees
         return jax.tree_util.tree_leaves(params), jax.tree_util.tree_leaves(state)
+
+
+def _all_lost(workers: Sequence[str], error: FlowmlError) -> str:
+    """The text of an error, which may be of the loss of one of these workers, and that the others were lost."""
+    text, named = without_remedy(str(error)), error.worker if isinstance(error, WorkerLostError) else None
+    others = tuple(worker for worker in workers if worker != named)
+    if not others:
+        return text
+    return f"{text}; {listed(others)} {'was' if len(others) == 1 else 'were'} lost{' too' * (named is not None)}"
 
 
 def _told(loss: Loss, on_loss: OnLoss) -> str:
