@@ -192,7 +192,8 @@ ASYNCHRONOUS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", ASYNCHRONOUS)
 def test_without_a_common_order_each_item_counts_once(threads_cluster: fm.Cluster, tmp_path: Path, name: str) -> None:
-    one, steps = case(threads_cluster, tmp_path, ASYNCHRONOUS[name]), 96
+    slow = {"worker:0": 0.01, "worker:1": 0.01}  # or the fit may be over before a busy disk has the first snapshot
+    one, steps = case(threads_cluster, tmp_path, ASYNCHRONOUS[name], delays=slow), 96
     checkpoint = fm.Checkpoint(one.path, every_steps=4)
 
     def stop(_: dict[str, Any]) -> None:
