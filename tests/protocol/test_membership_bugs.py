@@ -13,7 +13,7 @@ import pytest
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.membership import Append, ConnectionLost, Coordinator, ProcessExited
 from flowml_runtime.protocol.roster import Left, Record, Roster
-from tests.protocol.test_membership import Membership
+from tests.protocol.test_random_membership import Membership
 
 WITHIN, STEPS = 1000, 40
 Patch = pytest.MonkeyPatch
