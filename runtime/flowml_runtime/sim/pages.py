@@ -36,7 +36,9 @@ class HugePages:
 
     def __init__(self) -> None:
         self._works = sys.platform == "linux" and "[never]" not in _read("/sys/kernel/mm/transparent_hugepage/enabled")
-        self._before = sorted(span for span, _ in _mapped()) if self._works else []
+        self._works = self._works and os.path.exists("/proc/self/statm")
+        lines = _read("/proc/self/maps").splitlines() if self._works else []  # `smaps` would take milliseconds
+        self._before = sorted(span for line in lines if (span := _span(line)))
         self._next = self._size() + _LEAST
 
     def tidy(self) -> None:
@@ -71,16 +73,22 @@ def without(span: _Span, others: list[_Span]) -> Iterator[_Span]:
 
 def _mapped() -> Iterator[tuple[_Span, bool]]:
     """The pieces of this process's own memory, and whether nearly all of a piece is in use."""
-    span, size = (0, 0), 0
+    span: _Span | None = None
     for line in _read("/proc/self/smaps").splitlines():
         head, *rest = line.split()
         if head[-1] != ":":
-            named = len(rest) > 4 and rest[4] != "[heap]"
-            begin, end = (int(part, 16) for part in head.split("-"))
-            span = (0, 0) if named or rest[0] != "rw-p" else (begin, end)
-        elif head == "Rss:" and span[1]:
-            size = int(rest[0]) * 1024
-            yield span, size >= (span[1] - span[0]) * _FULL
+            span = _span(line)
+        elif head == "Rss:" and span:
+            yield span, int(rest[0]) * 1024 >= (span[1] - span[0]) * _FULL
+
+
+def _span(line: str) -> _Span | None:
+    """The piece of memory that a line of `maps` is about, if it is the process's own."""
+    place, rights, *rest = line.split()
+    if rights != "rw-p" or (len(rest) > 3 and rest[3] != "[heap]"):
+        return None
+    first, last = place.split("-")
+    return int(first, 16), int(last, 16)
 
 
 def _read(path: str) -> str:
