@@ -70,6 +70,10 @@ class Saving:
         self._on_disk = self.first
         """The step of the newest snapshot that is written, or will be next. After a loss, that in memory is newer."""
         self._saved_at: float | None = None
+        self._owed: Snapshot | None = None
+        """The one from which the run goes on, if the run before was to write it or an older one."""
+        self._dropped = False
+        """Whether this run has ended while a snapshot waited to be written."""
         self._writer = None if checkpoint is None else Writer(checkpoint)
         self._unshown = None if self._writer is None else Unshown(self._writer, self._put, self.first)
         self.keeps = False
@@ -114,6 +118,7 @@ class Saving:
         after = Saving(self._checkpoint, found, self._figures, trees, model, self._kept)
         after.keeps, after.validation, after.copies = self.keeps, self.validation, self.copies
         after._on_disk, after.total, after._known_as = self._on_disk, total, self._known_as
+        after._owed = newest if self._dropped else None
         if after.validation is not None:
             after.validation.go_back(after.first)
         return after
@@ -148,7 +153,10 @@ class Saving:
 
     def open(self, session: TrainingSession, workers: Collection[str]) -> None:
         """A run begins on these workers, which may write what they keep, unless the fit goes on from what is in memory
-        here."""
+        here. Callbacks have had the records before it."""
+        if self._owed is not None and self._owed.content.steps > self._on_disk:
+            self._put(self._owed)
+        self._owed = None
         real = self._figures is not None and self._figures.workers == "real"
         if self._writer is not None and real and not self.keeps:
             self._writer.open(session, workers)
@@ -383,7 +391,7 @@ class Saving:
     def finish(self) -> None:
         """Wait until the last snapshot is written. Warns if it could not be."""
         if self._writer is not None and self._unshown is not None:
-            self._unshown.drop()
+            self._dropped = self._unshown.drop()
             self._writer.close()
         self.tell()
 

@@ -61,11 +61,13 @@ class Unshown:
         if self._waiting:
             self._release(now)
 
-    def drop(self) -> None:
-        """The run has ended: callbacks do not get the records that are missing."""
+    def drop(self) -> bool:
+        """The run has ended, and shows no more records. Returns whether a checkpoint has waited for some."""
+        waited = bool(self._waiting)
         while self._waiting:
             self._drop(self._waiting.popleft())
         self._writer.more = False
+        return waited
 
     def _release(self, now: float) -> None:
         while self._waiting and (self._waiting[0].step <= self._shown or now - self._waiting[0].since >= MOST_S):
