@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,12 @@ SYNC, LOCAL = fm.Policy(), fm.policies.local_sgd(4)
 Rows = dict[str, tuple[int, int, int]]
 
 
-def after(
+def after(*args: Any, **options: Any) -> Summary:
+    """The summary of the ledger."""
+    return closed_ledger(*args, **options).summary()
+
+
+def closed_ledger(
     policies: tuple[Policy, ...],
     unsettled: Callable[[int, wire.Item], wire.Unsettled],
     *,
@@ -30,8 +36,8 @@ def after(
     goes_on: Callable[[int], bool] = lambda store: False,
     waiting: tuple[wire.Waiting, ...] = (),
     collective: frozenset[int] = frozenset(),
-) -> Summary:
-    """The summary when the items of replica 2 for clocks 4 to 6 were unsettled, and those before were used."""
+) -> Ledger:
+    """The ledger when the items of replica 2 for clocks 4 to 6 were unsettled, and those before were used."""
     stores = tuple(StoreTerms((0,), policy, number in collective) for number, policy in enumerate(policies))
     terms = Terms(REPLICAS, 1, 1, stores, CLOCKS)
     work = Work(REPLICAS, 100, 8, CLOCKS, aligned=True, groups=tuple(f"{g.number}" for g in terms.groups))
@@ -49,7 +55,7 @@ def after(
     found = Ledger(work)
     found.restore(closed(ledger.kept(clocks), work, terms, stopped, replicas, goes_on), clocks)
     found.validate()
-    return found.summary()
+    return found
 
 
 def fates(tally: Tally | Summary) -> tuple[int, int, int]:
@@ -107,10 +113,19 @@ def test_a_layer_without_decisions_counts_what_it_has_the_push_with() -> None:
     assert rows(found) == {"0": (18, 3, 0), "total": (20, 1, 0)}, "it has clocks 4 and 5, and not 6"
 
 
-def test_an_item_that_would_be_drawn_again_is_dropped() -> None:
+def test_an_item_that_the_late_rule_requeues_is_drawn_again() -> None:
     requeues = Policy(quorum=Quorum(2, late=Requeue()), every=4)
-    found = after((requeues,), lambda c, i: wire.Unsettled(c, i, open=(0,), left_out=0))
-    assert (found.used, found.dropped, found.requeued) == (18, 3, 0)
+    drawn: list[wire.Item] = []
+
+    def told(clock: int, item: wire.Item) -> wire.Unsettled:
+        drawn.append(item)
+        return wire.Unsettled(clock, item, open=(0,), left_out=0)
+
+    ledger = closed_ledger((requeues,), told)
+    found = ledger.summary()
+    assert (found.used, found.dropped, found.requeued) == (18, 0, 3)
+    asked = [ledger.step(Asked(replica, (STAND,)))[0].items[0][1] for replica in range(REPLICAS)]
+    assert asked == drawn
 
 
 def test_a_step_that_may_have_left_out_all_of_its_microbatches_is_dropped() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -50,6 +51,38 @@ def test_a_directory_that_is_removed_under_a_fit_is_locked_again(threads_cluster
         fitted(threads_cluster, where, 400, callbacks=[remove])
     assert "is in use by a fit of process" in refused[0]
     assert not (where / locks.LOCK).exists()
+
+
+def test_a_directory_that_becomes_a_file_does_not_end_a_fit(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    where = tmp_path / "fit"
+
+    def replace(record: dict[str, Any]) -> None:
+        if record["step"] == 3:
+            where.rename(tmp_path / "gone")
+            where.write_text("another file")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing can be written any more
+        assert len(fitted(threads_cluster, where, 8, callbacks=[replace]).history) == 8
+    assert where.read_text() == "another file"
+
+
+def test_a_fit_begins_and_resumes_on_a_full_disk(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    fitted(threads_cluster, tmp_path / "old", 4)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # as a quota would
+    try:
+        for name, first in (("old", 4), ("new", 0)):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = fitted(threads_cluster, tmp_path / name, 6, resume="auto")
+            assert f"the disk of {tmp_path / name} is full (File too large); the fit goes on" in str(caught[0].message)
+            assert "the checkpoint after step" in str(caught[1].message)
+            assert [record["step"] for record in found.history] == list(range(first, 6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert fm.restore(tmp_path / "old").step == 4
+    assert not checkpoints.snapshots(tmp_path / "new")
 
 
 HOLDER = """

@@ -273,7 +273,10 @@ def identity(directory: Path, *, anew: bool) -> str:
             write_file(path, known.encode())
             sync(directory)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can be neither read nor written: {error}; give another directory") from None
+        why = advice(error) if isinstance(error, OSError) else ""
+        raise CheckpointError(
+            f"{path} can be neither read nor written: {error}{why or '; give another directory'}"
+        ) from None
     return known
 
 

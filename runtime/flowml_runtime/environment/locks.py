@@ -7,16 +7,17 @@ known to be lost is taken from it. If the directory is removed under a fit and m
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 import threading
 import time
 from collections.abc import Collection, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from flowml.callers import warn
 from flowml.errors import CheckpointError, InUseError
@@ -30,7 +31,7 @@ AGAIN_S = 0.02
 
 @dataclass
 class _Own:
-    file: BinaryIO
+    file: FileIO
     driver: str
 
 
@@ -54,7 +55,8 @@ def locked(directory: Path, driver: str = "", lost: Collection[str] = ()) -> Gen
             del _own[path]
         with own.file as file:
             if driver != WORKERS and _is_at(file, path):  # theirs refuses a driver that was suspended and wakes up
-                path.unlink(missing_ok=True)  # while it is locked: later it may be that of another fit
+                with suppress(OSError):  # the directory may be read-only now
+                    path.unlink(missing_ok=True)  # while it is locked: later it may be that of another fit
 
 
 def check_own(directory: Path) -> None:
@@ -70,7 +72,7 @@ def check_own(directory: Path) -> None:
         before.close()
 
 
-def _taken(path: Path, driver: str, lost: Collection[str]) -> BinaryIO:
+def _taken(path: Path, driver: str, lost: Collection[str]) -> FileIO:
     """The locked file, which says who has it."""
     until = time.monotonic() + PATIENCE_S
     while (file := _lock(path)) is None:
@@ -90,10 +92,14 @@ def _taken(path: Path, driver: str, lost: Collection[str]) -> BinaryIO:
     try:
         file.truncate(0)
         file.write(" ".join((*_here(), driver)).encode())
-        file.flush()
-    except BaseException:
-        file.close()
-        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            file.close()
+            raise
+        warn(  # the kernel has locked it nevertheless
+            f"the disk of {path.parent} is full ({error.strerror}); the fit goes on, and its checkpoints are written "
+            "once there is space"
+        )
     return file
 
 
@@ -108,10 +114,10 @@ def _one_at_a_time(directory: Path) -> Generator[None]:
         os.close(number)
 
 
-def _lock(path: Path) -> BinaryIO | None:
+def _lock(path: Path) -> FileIO | None:
     """The locked file; None if another process, or another fit of this one, has it. It is open while it is locked."""
     while True:
-        file = path.open("a+b")
+        file = path.open("a+b", buffering=0)  # one that is closed writes nothing
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -128,11 +134,11 @@ def _lock(path: Path) -> BinaryIO | None:
         file.close()  # the fit that had it has removed it meanwhile
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
+def _is_at(file: FileIO, path: Path) -> bool:
     """Whether this is the file of that name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
+    except OSError:  # it, or its directory, is removed or something else
         return False
 
 

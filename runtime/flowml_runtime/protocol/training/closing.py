@@ -9,8 +9,7 @@ decided of an item is gathered for the next push of the replica, or waits for a 
   left out. What waits for a later clock is left out.
 * A store without decisions counts the item if it has the push with it, or if what was gathered goes on.
 
-Then the item has the fate that its replica would have told at the end of a run (`Accounts`), group by group. But it is
-not drawn again.
+Then the item has the fate that its replica would have told at the end of a run (`Accounts`), group by group.
 """
 
 from __future__ import annotations
@@ -91,4 +90,4 @@ def _fates(
 
     accounts = Accounts(terms, replica)
     accounts.restore(map(known, unsettled))
-    return [replace(told, fate="dropped") if told.fate == "requeued" else told for told in accounts.close()]
+    return accounts.close()
