@@ -23,7 +23,11 @@ FIRST: Form = (2, 1, 1)
 EXACT: dict[str, tuple[Any, Form, tuple[Form, ...]]] = {
     "parameter server": (None, FIRST, ((1, 1, 1), (3, 1, 2), (1, 2, 3))),
     "all-reduce": (fm.policies.all_reduce(), FIRST, ((4, 1, 1), (2, 2, 2))),
-    "every": ({"fc0*": fm.policies.every(3), "*": fm.Policy()}, FIRST, ((4, 1, 1), (1, 1, 1))),
+    "every": (
+        {"fc0*": fm.policies.every(3), "*": fm.Policy()},
+        (2, 1, 2),
+        ((4, 1, 2), (1, 1, 2), (2, 1, 1), (2, 2, 3), (4, 1, 3)),
+    ),
     "coded": (fm.policies.coded(1), (4, 1, 1), ((2, 1, 1),)),
 }
 """Policies with which a step is a mean over the batch, however it is divided: the form that is stopped, and others."""
@@ -158,6 +162,16 @@ def test_the_same_replicas_go_on_elsewhere_as_if_they_had_not_moved(
         found = resumed(threads_cluster, tmp_path, (2, 2, 1), policies)
     assert_close(found, whole)
     assert found.ledger == whole.ledger
+
+
+def test_residuals_go_on_with_other_microbatches(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    policies = fm.Policy(filters=(fm.filters.top_k(0.25).with_error_feedback(),))
+    whole = fit(threads_cluster, FIRST, policies)
+    stopped(threads_cluster, tmp_path, FIRST, policies)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = resumed(threads_cluster, tmp_path, (2, 1, 2), policies)
+    assert_close(found, whole)
 
 
 @pytest.mark.parametrize("name", ASYNCHRONOUS)

@@ -3,21 +3,23 @@
 Parameters, optimizer state and the clocks say the same in every form. Two cases differ in what else goes on:
 
 * The replicas and stores are the same, and only their places have changed: everything goes on, under the names of the
-  new stages. With other microbatches, sums of gradients in their unit do not.
+  new stages.
 * Otherwise every machine begins at the clock of the snapshot. The ledger is counted in the new items. Parameters and
   optimizer state of replicas' own become their mean, or stay, if the replicas are the same. So do sums of gradients and
   residuals, each of which is a share of a mean over replicas. What else belongs to one replica, or waits for a later
   clock, is dropped, and the caller is told.
+
+A step adds up the gradients of its microbatches, so with other microbatches sums of gradients, and residuals of such
+sums, are multiplied by the ratio of their numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 
@@ -28,6 +30,7 @@ from flowml.policy import filters
 from flowml.training.valued import BATCH
 from flowml_runtime import wire
 from flowml_runtime.driver.training.amount import with_replicas, work_of
+from flowml_runtime.driver.training.joining import Buffers, is_weight, joined_residuals, joined_sums, mean, times
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.snapshots import Content, Figures, Layer, Snapshot, key_of, values_of
 from flowml_runtime.protocol.training.clocks import contained
@@ -40,8 +43,8 @@ from flowml_runtime.worker.training.resident import of_stage
 
 _SUMS, _STEPS = "gradients that waited for the next push", "local steps since the last push"
 _FILTERS = "what the filters remember"
-
-Buffers = dict[str, np.ndarray[Any, Any]]
+_IN_SUMS = {"sums": _SUMS, "filters": _FILTERS}
+"""What replicas keep of a store in the unit of its sums of gradients."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,18 @@ class _Form:
         if layer not in found:
             found.append(layer)
 
+    def in_unit(self, store: StoreSpec, what: str, buffers: Buffers) -> Buffers | None:
+        """Sums of gradients, or what filters remember of them, for the microbatches of this fit. None if they have no
+        such form: gradients with weights are sums of another unit."""
+        before, now = self.old.content.figures.microbatches, self.now.microbatches
+        if before == now or not buffers or (what == "filters" and not _filters_sums(store)):
+            return buffers
+        weights = [int(array) for name, array in buffers.items() if is_weight(name)]
+        others = any(name.split("/")[-1] != filters.RESIDUAL for name in buffers) if what == "filters" else False
+        if store.applies.weighted or others or any(weight * now % before for weight in weights):
+            return None
+        return {name: times(array, now, before) for name, array in buffers.items()}
+
     def give_state(self) -> None:
         """The state of the model, as its rules have joined that of all replicas. What is added up begins at one."""
         joined = [self.old.arrays[leaf.buffer] for leaf in self.old.content.state]
@@ -211,9 +226,13 @@ class _Moved(_Form):
         _, r, _, stage, *rest = owner.split("/")
         layer, what = "/".join(rest[:-1]), rest[-1]
         buffers = self.of(owner) or {}
-        if what == "sums" and buffers and self.old.content.figures.microbatches != self.now.microbatches:
-            self.leave_out(_SUMS, layer)
-            return
+        if what in _IN_SUMS:
+            (store,) = (store for store in self.training.stores if store.name == layer)
+            found = self.in_unit(store, what, buffers)
+            if found is None:
+                self.leave_out(_IN_SUMS[what], layer)
+                return
+            buffers = found
         to = min(where[layer][1]) if layer in where else int(stage)
         self.give(of_stage(int(r), to, layer, what), buffers)
 
@@ -316,15 +335,13 @@ class _Anew(_Form):
         if store.local is not None:
             self._give_own(store, clock, aligned=aligned)
         mine = [{o: b for o, b in self._of_replica(r, store.name).items() if b} for r in self._live]
-        same = self.old.content.figures.microbatches == self.now.microbatches and store.name in self._layers()
+        same = store.name in self._layers()
         stages = {part.stage for part in store.parts}
-        for what, words, join in (
-            ("sums", _SUMS, _joined_sums),
-            ("filters", _FILTERS, _joined_residuals),
-        ):
-            found = [one[what] for one in mine if what in one]
-            if not found:
+        for what, join in (("sums", joined_sums), ("filters", joined_residuals)):
+            kept = [self.in_unit(store, what, one[what]) for one in mine if what in one]
+            if not kept:
                 continue
+            words, found = _IN_SUMS[what], [one for one in kept if one is not None]
             joined = join(found) if same and len(found) == len(self._live) and len(stages) == 1 else None
             if joined is None:
                 self.leave_out(words, store.name)
@@ -371,7 +388,7 @@ class _Anew(_Form):
                 self.leave_out(_STEPS, store.name)
             return
         keeps = len(whole) == len(self.training.live) and not store.policy.filters
-        joined = {name: _mean([one[name] for one in whole]) for name in whole[0]}
+        joined = {name: mean([one[name] for one in whole]) for name in whole[0]}
         for number, r in enumerate(self.training.live):
             buffers = whole[number] if keeps else joined
             if not aligned:
@@ -422,9 +439,8 @@ class _Anew(_Form):
         for owner, names in self.old.content.owners.items():
             kind = owner.split("/")
             layer = "/".join(kind[4:-1])
-            if kind[0] == "replica" and names and layer not in here and kind[-1] in ("sums", "filters"):
-                words = {"sums": _SUMS, "filters": _FILTERS}
-                self.leave_out(words[kind[-1]], layer)
+            if kind[0] == "replica" and names and layer not in here and kind[-1] in _IN_SUMS:
+                self.leave_out(_IN_SUMS[kind[-1]], layer)
             elif kind[0] == "replica" and names and kind[-1] == "mirror":
                 self.leave_out("copies of neighbours and changes that were not sent", layer)
         for part in self.old.content.stopped.waiting:
@@ -446,27 +462,6 @@ def _decided(terms: Terms, group: Group, clock: int) -> int:
     return -1 if above is None else committed_before(terms, above, clock)
 
 
-def _mean(values: Sequence[Any]) -> Any:
-    """The mean of floating arrays; of others, such as counts and keys, the first."""
-    first = np.asarray(values[0])
-    if not jnp.issubdtype(first.dtype, jnp.inexact):
-        return first
-    wide = np.complex128 if jnp.issubdtype(first.dtype, jnp.complexfloating) else np.float64
-    return np.mean([np.asarray(v, wide) for v in values], axis=0, dtype=wide).astype(first.dtype)
-
-
-def _joined_sums(found: Sequence[Buffers]) -> Buffers | None:
-    """The mean of sums of gradients, if they have the same weights."""
-    weights = [{n: int(a) for n, a in one.items() if n.endswith("/weight")} for one in found]
-    if any(one != weights[0] for one in weights) or any(one.keys() != found[0].keys() for one in found):
-        return None
-    return {n: _mean([one[n] for one in found]) for n in found[0]}
-
-
-def _joined_residuals(found: Sequence[Buffers]) -> Buffers | None:
-    """The mean of residuals, if the filters remember nothing else."""
-    if any(one.keys() != found[0].keys() for one in found):
-        return None
-    if any(n.split("/")[-1] != filters.RESIDUAL for n in found[0]):
-        return None
-    return {n: _mean([one[n] for one in found]) for n in found[0]}
+def _filters_sums(store: StoreSpec) -> bool:
+    """Whether the filters of a store get sums of gradients: neither changes nor parameters, nor means."""
+    return not store.policy.local and all(part.finish is None for part in store.parts)
