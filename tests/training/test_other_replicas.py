@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -162,6 +163,47 @@ def test_the_same_replicas_go_on_elsewhere_as_if_they_had_not_moved(
         found = resumed(threads_cluster, tmp_path, (2, 2, 1), policies)
     assert_close(found, whole)
     assert found.ledger == whole.ledger
+
+
+ADDING: dict[str, Any] = {
+    "gradients": fm.Policy(every=3, apply="sum"),
+    "changes": fm.Policy(every=3, payload=fm.Delta(), apply="sum"),
+}
+
+
+@pytest.mark.parametrize("forms", [((4, 1, 1), (2, 1, 1)), ((2, 1, 1), (4, 1, 1)), ((4, 1, 1), (2, 1, 2))], ids=str)
+@pytest.mark.parametrize("name", ADDING)
+def test_what_waits_is_added_up_once_by_other_replicas(
+    threads_cluster: fm.Cluster, tmp_path: Path, name: str, forms: tuple[Form, Form]
+) -> None:
+    """Each step of a replica adds 1 to the sum of all parameters."""
+    examples = 4 * STEPS
+    source, params = np.eye(examples, dtype=np.float32), {"w": np.zeros(examples, np.float32)}
+
+    def count(form: Form, **more: Any) -> fm.TrainingResult:
+        trainer = fm.Trainer(
+            lambda params, batch: -jnp.mean(batch @ params["w"]),
+            optax.sgd(1.0),
+            cluster=threads_cluster,
+            replicas=form[0],
+            microbatches=form[2],
+            policies=ADDING[name],
+        )
+        checkpoint = fm.Checkpoint(tmp_path, every_steps=STOP)
+        return trainer.fit(params, source, batch_size=4, steps=STEPS, progress=False, checkpoint=checkpoint, **more)
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] >= STOP:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        count(forms[0], callbacks=[stop])
+    assert fm.restore(tmp_path).step % 3, "something waits"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = count(forms[1], resume="auto")
+    steps = STOP * forms[0][0] + (STEPS - STOP) * forms[1][0]
+    assert found.params["w"].sum() == pytest.approx(steps)
 
 
 def test_residuals_go_on_with_other_microbatches(threads_cluster: fm.Cluster, tmp_path: Path) -> None:

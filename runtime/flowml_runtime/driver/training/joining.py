@@ -36,12 +36,16 @@ def times(array: Any, now: int, before: int) -> Any:
     return (given.astype(wide) * now / before).astype(given.dtype)
 
 
-def joined_sums(found: Sequence[Buffers]) -> Buffers | None:
-    """The mean of sums of gradients, if they have the same weights."""
+def joined_sums(found: Sequence[Buffers], *, adds: bool = False) -> Buffers | None:
+    """The mean of sums of gradients, if they have the same weights, or contributions of replicas are added up."""
     weights = [{n: int(a) for n, a in one.items() if is_weight(n)} for one in found]
-    if any(one != weights[0] for one in weights) or any(one.keys() != found[0].keys() for one in found):
+    if any(one.keys() != found[0].keys() for one in found) or not (adds or all(one == weights[0] for one in weights)):
         return None
-    return {n: mean([one[n] for one in found]) for n in found[0]}
+    joined = {n: mean([one[n] for one in found]) for n in found[0]}
+    for name in weights[0]:
+        weight = round(sum(one[name] for one in weights) / len(weights))
+        joined[name] = np.asarray(max(weight, 1), joined[name].dtype)
+    return joined
 
 
 def joined_residuals(found: Sequence[Buffers]) -> Buffers | None:

@@ -9,6 +9,8 @@ Parameters, optimizer state and the clocks say the same in every form. Two cases
   residuals, each of which is a share of a mean over replicas. What else belongs to one replica, or waits for a later
   clock, is dropped, and the caller is told.
 
+Where the contributions of replicas are added up, and not averaged, what waits in all of them stays as much in all.
+
 A step adds up the gradients of its microbatches, so with other microbatches sums of gradients, and residuals of such
 sums, are multiplied by the ratio of their numbers.
 """
@@ -26,7 +28,7 @@ import numpy as np
 from flowml.devices import worker_of
 from flowml.errors import CheckpointError, named
 from flowml.plan import StoreSpec, Training
-from flowml.policy import filters
+from flowml.policy import Delta, filters
 from flowml.training.valued import BATCH
 from flowml_runtime import wire
 from flowml_runtime.driver.training.amount import with_replicas, work_of
@@ -334,21 +336,34 @@ class _Anew(_Form):
         self._give_values(store)
         if store.local is not None:
             self._give_own(store, clock, aligned=aligned)
-        mine = [{o: b for o, b in self._of_replica(r, store.name).items() if b} for r in self._live]
-        same = store.name in self._layers()
-        stages = {part.stage for part in store.parts}
-        for what, join in (("sums", joined_sums), ("filters", joined_residuals)):
-            kept = [self.in_unit(store, what, one[what]) for one in mine if what in one]
-            if not kept:
-                continue
-            words, found = _IN_SUMS[what], [one for one in kept if one is not None]
-            joined = join(found) if same and len(found) == len(self._live) and len(stages) == 1 else None
-            if joined is None:
+        mine = {r: {o: b for o, b in self._of_replica(r, store.name).items() if b} for r in self._live}
+        for what, words in _IN_SUMS.items():
+            kept = {r: self.in_unit(store, what, one[what]) for r, one in mine.items() if what in one}
+            if kept and not self._give_kept(store, what, kept):
                 self.leave_out(words, store.name)
+
+    def _give_kept(self, store: StoreSpec, what: str, kept: Mapping[int, Buffers | None]) -> bool:
+        """Give replicas what those before have `kept` of a store. Returns whether it has such a form."""
+        adds, stages = _adds_up(store), {part.stage for part in store.parts}
+        found = [one for one in kept.values() if one is not None]
+        whole = len(found) == (len(kept) if adds else len(self._live))
+        if not whole or len(stages) != 1 or store.name not in self._layers():
+            return False
+        if len(self._live) == len(self.training.live):
+            each = [kept.get(r) or {} for r in self._live]
+        else:
+            joined = joined_sums(found, adds=adds) if what == "sums" else joined_residuals(found)
+            if joined is None:
+                return False
+            if adds:
+                ratio = len(found), len(self.training.live)
+                joined = {n: a if is_weight(n) else times(a, *ratio) for n, a in joined.items()}
+            each = [joined] * len(self.training.live)
+        for r, buffers in zip(self.training.live, each, strict=True):
+            if not buffers:
                 continue
-            for r in self.training.live:
-                stays = len(self._live) == len(self.training.live)
-                self.give(of_stage(r, min(stages), store.name, what), found[r] if stays else joined)
+            self.give(of_stage(r, min(stages), store.name, what), buffers)
+        return True
 
     def _give_values(self, store: StoreSpec) -> None:
         """Give a home its values. Several stores may have a leaf of optimizer state, such as a count of their updates:
@@ -389,6 +404,10 @@ class _Anew(_Form):
             return
         keeps = len(whole) == len(self.training.live) and not store.policy.filters
         joined = {name: mean([one[name] for one in whole]) for name in whole[0]}
+        if _adds_up(store) and isinstance(store.policy.payload, Delta):
+            ratio = len(whole), len(self.training.live)
+            for name, began in [(f"params/{i}", joined[f"started/{i}"]) for i in range(len(store.leaves))]:
+                joined[name] = began + times(joined[name] - began, *ratio)
         for number, r in enumerate(self.training.live):
             buffers = whole[number] if keeps else joined
             if not aligned:
@@ -460,6 +479,11 @@ def _decided(terms: Terms, group: Group, clock: int) -> int:
     """The newest clock about which the sites of a group have decided."""
     above = group if not group.final else None if group.above is None else terms.groups[group.above]
     return -1 if above is None else committed_before(terms, above, clock)
+
+
+def _adds_up(store: StoreSpec) -> bool:
+    """Whether the contributions of replicas add up, because their kind does, or each is applied on arrival."""
+    return not (store.policy.clocked and store.policy.apply.averages)
 
 
 def _filters_sums(store: StoreSpec) -> bool:
