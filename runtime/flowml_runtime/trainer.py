@@ -51,12 +51,11 @@ from flowml_runtime.driver.training.feeding import MAX_SHAPES, first_batch
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Asked, Callback, Last, check_items, compiling, rest_of
 from flowml_runtime.driver.training.initial import first_state, nonfinite_of, own_array, warn_of_watchers
-from flowml_runtime.driver.training.lasting import Losses, OnLoss, Runs, begins_whole, prepare
+from flowml_runtime.driver.training.lasting import Losses, OnLoss, Runs, begun, prepare
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
 from flowml_runtime.driver.training.probe import Looked, looking
 from flowml_runtime.driver.training.program import Program, discard
-from flowml_runtime.driver.training.regrouping import WithPlaces
 from flowml_runtime.driver.training.result import TrainingResult, result_of, whole_of, with_shapes
 from flowml_runtime.driver.training.resuming import saving_of, writing
 from flowml_runtime.driver.training.saving import Saving
@@ -266,9 +265,8 @@ class Trainer:
         model = Model.of(state, self._state_rules, self._spec.replicas)
         spec = replace(self._spec, weight=by_examples) if asked.rest and self._spec.weight is None else self._spec
         batch = first_batch(data, order, batch_size, spec.replicas)
-        everywhere = WithPlaces.of(cluster, spec, elastic=some)
-        with begins_whole(asked.on_loss, elastic=some):
-            program, params = self._first_program(everywhere, spec, params, state, batch)
+        begin = partial(self._first_program, spec=spec, params=params, state=state, batch=batch)
+        everywhere, program, params = begun(begin, cluster, spec, asked.on_loss, elastic=some)
         check_items(program.training, asked)
         about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest, kind_of(cluster))
         saving = self._saving(cluster, program, params, opt_state, model, asked, about)

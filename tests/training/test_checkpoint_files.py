@@ -21,6 +21,7 @@ import optax
 import pytest
 
 import flowml as fm
+from flowml_runtime.driver.checkpoint import newest
 from flowml_runtime.environment import checkpoints
 from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
 
@@ -271,6 +272,19 @@ def test_a_write_that_fails_is_warned_of_while_the_fit_goes_on(threads_cluster: 
 def test_the_advice_is_that_of_the_error(number: int, text: str) -> None:
     assert checkpoints.advice(OSError(number, "")) == text
     assert not checkpoints.advice(fm.CheckpointError("another process has taken it over"))
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_no_damage(tmp_path: Path) -> None:
+    def write(step: int) -> None:
+        checkpoints.write(tmp_path, step, b"{}", {"a": np.full(4, step)}, keep=1)
+
+    def read(path: Path) -> int:
+        if checkpoints.step_of(path) == 1:
+            write(2)
+        return int(checkpoints.read(path)[1]["a"][0])
+
+    write(1)
+    assert newest(tmp_path, read) == (checkpoints.snapshots(tmp_path)[0], 2)
 
 
 WRITER = """

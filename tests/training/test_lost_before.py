@@ -9,13 +9,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import optax
 import pytest
 
 import flowml as fm
 from flowml.errors import WorkerLostError
 from flowml_runtime.launch.launched import LaunchedCluster
 from tests.conftest import wait_until
-from tests.training.reference import assert_same
+from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
 from tests.training.test_lost_and_replaced import REPLICAS, STEPS, fit
 
 STOP_AT = 22
@@ -82,7 +83,7 @@ def test_a_resumed_fit_shrinks_as_it_would_have_with_its_driver(tmp_path: Path) 
             assert (cluster.lost, len(cluster.devices)) == ((), REPLICAS)
 
 
-def test_a_fit_that_does_not_need_a_lost_worker_goes_on_without(tmp_path: Path) -> None:
+def test_a_lost_worker_comes_back_only_for_a_fit_that_needs_it() -> None:
     with closing(LaunchedCluster(workers=3)) as launched:
         os.kill(launched.pids["worker:2"], signal.SIGKILL)
         with connected(launched) as cluster:
@@ -90,3 +91,9 @@ def test_a_fit_that_does_not_need_a_lost_worker_goes_on_without(tmp_path: Path) 
             found = fit(cluster, "synchronous", replicas=2, on_loss="replace")
             assert len(found.history) == STEPS
             assert cluster.lost == ("worker:2",)
+            named = {"fc0": "worker:2", "*": "worker:0"}
+            trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=cluster, replicas=1, placement=named)
+            with pytest.raises(WorkerLostError, match=r"worker:2 was lost .*placement pattern 'fc0' names"):
+                trainer.fit(mlp(), data(), batch_size=BATCH, steps=2, progress=False)
+            trainer.fit(mlp(), data(), batch_size=BATCH, steps=2, progress=False, on_loss="replace")
+            assert cluster.lost == ()

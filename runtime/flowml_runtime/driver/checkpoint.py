@@ -62,16 +62,20 @@ def newest(
     directory: Path, read: Callable[[Path], T] = Snapshot.read, what: str = "The fit goes on from"
 ) -> tuple[Path, T] | None:
     """The newest snapshot of a directory that is complete; None if there is none. Warns of each that is damaged.
+    Another process may write there meanwhile.
 
     Raises CheckpointError if there are some, and all are damaged, or the newest is of another version of flowml.
     """
+    there = checkpoints.snapshots(directory)
     errors: list[CheckpointError] = []
-    for path in checkpoints.snapshots(directory):
+    for path in there:
         try:
             found = path, read(path)
         except checkpoints.FormatError:
             raise
         except CheckpointError as error:
+            if checkpoints.snapshots(directory)[:1] != there[:1]:  # it was removed, as a newer one is complete
+                return newest(directory, read, what)
             errors.append(error)
             continue
         for error in errors:

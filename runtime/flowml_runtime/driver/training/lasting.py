@@ -22,10 +22,9 @@ one fate, and nothing is lost or applied twice. Records of steps that are done a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -44,9 +43,11 @@ from flowml_runtime.driver.training.fit_arguments import Asked, Callback, OnLoss
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.outcome import Change, Loss, Outcome
 from flowml_runtime.driver.training.program import Program
-from flowml_runtime.driver.training.regrouping import Regrouped, Regrouping, lost_replicas
+from flowml_runtime.driver.training.regrouping import Regrouped, Regrouping, WithPlaces, lost_replicas
 from flowml_runtime.driver.training.saving import Saving
 from flowml_runtime.membership.advice import lost_itself, without_remedy
+
+T = TypeVar("T")
 
 MOST_IN_VAIN = 10
 """How many losses without a new step in between a fit survives. More say that a step itself ends the worker."""
@@ -88,20 +89,32 @@ def _missing(spec: TrainingSpec, devices: Sequence[Device]) -> int:
         return 1
 
 
-@contextmanager
-def begins_whole(on_loss: OnLoss, *, elastic: bool) -> Generator[None]:
-    """A fit that is not elastic begins with all replicas. If a worker of one is lost, the error says what would begin
-    without it."""
-    try:
-        yield
-    except WorkerLostError as error:
-        if on_loss != "shrink" or elastic:
-            raise
-        raise WorkerLostError(
-            f"{error}; or give replicas='elastic' in place of on_loss='shrink': such a fit begins without the replicas "
-            "whose workers are lost",
-            worker=error.worker,
-        ) from None
+def begun(
+    begin: Callable[[WithPlaces], tuple[Program, T]],
+    cluster: Any,
+    spec: TrainingSpec,
+    on_loss: OnLoss,
+    *,
+    elastic: bool,
+) -> tuple[WithPlaces, Program, T]:
+    """The places of a fit, and what `begin` returns for them, which places all replicas. With `on_loss="replace"` a
+    lost worker that the placement names is replaced. If the fit cannot begin without a lost one, the error says what
+    would."""
+    while True:
+        places = WithPlaces.of(cluster, spec, elastic=elastic)
+        try:
+            return places, *begin(places)
+        except WorkerLostError as error:
+            if on_loss == "replace" and error.worker in cluster.lost:
+                cluster.bring_back(error.worker)
+            elif on_loss != "shrink" or elastic:
+                raise
+            else:
+                raise WorkerLostError(
+                    f"{error}; or give replicas='elastic' in place of on_loss='shrink': such a fit begins without the "
+                    "replicas whose workers are lost",
+                    worker=error.worker,
+                ) from None
 
 
 class Losses:
