@@ -62,6 +62,18 @@ def test_work_is_asked_for_ahead_of_need() -> None:
     machine.validate()
 
 
+def test_a_replica_that_was_silent_looks_once_at_each_clock_that_was_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks, seen, look = 300, list[int](), Terms.may_skip
+    machine = leader(QUORUM, clocks=clocks + 10)
+    monkeypatch.setattr(Terms, "may_skip", lambda terms, clock: (seen.append(clock), look(terms, clock))[1])
+    for clock in range(2):
+        machine.step(StepFinished(clock))
+    for clock in range(clocks):
+        machine.step(Committed(clock, (0,), 0))  # it has no item meanwhile
+    assert len(seen) < 3 * clocks
+    machine.validate()
+
+
 def test_without_clocks_a_step_is_begun_when_it_is_known_whether_it_is_the_last() -> None:
     machine = leader(ARRIVING)
     assert machine.step(StepFinished(0)) == [Settle(item(0), "used")]

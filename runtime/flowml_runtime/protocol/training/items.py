@@ -63,6 +63,11 @@ class Items:
         self._returned += [item for clock, item in granted if clock < self._next]
         self._held += [entry for entry in granted if entry[0] >= self._next]
 
+    @property
+    def next(self) -> int:
+        """The clock of the next step, unless it is skipped. All before it have begun or are skipped."""
+        return self._next
+
     def skip_to(self, clock: int) -> None:
         if clock <= self._next:
             return

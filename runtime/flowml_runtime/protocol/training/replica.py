@@ -403,7 +403,7 @@ class Replica:
 
     def _next_clock(self) -> int:
         """The clock after the newest one that has begun, without those that every group due there has decided."""
-        clock, newest, terms = self._begun + 1, self.committed, self._terms
+        clock, newest, terms = self._work.next, self.committed, self._terms
         if clock > newest:
             return clock
         if any(self._committed[group] < terms.last_clock for group in terms.never_skipped):
