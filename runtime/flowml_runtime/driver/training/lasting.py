@@ -4,7 +4,8 @@
 
     replace    lost workers are started again, and the plan is the same
     shrink     replicas with a stage on a lost worker are left out, and their stores move (`flowml.training.without`)
-    elastic    the same, and replicas whose workers join take part from a snapshot on (`regrouping`)
+    elastic    the same, and replicas whose workers join take part from a snapshot on (`regrouping`), or from the one
+               before a loss that leaves too few without them
 
 Where no replica waits for another, a run goes on without a lost worker that had nothing but replicas
 (`protocol.training.departed`), and there is no next run.
@@ -24,7 +25,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -117,6 +118,14 @@ def begun(
                 ) from None
 
 
+class After(NamedTuple):
+    """The plan of the next run, the workers that were lost, and those that take their place."""
+
+    handle: LoadedPlan
+    lost: tuple[str, ...]
+    joined: tuple[str, ...] = ()
+
+
 class Losses:
     """What a fit does about lost workers."""
 
@@ -139,8 +148,10 @@ class Losses:
         """The workers whose replicas are left out."""
         self.survived: list[Loss] = []
         """Those after which the fit went on."""
-        self._at_load: tuple[tuple[str, ...], str, float] | None = None
-        """The workers that were lost while the plan was loaded, why, and how long it took to load it without them."""
+        self.changes: list[Change] = []
+        """How its workers have changed otherwise."""
+        self._at_load: tuple[After, str, float] | None = None
+        """What was done about workers that were lost while the plan was loaded, why they were, and how long it took."""
         self._cluster = cluster
         self.program = program
         self._least = least
@@ -172,15 +183,15 @@ class Losses:
                 raise
             time = self.program.session.time
             began = time.now()
-            handle, lost = self.after(error)
-            self._at_load = lost, without_remedy(str(error)), time.now() - began
-            return handle
+            after = self.after(error)
+            self._at_load = after, without_remedy(str(error)), time.now() - began
+            return after.handle
 
     def begins(self, step: int) -> None:
         """The fit begins with this step. Workers may have been lost before."""
         if self._at_load is not None:
-            lost, why, seconds = self._at_load
-            self.survive(Loss(lost, why, step, step, seconds))
+            after, why, seconds = self._at_load
+            self.survive(Loss(after.lost, why, step, step, seconds), after.joined)
 
     def check_driver(self, error: FlowmlError) -> None:
         """Raise another error than this one if workers are lost here that are there, and count this driver as lost."""
@@ -198,14 +209,14 @@ class Losses:
         left = self._left(self.gone)
         if len(left) < self._least:
             few, smaller = self._few(len(left), "have their workers")
-            other = f", or give {smaller}" if self._least > 1 else ""
+            other = f", or give {smaller}" if left and self._least > 1 else ""
             raise ValueError(f"{few} to begin; start {', '.join(self.gone)} with `flowml worker`{other}")
         if few := too_few(training, left):
             raise ValueError(f"{few.why}; start {', '.join(self.gone)} with `flowml worker`")
 
-    def after(self, error: FlowmlError) -> tuple[LoadedPlan, tuple[str, ...]]:
-        """Load the plan after workers were lost: it, and they. Raises `error` if none was, or too few are left."""
-        lost: dict[str, None] = {}
+    def after(self, error: FlowmlError) -> After:
+        """Load the plan after workers were lost. Raises `error` if none was, or too few are left."""
+        lost, joined = dict[str, None](), frozenset[str]()
         while True:
             there = {device.worker for device in self._cluster.devices}
             named = {error.worker} if isinstance(error, WorkerLostError) else set[str]()
@@ -216,9 +227,10 @@ class Losses:
             if self.on_loss == "replace":
                 self._cluster.bring_back(found)
             else:
-                self._leave_out(tuple(lost), error)
+                joined |= self._leave_out(tuple(found), tuple(lost), error)
             try:
-                return self.program.load(self.gone, anew=True), tuple(lost)
+                handle = self.program.load(self.gone, anew=True)
+                return After(handle, tuple(lost), tuple(sorted(joined.difference(self.gone))))
             except WorkerLostError as another:
                 error = another
 
@@ -233,10 +245,12 @@ class Losses:
             self.regrouping.begin(self.gone)
         self.survive(Loss((worker,), why, step, step, 0.0))
 
-    def survive(self, loss: Loss) -> None:
-        """The fit goes on after a loss."""
+    def survive(self, loss: Loss, joined: tuple[str, ...] = ()) -> None:
+        """The fit goes on after a loss, with workers that have joined."""
         self.survived.append(loss)
-        warn(_told(loss, self.on_loss))
+        if joined:
+            self.changes.append(Change(joined, loss.resumed_at, len(self._left(self.gone)), loss.seconds))
+        warn(_told(loss, self.on_loss, joined))
 
     def ready(self) -> bool:
         """Whether the next run can begin with other workers, before any is lost. Called for each message of a fit."""
@@ -263,7 +277,7 @@ class Losses:
         try:
             return self.program.load(anew=True), leave, leave
         except WorkerLostError as error:
-            return self.after(error)[0], leave, leave
+            return self.after(error).handle, leave, leave
 
     def _cannot(self, gone: Collection[str]) -> bool:
         """Whether the fit cannot go on without these workers."""
@@ -276,26 +290,30 @@ class Losses:
         lost = lost_replicas(training, gone)
         return [r for r in range(len(training.replicas)) if r not in lost]
 
-    def _leave_out(self, workers: Sequence[str], error: FlowmlError) -> None:
-        self.gone.update(dict.fromkeys(workers))
-        left, why = self._left(self.gone), _all_lost(workers, error)
-        if few := too_few(self.program.training, left):
-            raise WorkerLostError(
-                f"{why}. {few.why}; {self._remedy} {few.remedy}",
-                worker=workers[0],
-                step=error.step,
-            ) from error
-        if len(left) < self._least:
+    def _leave_out(self, found: Sequence[str], lost: Sequence[str], error: FlowmlError) -> frozenset[str]:
+        """Go on without the workers that were `found` to be lost, among all that are `lost` now. Returns those that
+        have joined and take part at once, because too few replicas would be left. While enough are left these do not
+        wait until others have compiled."""
+        self.gone.update(dict.fromkeys(found))
+        joined = frozenset[str]()
+        if self.regrouping is not None and self._cannot(self.gone):
+            joined = self.regrouping.joined(self.gone)
+            self.gone = {worker: None for worker in self.gone if worker not in joined}
+        left, why = self._left(self.gone), _all_lost(lost, error)
+        if left and (few := too_few(self.program.training, left)):
+            text = f"{why}. {few.why}; {self._remedy} {few.remedy}"
+        elif len(left) < self._least:
             few, smaller = self._few(len(left), "are left")
-            raise WorkerLostError(
-                f"{why}. {few}; {self._remedy} {smaller}", worker=workers[0], step=error.step
-            ) from error
+            text = f"{why}. {few}; {self._remedy} {smaller}"
+        else:
+            return joined
+        raise WorkerLostError(text, worker=lost[0], step=error.step) from error
 
     def _few(self, left: int, are: str) -> tuple[str, str]:
         """That too few replicas are there, and what to give. The fewest are named if they were given."""
         replicas = len(self.program.training.replicas)
         asked = f"{self._least} (min_replicas=)" if self._least > 1 else "at least one"
-        smaller = "a smaller min_replicas" if self._least > 1 else "more replicas, so that some are left"
+        smaller = "a smaller min_replicas" if left else "more replicas, so that some are left"
         return f"{left} of {replicas} replicas {are}, and the fit needs {asked}", smaller
 
 
@@ -328,7 +346,6 @@ class Runs:
         """The newest step whose record callbacks have got."""
         self._seen = -1
         """The same, without one in which a callback has raised an error."""
-        self._changes: list[Change] = []
         self._in_vain = 0
         """The newest losses without a new step before them."""
         self._reached = -1
@@ -383,8 +400,8 @@ class Runs:
         while True:
             try:
                 outcome = self.fit.run(*self._leaves(), callbacks, held, time.now() - began)
-                changes = tuple(self._changes)
-                return replace(outcome, history=self._records, losses=tuple(self._losses.survived), changes=changes)
+                losses, changes = tuple(self._losses.survived), tuple(self._losses.changes)
+                return replace(outcome, history=self._records, losses=losses, changes=changes)
             except Regrouped:
                 held = self._regroup(began)
             except FlowmlError as error:
@@ -404,11 +421,11 @@ class Runs:
                 worker=error.worker,
                 step=error.step,
             ) from error
-        handle, gone = self._losses.after(error)
+        handle, gone, joined = self._losses.after(error)
         self._next(handle)
         why = str(error) if before.lost is None else before.lost.reason
         loss = Loss(gone, why, before.step, self.fit.saving.first, now() - lost_at)
-        self._losses.survive(loss)
+        self._losses.survive(loss, joined)
         return before.held(self.fit.saving.first, lost_at - began)
 
     def _regroup(self, began: float) -> list[Record]:
@@ -419,7 +436,7 @@ class Runs:
         self._next(handle)
         assert handle.plan.training is not None
         replicas = len(handle.plan.training.live)
-        self._changes.append(Change(joined, self.fit.saving.first, replicas, now() - stopped_at, left))
+        self._losses.changes.append(Change(joined, self.fit.saving.first, replicas, now() - stopped_at, left))
         return before.held(self.fit.saving.first, stopped_at - began)
 
     def _next(self, handle: LoadedPlan) -> None:
@@ -453,11 +470,12 @@ def _all_lost(workers: Sequence[str], error: FlowmlError) -> str:
     return f"{text}; {listed(others)} {'was' if len(others) == 1 else 'were'} lost{' too' * (named is not None)}"
 
 
-def _told(loss: Loss, on_loss: OnLoss) -> str:
+def _told(loss: Loss, on_loss: OnLoss, joined: Sequence[str]) -> str:
     one = len(loss.workers) == 1
     was, its = ("was", "its replica") if one else ("were", "their replicas")
     how = f"replaced within {loss.seconds:.1f} s" if on_loss == "replace" else f"left out with {its}"
+    new = f", with {listed(tuple(joined))}, which {'has' if len(joined) == 1 else 'have'} joined" if joined else ""
     return (
         f"{listed(loss.workers)} {was} lost at step {loss.step} ({loss.reason}) and {was} {how}; the fit goes on "
-        f"from step {loss.resumed_at}"
+        f"from step {loss.resumed_at}{new}"
     )

@@ -84,6 +84,11 @@ class Regrouping:
             return False
         return loaded is not None
 
+    def joined(self, gone: Collection[str]) -> frozenset[str]:
+        """Those of these workers that are there again, or at last, and may take part."""
+        there = {device.worker for device in self._cluster.devices} - self._cluster.leaving
+        return frozenset(there.intersection(gone)) if self._joins else frozenset()
+
     def take(self) -> tuple[LoadedPlan, frozenset[str]]:
         """The plan that is ready, and the workers without which it is."""
         with self._lock:
@@ -96,8 +101,7 @@ class Regrouping:
         """See what is wanted now. A plan with a worker that has given notice meanwhile is not taken any more."""
         self._seen = self._cluster.devices
         leaving = frozenset(self._cluster.leaving.intersection(self._program.workers()))
-        there = {device.worker for device in self._seen} - leaving
-        gone = (self._gone - there if self._joins else self._gone) | leaving
+        gone = (self._gone - self.joined(self._gone)) | leaving
         training = self._program.training
         changes = _lost(training, gone) != _lost(training, self._gone)
         wanted = gone if changes and self._may_be_gone(gone) else None  # else those that are to leave stay
