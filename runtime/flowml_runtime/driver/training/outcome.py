@@ -55,7 +55,8 @@ class Loss:
 @dataclass(frozen=True)
 class Change:
     """A change of the workers of a fit that is no loss: some have `joined`, and some have `left` after notice, before
-    the step `step`, which ran with so many `replicas`. The others stood still for `seconds`."""
+    the step `step`, which ran with so many `replicas`. The others stood still for `seconds`. Some may join at a loss,
+    which is in the losses too, if too few replicas would be left without them."""
 
     joined: tuple[str, ...]
     step: int
