@@ -115,7 +115,7 @@ def restore(path: str | os.PathLike[str]) -> Restored:
     """
     directory = checkpoints.named_directory("fm.restore", path)
     if checkpoints.snapshots(directory):
-        found = newest(directory)
+        found = newest(directory, what="Restored is")
     else:
         found = (directory, Snapshot.read(directory))
     assert found is not None

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import flowml
-from flowml.errors import WorkerLostError
+from flowml.errors import ClusterError, WorkerLostError
 from flowml_runtime import service, wire
 from flowml_runtime.environment.processes import AtWork, machine
 from flowml_runtime.membership.log import Log
@@ -133,6 +133,12 @@ class CoordinatorHost:
             self._events.put(ProcessExited(message.worker, message.reason, message.process))
 
     def _run(self) -> None:
+        try:
+            self._take_all()
+        except ClusterError as error:  # another coordinator has the log, or it cannot be written
+            self._fail(service.text_of(error))
+
+    def _take_all(self) -> None:
         self._take(Tick(time.monotonic()))
         next_tick = time.monotonic() + self._tick_s
         while True:

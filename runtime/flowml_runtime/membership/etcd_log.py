@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -124,7 +125,7 @@ class EtcdLog:
         if self._over.is_set():
             return
         self._over.set()
-        with service.going_on("the log in etcd is free only when its lease is over"):
+        with suppress(ClusterError):  # it is free when its lease is over
             self._etcd.commit(("holder", self._revision), [], clear=("holder", "holder\0"))
 
     def _commit(self, records: Sequence[Record], *, clear: tuple[str, str] | None = None) -> None:

@@ -159,7 +159,7 @@ def _tell_incomplete(kept: KeptFit, found: tuple[Path, Snapshot] | None) -> None
     steps = kept.incomplete(0 if found is None else found[1].content.steps)
     if steps is None:
         return
-    which = f"the snapshot of step {steps}, and those that had the rest are gone" if steps else "the first snapshot"
+    which = f"the snapshot of step {steps}, and the rest is lost" if steps else "the first snapshot"
     what = "begins anew" if found is None else f"goes on from the older checkpoint {found[0]}"
     warn(f"the workers keep only a part of {which}, so the fit {what}")
 
