@@ -15,7 +15,7 @@ import flowml as fm
 from flowml.arrays import ArraySpec
 from flowml_runtime import wire
 from flowml_runtime.worker.training.published import MOST_PENDING, WHOLE, PublicCopy, Reader, StoreView
-from flowml_runtime.worker.training.publisher import News, Publisher, merged
+from flowml_runtime.worker.training.publisher import News, Publisher, merged, most_ahead
 from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
 from tests.training.test_filtered import SHAPE, stores
 
@@ -141,6 +141,38 @@ def test_a_publisher_says_that_a_reader_gets_a_version_whole() -> None:
         newest = version
     assert newest == 8
     assert told[-1]
+
+
+def test_a_reader_that_was_stopped_gets_the_newest_version_and_few_others() -> None:
+    """Its way takes everything, as a long queue of messages does."""
+    on_the_way, sent = [0], list[int]()
+
+    def send(_reader: str, message: wire.Published, arrays: Any, _timeout_s: float | None) -> None:
+        sent.append(message.version)
+        on_the_way[0] += sum(array.nbytes for array in arrays)
+
+    failed: list[BaseException] = []
+    publisher, over = Publisher("home", send, failed.append, lambda _: on_the_way[0]), threading.Event()
+    values, versions = np.ones(2**15), 500  # 256 KiB
+    for version in range(versions):
+        publisher.publish("stopped", *published(version, WHOLE, values))
+    few = most_ahead(published(0, WHOLE, values)) // values.nbytes + 1
+    assert sent == list(range(few))
+    publisher.after_all(over.set)
+    on_the_way[0] = 0
+    assert over.wait(60)
+    publisher.close()
+    assert not failed
+    assert sent == [*range(few), versions - 1]
+
+
+def test_a_publisher_that_is_closed_waits_for_no_reader() -> None:
+    publisher = Publisher("home", lambda *_: None, lambda _: None, lambda _: 2**40)
+    publisher.publish("stopped", *published(0, WHOLE, np.ones(2)))
+    thread = next(t for t in threading.enumerate() if t.name == "home publish to stopped")
+    publisher.close()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("kind", ["threads_cluster", "process_cluster"])

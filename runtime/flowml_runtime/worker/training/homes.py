@@ -87,7 +87,10 @@ class Homes:
         """By store what its readers hold, where it is filtered."""
         self._lanes = {home: Lane(f"{home} home run {run.number}") for home in dict.fromkeys(self._homes.values())}
         self._publisher = Publisher(
-            f"{run.me} run {run.number}", self._send_published, partial(self._fail, run.number, "publish")
+            f"{run.me} run {run.number}",
+            self._send_published,
+            partial(self._fail, run.number, "publish"),
+            run.sender.waiting,
         )
         for store, home in self._homes.items():
             self._register(store, self._lanes[home])

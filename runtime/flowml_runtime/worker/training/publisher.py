@@ -3,7 +3,8 @@
 A reader needs only the newest version of a store. So for each reader and store at most one version waits to be sent,
 and a newer one replaces it. A version that cannot be sent at once, because it is large or because the reader has not
 received earlier messages yet, is sent by a separate thread for that reader. A blocked reader blocks only its own
-thread, and keeps one version of each store alive.
+thread, and keeps one version of each store alive, and as much on the way as `most_ahead` says. So one that was stopped
+does not have to work through all versions of that time.
 """
 
 from __future__ import annotations
@@ -32,6 +33,16 @@ class News(NamedTuple):
     whole: Arrays = ()
 
 
+AHEAD_BYTES = 8 * 2**20
+AGAIN_S = 0.001
+
+
+def most_ahead(news: News) -> int:
+    """A version is sent when no more bytes than these wait for its reader. Another one as large may be on the way, so
+    that the way is never idle between two."""
+    return max(AHEAD_BYTES, 2 * sum(s.nbytes for s in news.message.specs))
+
+
 Send = Callable[[str, wire.Published, Arrays, float | None], None]
 """(reader, message, arrays, timeout in seconds). Raises TimeoutError if it cannot be sent in time."""
 
@@ -52,10 +63,18 @@ def merged(older: News | None, newer: News) -> News:
 class Publisher:
     """Sends to the readers of one worker's stores. Every method may be called from any thread; none waits."""
 
-    def __init__(self, name: str, send: Send, failed: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        send: Send,
+        failed: Callable[[BaseException], None],
+        ahead: Callable[[str], int] = lambda _: 0,
+    ) -> None:
+        """`ahead(reader)` are the bytes of messages that wait for a reader, of whatever kind."""
         self._name = name
         self._send = send
         self._failed = failed
+        self._ahead = ahead
         self._lock = threading.Lock()
         self._readers: dict[str, _Reader] = {}
 
@@ -80,21 +99,26 @@ class Publisher:
         with self._lock:
             readers = list(self._readers.values())
         for reader in readers:
-            reader.lane.close()
+            reader.close()
 
     def _reader(self, name: str) -> _Reader:
         with self._lock:
             if name not in self._readers:
-                self._readers[name] = _Reader(name, f"{self._name} publish to {name}", self._send, self._failed)
+                lane = f"{self._name} publish to {name}"
+                self._readers[name] = _Reader(name, lane, self._send, self._failed, self._ahead)
             return self._readers[name]
 
 
 class _Reader:
-    def __init__(self, name: str, lane: str, send: Send, failed: Callable[[BaseException], None]) -> None:
-        self.lane = Lane(lane)
+    def __init__(
+        self, name: str, lane: str, send: Send, failed: Callable[[BaseException], None], ahead: Callable[[str], int]
+    ) -> None:
+        self._lane = Lane(lane)
+        self._closed = threading.Event()
         self._name = name
         self._send = send
         self._failed = failed
+        self._ahead = ahead
         self._lock = threading.Lock()
         self._waiting: dict[int, News] = {}
         """Store -> what the lane still has to send. The lane has one job for each."""
@@ -127,9 +151,13 @@ class _Reader:
         else:
             then()
 
+    def close(self) -> None:
+        self._closed.set()
+        self._lane.close()
+
     def _send_now(self, news: News) -> bool:
         message, arrays, _ = news
-        if sum(s.nbytes for s in message.specs) >= LARGE_BYTES:
+        if sum(s.nbytes for s in message.specs) >= LARGE_BYTES or self._ahead(self._name) > most_ahead(news):
             return False
         try:
             self._send(self._name, message, arrays, 0.0)
@@ -138,8 +166,14 @@ class _Reader:
         return True
 
     def _send_waiting(self, store: int) -> None:
-        with self._lock:
-            message, arrays, _ = self._waiting.pop(store)
+        while not self._closed.is_set():
+            with self._lock:
+                if self._ahead(self._name) <= most_ahead(self._waiting[store]):
+                    message, arrays, _ = self._waiting.pop(store)
+                    break
+            self._closed.wait(AGAIN_S)
+        else:
+            return
         self._send(self._name, message, arrays, None)
 
     def _put(self, job: Callable[[], None]) -> None:
@@ -153,7 +187,7 @@ class _Reader:
                 with self._lock:
                     self._under_way -= 1
 
-        self.lane.put(run, self._failed)
+        self._lane.put(run, self._failed)
 
 
 class _Countdown:

@@ -46,7 +46,8 @@ class Relays:
         """By leader, if the sums of its site are filtered."""
         self._sums = False
         """Whether there was a sum to send."""
-        self._publisher = Publisher(f"{run.me} sites run {run.number}", self._send, partial(self._fail, 0, "publish"))
+        failed = partial(self._fail, 0, "publish")
+        self._publisher = Publisher(f"{run.me} sites run {run.number}", self._send, failed, run.sender.waiting)
 
     def forward(self, action: Forward) -> None:
         """Add up contributions, and send the sum."""
