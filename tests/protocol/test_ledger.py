@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from flowml.errors import FlowmlError
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
-from flowml_runtime.protocol.training.ledger import Asked, Grant, Ledger, Settled, Tally, Work
+from flowml_runtime.protocol.training.ledger import Asked, Grant, Ledger, Settled, Work
+from flowml_runtime.protocol.training.summary import Tally
 from flowml_runtime.protocol.training.terms import ReplicaLost
 
 ALIGNED = Work(replicas=2, items_per_epoch=5, item_size=8, total_clocks=4, aligned=True)

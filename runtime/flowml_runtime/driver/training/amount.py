@@ -7,7 +7,7 @@ from dataclasses import replace
 from flowml.plan import Training
 from flowml.splits import Shards, Shuffle
 from flowml.training.pieces import short_items, short_parts
-from flowml_runtime.driver.training.tables import group_names
+from flowml_runtime.driver.training.tables import group_names, ungrouped
 from flowml_runtime.protocol.training.ledger import Work
 from flowml_runtime.protocol.training.terms import Terms
 
@@ -28,6 +28,7 @@ def work_of(
         coded=training.code is not None,
         microbatches=training.microbatches,
         groups=tuple(group_names(training, terms)),
+        ungrouped=ungrouped(training, terms),
         portions=training.items // replicas,
         epoch_share=training.stores[0].policy.epoch_share or 1.0,
         short=short,

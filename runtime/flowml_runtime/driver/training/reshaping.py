@@ -279,7 +279,7 @@ class _Anew(_Form):
         before = with_replicas(work, figures.replicas, figures.microbatches, *source)
         waits = {(w.replica, w.clock) for w in content.stopped.waiting}
         unsettled = ((s.replica, u) for s in content.stopped.stages for u in s.unsettled)
-        counted = {(r, u.clock) for r, u in unsettled if max(u.counted, default=-1) >= 0}
+        counted = {(r, u.clock) for r, u in unsettled if max(u.counted, default=-1) >= 0 or not u.open}
 
         def lost(replica: int, clock: int) -> bool:
             left = not self.left_out.keys().isdisjoint((_SUMS, _STEPS)) or (replica, clock) in waits

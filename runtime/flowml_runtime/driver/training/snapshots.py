@@ -159,8 +159,8 @@ class Snapshot:
         there = {worker_of(d) for r in training.live for d in training.replicas[r]}
         left.update(o for o in content.owners if o.startswith("reader/") and o.split("/")[1] not in there)
         ledger = content.ledger
-        if any(replica in lost for replica, _, _ in ledger.outstanding):
-            terms, f = Terms.of(training, total), content.figures
+        terms, f = Terms.of(training, total), content.figures
+        if terms.aligned and any(replica in lost for replica, _, _ in ledger.outstanding):
             work = work_of(training, terms, f.examples, f.batch_size, f.rest, f.shuffle)
             ledger = closed(ledger, work, terms, stopped, lost, lambda store: False)
         stopped = msgspec.structs.replace(

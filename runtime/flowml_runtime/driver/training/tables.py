@@ -53,8 +53,8 @@ def _tallies(training: Training, ledger: Summary) -> dict[str, Summary | Tally]:
     """By layer the fates of the items: those for its group of layers, if groups have different ones."""
     terms = Terms.of(training, 1)
     names = group_names(training, terms)
-    groups = {store: ledger.groups.get(names[group]) for store, group in terms.group_of.items() if names}
-    return {store.name: groups.get(i) or ledger for i, store in enumerate(training.stores)}
+    rows = {store: names[group] for store, group in terms.group_of.items() if names} | dict(ungrouped(training, terms))
+    return {store.name: ledger.groups.get(rows.get(i, "")) or ledger for i, store in enumerate(training.stores)}
 
 
 def group_names(training: Training, terms: Terms) -> list[str]:
@@ -62,6 +62,11 @@ def group_names(training: Training, terms: Terms) -> list[str]:
     if len(terms.groups) < 2 and len(terms.group_of) == len(terms.stores):
         return []
     return [policy_name(training, group.stores) for group in terms.groups]
+
+
+def ungrouped(training: Training, terms: Terms) -> tuple[tuple[int, str], ...]:
+    """The stores that decide nothing, and a name for the row of each."""
+    return tuple((n, policy_name(training, (n,))) for n in range(len(terms.stores)) if n not in terms.group_of)
 
 
 def policy_name(training: Training, stores: Sequence[int]) -> str:

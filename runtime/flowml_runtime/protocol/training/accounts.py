@@ -10,7 +10,9 @@ another. An account closes when the fate of the item's gradients is known in eve
   last push if its commit leaves the replica out, because the replica then takes the global parameters.
 * A late contribution is folded in when a commit names it. Otherwise it is lost for its group.
 * Where sites decide alone, a group above them counts what the site has counted until it pushed.
-* Stores without decisions count every step that has finished.
+* Stores without decisions count every step that has finished. The account stays open until they have it, as far as
+  the replica knows: until the push after it, or a later one where pushes wait for those of others (`Terms.behind`). A
+  snapshot then says which steps these stores may lack.
 * If steps may leave out microbatches, the step must have finished too, because only then it is known how many.
 
 An item is settled as used if some store counts it; `missing` names the groups that have lost it, and `late` those
@@ -23,15 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.training.fates import Fate
 from flowml_runtime.protocol.training.terms import Committed, Group, Terms
-
-Fate = Literal["used", "dropped", "folded", "requeued", "duplicate"]
 
 
 class Settle(msgspec.Struct, frozen=True):
@@ -106,6 +107,9 @@ class Accounts:
         """In the order of clocks. They are few, and a table of them is larger."""
         self._pushed: dict[tuple[int, int], Fate] = NOTHING
         """(group above, clock) -> what became of the push of the site."""
+        self._sent: dict[int, tuple[int, ...]] = NOTHING
+        """Store of `Terms.behind` -> the clocks of the newest pushes. It has those before the first one of as many as
+        may wait, and that itself."""
 
     def kept(self) -> tuple[wire.Unsettled, ...]:
         """The items that are not settled, for a snapshot."""
@@ -150,16 +154,36 @@ class Accounts:
             account.lost = frozenset(g.number for g in decided if g.discards or (g.number in due and not g.folds))
             account.open -= account.lost
 
-    def finish(self, clock: int, left_out: int = 0) -> list[Settle]:
-        """The step of `clock` has finished without its last `left_out` microbatches. Without decisions, that settles
-        its item."""
+    def finish(self, clock: int, left_out: int = 0, *, last: bool = False) -> list[Settle]:
+        """The step of `clock`, the `last` one, has finished without its last `left_out` microbatches. Without
+        decisions, that settles its item."""
+        pushes = bool(self._terms.behind) and self._push(clock, last=last)
         if self._terms.groups and not self._waits:
-            return []
+            return self._settle([*self._accounts]) if pushes else []
         account = self._at(clock)
         if account is None:
             raise ProtocolError(f"replica {self._me} finishes clock {clock}, which it has not begun")
         account.left_out = left_out
-        return self._settle([account])
+        return self._settle([*self._accounts] if pushes else [account])
+
+    def _push(self, clock: int, *, last: bool) -> bool:
+        """The step of `clock` has finished. Whether it ends with a push to a store that may not have earlier ones."""
+        pushes, ended = False, last or clock == self._terms.last_clock  # nothing waits at the end
+        for store, most in self._terms.behind:
+            if ended or self._terms.stores[store].policy.every.due(clock, self._terms.last_clock):
+                self._sent = self._sent or {}
+                sent = (clock,) * (most + 1) if ended else (*self._sent.get(store, ()), clock)
+                self._sent[store] = sent[-1 - most :]
+                pushes = True
+        return pushes
+
+    def _may_lack(self, clock: int) -> bool:
+        """Whether some store without decisions may not have the step of `clock` yet."""
+        for store, most in self._terms.behind:
+            sent = self._sent.get(store, ())
+            if len(sent) <= most or sent[0] < clock:
+                return True
+        return False
 
     def commit(self, event: Committed) -> list[Settle]:
         group = self._terms.groups[event.group]
@@ -191,7 +215,7 @@ class Accounts:
             self._follow(account)
             account.lost |= account.open | {g.number for g in self._terms.final if g.above in account.open}
             account.open = NONE
-        return self._settle([*self._accounts])
+        return self._settle([*self._accounts], ended=True)
 
     def _lose(self, group: Group, clock: int) -> None:
         """The commit of `clock` leaves this replica out."""
@@ -247,12 +271,14 @@ class Accounts:
             else:
                 account.counted |= {above}
 
-    def _settle(self, accounts: Iterable[_Account]) -> list[Settle]:
-        """Settle those of these accounts whose items' fates are known. They are in the order of clocks."""
+    def _settle(self, accounts: Iterable[_Account], *, ended: bool = False) -> list[Settle]:
+        """Settle those of these accounts whose items' fates are known. They are in the order of clocks. Every store has
+        all steps of a run that has `ended`."""
         found: list[Settle] = []
         for account in accounts:
             self._follow(account)
-            if not account.open and account.left_out is not None:
+            known = not account.open and account.left_out is not None
+            if known and (ended or not self._terms.behind or not self._may_lack(account.clock)):
                 self._accounts.remove(account)
                 found.append(self._fate(account))
         return found

@@ -9,12 +9,13 @@ decided of an item is gathered for the next push of the replica, or waits for a 
   left out. What waits for a later clock is left out.
 * A store without decisions counts the item if it has the push with it, or if what was gathered goes on.
 
-Then the item has the fate that its replica would have told at the end of a run (`Accounts`), group by group.
+Then the item has the fate that its replica would have told at the end of a run (`Accounts`), group by group. One that
+is used, and that some layer has lost by that, counts as `partly`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from msgspec.structs import replace
 
@@ -22,7 +23,7 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.training.accounts import Accounts, Settle, joined
 from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.ledger import Ledger, LedgerState, Settled
-from flowml_runtime.protocol.training.terms import Terms
+from flowml_runtime.protocol.training.terms import RETIRED, Terms
 from flowml_runtime.protocol.training.work import Work
 
 _ANYWAY = -1
@@ -34,60 +35,87 @@ def closed(
     work: Work,
     terms: Terms,
     stopped: wire.Stopped,
-    replicas: Iterable[int],
+    replicas: Collection[int],
     goes_on: Callable[[int], bool],
 ) -> LedgerState:
     """The ledger of a snapshot when all items of these replicas have fates. `goes_on` says of a store whether what the
     replicas had gathered for it goes on in the next run.
 
-    The same ledger without common clocks, with a code and with portions, where others do what a replica has not sent.
+    Without common clocks items are settled before stores have them, and `unsent` says which. The ledger is the same
+    with a code and with portions, where others do what a replica has not sent.
     """
-    if not terms.aligned or work.coded or work.copies is not None:
+    if work.coded or work.copies is not None:
         return state
     unsettled = {stage.replica: stage.unsettled for stage in stopped.stages if stage.stage == 0}
     ledger = Ledger(work)
     ledger.restore(state, stopped.clocks)
     for replica in replicas:
         held = {(clock, item) for _, clock, item in ledger.held(replica)}
-        known = (u for u in unsettled.get(replica, ()) if (u.clock, u.item) in held)
-        for (missing, left_out, late), fates in joined(_fates(known, terms, stopped, replica, goes_on)):
+        known = [u for u in unsettled.get(replica, ()) if (u.clock, u.item) in held]
+        fate = _Fates(terms, stopped, replica, goes_on)
+        settled = fate.of(known) if terms.aligned else []
+        for (missing, left_out, late), fates in joined(settled):
             ledger.step(Settled(replica, tuple(fates), missing, left_out, late))
-        for _, _, item in ledger.held(replica):  # it is not known what these steps left out
+        for told in settled if fate.partly else ():
+            if told.fate == "used" and told.item.sequence in fate.partly:
+                ledger.note_partly(fate.partly[told.item.sequence])
+        for _, _, item in ledger.held(replica) if terms.aligned else ():  # it is not known what these steps left out
             ledger.step(Settled(replica, ((item, "dropped"),)))
-    return ledger.kept(stopped.clocks)
+        for clock, item in ((clock, item) for r, clock, item in state.unsent if r == replica):
+            lacking = fate.lacking(clock)
+            if len(lacking) == len(terms.stores):
+                ledger.take_back(replica, clock, item)
+                ledger.step(Settled(replica, ((item, "dropped"),)))
+            elif lacking:
+                ledger.note_partly(lacking)
+    unsent = tuple(one for one in state.unsent if one[0] not in replicas)
+    return replace(ledger.kept(stopped.clocks), unsent=unsent)
 
 
-def _fates(
-    unsettled: Iterable[wire.Unsettled],
-    terms: Terms,
-    stopped: wire.Stopped,
-    replica: int,
-    goes_on: Callable[[int], bool],
-) -> list[Settle]:
-    """The fates of these items of a replica."""
-    waiting = {(w.store, w.clock) for w in stopped.waiting if w.replica == replica}
-    undecided = [number for number in range(len(terms.stores)) if number not in terms.group_of]
+class _Fates:
+    """What becomes of the unsettled items of a replica."""
 
-    def stays(store: int, clock: int) -> bool:
-        """Whether what is gathered of the step of `clock` goes on, and is no push that waits."""
-        push = terms.stores[store].policy.every.next_due(clock, terms.last_clock)
-        return goes_on(store) and (store, push) not in waiting
+    def __init__(self, terms: Terms, stopped: wire.Stopped, replica: int, goes_on: Callable[[int], bool]) -> None:
+        self._terms, self._stopped, self._me, self._goes_on = terms, stopped, replica, goes_on
+        self._waiting = [(w.store, w.clock) for w in stopped.waiting if w.replica == replica]
+        self._undecided = [number for number in range(len(terms.stores)) if number not in terms.group_of]
+        self.partly: dict[int, tuple[int, ...]] = {}
+        """The number of an item that some layer loses -> the stores without decisions that do not have it."""
 
-    def has(store: int, clock: int) -> bool:
-        """The same of a store without decisions, which may have the push."""
-        every = terms.stores[store].policy.every
-        if clock >= contained(terms, every, stopped.clocks[replica]):
-            return goes_on(store)
-        return (store, every.next_due(clock, terms.last_clock)) not in waiting
+    def of(self, unsettled: Iterable[wire.Unsettled]) -> list[Settle]:
+        accounts = Accounts(self._terms, self._me)
+        accounts.restore(map(self._known, unsettled))
+        return accounts.close()
 
-    def known(account: wire.Unsettled) -> wire.Unsettled:
-        clock, groups = account.clock, terms.groups
-        kept = {g for g in account.open if any(stays(store, clock) for store in groups[g].stores)}
+    def _known(self, account: wire.Unsettled) -> wire.Unsettled:
+        clock, groups = account.clock, self._terms.groups
+        kept = {g for g in account.open if any(self._stays(store, clock) for store in groups[g].stores)}
         counted = {*account.counted, *kept}
-        if not any(has(store, clock) for store in undecided):
+        lacking = self.lacking(clock)
+        if len(lacking) == len(self._undecided):
             counted.discard(_ANYWAY)
-        return replace(account, open=tuple({*account.open} - kept), counted=tuple(counted))
+        lost = {*account.open} - kept
+        if lacking or lost:
+            self.partly[account.item.sequence] = lacking
+        return replace(account, open=tuple(lost), counted=tuple(counted))
 
-    accounts = Accounts(terms, replica)
-    accounts.restore(map(known, unsettled))
-    return accounts.close()
+    def lacking(self, clock: int) -> tuple[int, ...]:
+        """The stores without decisions that do not have the step of `clock`, and do not get it any more."""
+        return tuple(store for store in self._undecided if not self._has(store, clock))
+
+    def _stays(self, store: int, clock: int) -> bool:
+        """Whether what is gathered of the step of `clock` goes on, and is no push that waits."""
+        push = self._terms.stores[store].policy.every.next_due(clock, self._terms.last_clock)
+        return self._goes_on(store) and (store, push) not in self._waiting
+
+    def _has(self, store: int, clock: int) -> bool:
+        """The same of a store without decisions, which may have the push."""
+        terms, stopped = self._terms, self._stopped
+        clocks = next((state.clocks for state in stopped.stores if state.store == store), ())
+        known = clocks[self._me] if clocks else RETIRED
+        if known == RETIRED:  # one that sends nothing itself is in sums
+            known = contained(terms, terms.stores[store].policy.every, stopped.clocks[self._me])
+        if clock < known:
+            return True
+        waits = any(number == store and clock <= push for number, push in self._waiting)  # no replica leaves one out
+        return self._goes_on(store) and not waits

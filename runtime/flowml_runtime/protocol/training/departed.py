@@ -14,8 +14,8 @@ Until all homes have answered, no replica is told that there are no more items. 
 once: the report that came first counts. Of a step that counts, and that its replica could not report any more, the
 history is told.
 
-So items are remembered that are settled as used, and that stores may lack. Snapshots have them too (`unsent`): a run
-that begins without a lost replica gives them to others.
+So items are remembered that are settled as used, and that stores may lack. Snapshots have them too (`unsent`): in a run
+that begins without a lost replica they have the same fates, by what the stores of the snapshot have.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import msgspec
 from flowml.policy import UNBOUNDED, Consensus, Gossip
 from flowml.policy.apply import base_of
 from flowml_runtime import wire
-from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled
 from flowml_runtime.protocol.training.notes import NoteLeftOut
 from flowml_runtime.protocol.training.places import Places
@@ -71,10 +70,14 @@ def alone_on(worker: str, terms: Terms, places: Places) -> tuple[int, ...]:
 class Departed:
     """The items of replicas that are lost, or that may be, and that have not certainly reached all stores."""
 
-    def __init__(self, terms: Terms, ledger: Ledger, *, watches: bool) -> None:
-        """`watches`: the fit goes on after a loss, and takes snapshots for that."""
-        self.goes_on = watches and waits_for_none(terms)
-        self._keeps = watches and not terms.aligned
+    def __init__(self, terms: Terms, ledger: Ledger, *, saves: bool, outlives: bool) -> None:
+        """`saves`: the run takes snapshots. `outlives`: the fit goes on after a loss."""
+        self.goes_on = saves and outlives and waits_for_none(terms)
+        self._keeps = saves and not terms.aligned
+        pushes = (s.every * max(1, s.policy.quorum.need(terms.replicas)) for s in terms.stores if self._keeps)
+        self._most = None if outlives else max(pushes, default=0)
+        """The number of a replica's newest items of which a snapshot may lack some. None: all since the last one, as
+        it is not known what of them has arrived when the replica is lost."""
         self._terms, self._ledger = terms, ledger
         self._used: dict[int, dict[int, wire.Item]] = {}
         """Replica -> clock -> an item that is settled as used, and that some store may lack."""
@@ -88,13 +91,14 @@ class Departed:
         """The numbers of items that go back to the queue, of steps that were reported."""
         self._waiting: list[wire.Ask] = []
 
-    def restore(self, state: LedgerState, lost: Collection[int]) -> None:
-        """A run begins at a snapshot without these replicas. Others do again what these had not sent."""
+    def restore(self, state: LedgerState, lost: Collection[int], stopped: wire.Stopped | None) -> None:
+        """A run begins at a snapshot without these replicas, where stores stood as `stopped` says. Others do again what
+        no store has of them."""
         for replica, clock, item in state.unsent if self._keeps else ():
             self._used.setdefault(replica, {})[clock] = item
             self._reported.setdefault(replica, set()).add(clock)
         for replica in lost if self._keeps else ():
-            self._settle(replica, (0,) * len(self._terms.stores), 0)
+            self._settle(replica, _had(stopped, replica) if stopped else (0,) * len(self._terms.stores), 0)
 
     def unsent(self) -> tuple[Unsent, ...]:
         """For a snapshot: the items that are used, and that their replicas have not sent to all stores."""
@@ -109,20 +113,20 @@ class Departed:
         all_held = tuple(RETIRED if r in replicas else clock for r, clock in enumerate(taken.clocks))
         ledger = Ledger(work)
         ledger.restore(self._ledger.kept(all_held), taken.clocks)
-        then = Departed(self._terms, ledger, watches=True)
+        then = Departed(self._terms, ledger, saves=True, outlives=True)
         then._used = {replica: dict(found) for replica, found in self._used.items()}
         for replica in replicas:
-            then._settle(replica, [store.clocks[replica] for store in taken.stores], 0)
+            then._settle(replica, _had(taken, replica), 0)
         ledger.validate()
         return msgspec.structs.replace(ledger.kept(taken.clocks), unsent=then.unsent())
 
-    def saved(self, clocks: Sequence[int], without: Collection[int] = ()) -> None:
-        """A snapshot was taken when replicas were at these clocks: the stores have all pushes before."""
+    def saved(self, taken: wire.Stopped, without: Collection[int] = ()) -> None:
+        """A snapshot was taken, which says what the stores have."""
         for known in (self._used, self._reported):
             for replica, found in known.items():
                 if replica in without:
                     continue
-                sent = min(contained(self._terms, s.policy.every, clocks[replica]) for s in self._terms.stores)
+                sent = min(_had(taken, replica))
                 for clock in [clock for clock in found if clock < sent]:
                     found.pop(clock) if isinstance(found, dict) else found.discard(clock)
 
@@ -133,7 +137,10 @@ class Departed:
         if isinstance(message, wire.Settled):
             if self._keeps:
                 used = [(self._ledger.clock_of(item), item) for item, fate in message.fates if fate == "used"]
-                self._used.setdefault(message.replica, {}).update(used)
+                known = self._used.setdefault(message.replica, {})
+                known.update(used)
+                for clock in sorted(known)[: -self._most] if self._most and len(known) > self._most else ():
+                    del known[clock]
             return False
         if not self._reached or not message.clocks:
             return False
@@ -147,7 +154,8 @@ class Departed:
             return True
         if report.replica in self._over:
             return False
-        self._reported.setdefault(report.replica, set()).add(report.clock)
+        if self._most is None:
+            self._reported.setdefault(report.replica, set()).add(report.clock)
         return report.item.sequence not in self._again
 
     def lose(self, replicas: Iterable[int]) -> None:
@@ -188,6 +196,12 @@ class Departed:
                 continue
             if clock in granted:
                 self._ledger.step(Settled(replica, ((item, "used"),)))
-            self._ledger.partly += here < len(reached)
+            if here < len(reached):
+                self._ledger.note_partly(store for store, known in enumerate(reached) if clock >= known)
             missed += [] if clock in reported or item.sequence in self._again else [item]
         return NoteLeftOut(replica, tuple(reached), tuple(returned), tuple(missed), cause)
+
+
+def _had(stopped: wire.Stopped, replica: int) -> tuple[int, ...]:
+    """The next clock of a replica at each store of a snapshot."""
+    return tuple(store.clocks[replica] for store in stopped.stores)

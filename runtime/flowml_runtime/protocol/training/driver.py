@@ -230,9 +230,9 @@ class TrainingDriver:
             self.ledger.restore(ledger, clocks)
         for replica in places.lost:
             self.ledger.step(ReplicaLost(replica))
-        self._departed = Departed(terms, self.ledger, watches=outlives and rhythm is not None)
+        self._departed = Departed(terms, self.ledger, saves=rhythm is not None, outlives=outlives)
         if ledger is not None:
-            self._departed.restore(ledger, places.lost)
+            self._departed.restore(ledger, places.lost, start.stopped)
         self._sharded = work.sharded
         self._sated: set[int] = set()
         """The replicas that know that there are no more items for them."""
@@ -423,7 +423,7 @@ class TrainingDriver:
                 made = self.snapshots.take(self._ids(), event.peer, message, event.handle)
                 for action in made:
                     if isinstance(action, Save):
-                        self._departed.saved(action.stopped.clocks, action.without)
+                        self._departed.saved(action.stopped, action.without)
                 return [*made, *self._close()]
             case wire.ModelState(replica=replica, stage=stage):
                 return [KeepModel(replica, stage, event.handle, cause)]

@@ -31,23 +31,22 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training.fates import Account, AccountState, Fate
 from flowml_runtime.protocol.training.over import ItemsOver, State
 from flowml_runtime.protocol.training.shards import ShardQueue
 from flowml_runtime.protocol.training.speculation import PortionQueue
-from flowml_runtime.protocol.training.summary import Summary, Tally
+from flowml_runtime.protocol.training.summary import Summary
 from flowml_runtime.protocol.training.terms import ReplicaLost
 from flowml_runtime.protocol.training.work import QueueState, Work, WorkQueue
 
 _PART = 4096
 """Examples that are counted together."""
-Fate = Literal["used", "dropped", "folded", "requeued", "duplicate"]
 
 Change = Literal["granted", "returned"] | Fate
 
@@ -111,14 +110,6 @@ class Grant(msgspec.Struct, frozen=True):
 Event = Asked | Settled | ReplicaLost
 
 
-class AccountState(msgspec.Struct, frozen=True):
-    """The items of an epoch, a replica or a group by fate at a snapshot."""
-
-    fates: dict[str, int]
-    left_out: int = 0
-    copied: int = 0
-
-
 class LedgerState(msgspec.Struct, frozen=True):
     """All accounts at a snapshot. `over` has runs of items with one fate, as (first, number, fate), and `outstanding`
     those that replicas have begun, as (replica, clock, item)."""
@@ -135,31 +126,13 @@ class LedgerState(msgspec.Struct, frozen=True):
     """The items that are used, and that their replicas had not sent to all stores yet, as `outstanding`."""
     partly: int = 0
     """As in `Summary`."""
+    lacks: dict[int, int] = {}
+    """Store without decisions -> the used items that it does not have."""
 
     @property
     def used(self) -> int:
         """The number of items that were used."""
         return sum(account.fates.get("used", 0) for account in self.replicas)
-
-
-@dataclass(slots=True)
-class _Account:
-    fates: dict[str, int] = field(default_factory=dict[str, int])
-    """No Counter, which takes much longer to make and to read."""
-    left_out: int = 0
-    """Examples."""
-    copied: int = 0
-
-    def kept(self) -> AccountState:
-        return AccountState(dict(self.fates), self.left_out, self.copied)
-
-    @staticmethod
-    def of(state: AccountState) -> _Account:
-        return _Account(dict(state.fates), state.left_out, state.copied)
-
-    def tally(self, unseen: int = 0) -> Tally:
-        counts = {n: self.fates.get(n, 0) for n in ("used", "dropped", "folded", "requeued", "returned", "duplicate")}
-        return Tally(**counts, unseen=unseen, left_out=self.left_out, copied=self.copied)
 
 
 class Ledger:
@@ -174,9 +147,9 @@ class Ledger:
         self._granted = 0
         self._outstanding: dict[_Grant, tuple[int, int, wire.Item]] = {}
         """The replica that has the item, the clock for which it got it, and the item."""
-        self._epochs: defaultdict[int, _Account] = defaultdict(_Account)  # only epochs begun: there may be millions
-        self._replicas = [_Account() for _ in range(work.replicas)]
-        self._groups = [_Account() for _ in work.groups]
+        self._epochs: defaultdict[int, Account] = defaultdict(Account)  # only epochs begun: there may be millions
+        self._replicas = [Account() for _ in range(work.replicas)]
+        self._groups = [Account() for _ in work.groups]
         self._cut: dict[int, int] = {}
         """Sequence number -> the number of examples at the end of a used item that were left out."""
         self._over = ItemsOver()
@@ -185,7 +158,8 @@ class Ledger:
         """The number of replicas that are not lost and have not asked for an item yet."""
         self._lost: set[int] = set()
         self.partly = 0
-        """The used items that only some stores have got from a replica that was lost."""
+        """The used items that only some stores have, because what others had of them was lost or left out."""
+        self._lacks: Counter[int] = Counter()
 
     def kept(self, clocks: Sequence[int]) -> LedgerState:
         """All accounts, for a snapshot of replicas with these next clocks. What they have not begun is not granted."""
@@ -201,21 +175,22 @@ class Ledger:
             tuple(self._over.runs()),
             self._queue.state(unbegun),
             partly=self.partly,
+            lacks=dict(sorted(self._lacks.items())),
         )
 
     def restore(self, state: LedgerState, clocks: Sequence[int]) -> None:
         """Go on where a snapshot was taken."""
         self._granted, self._cut, self._newest = state.granted, dict(state.cut), [clock - 1 for clock in clocks]
-        self.partly = state.partly
+        self.partly, self._lacks = state.partly, Counter(state.lacks)
         if self._portions is not None:
             self._portions.restore(max(clocks))
             self._newest = [-1] * len(clocks)  # requests are numbered, and not for clocks
         self._unasked = sum(newest < 0 for newest in self._newest)
         for replica, clock, item in state.outstanding:
             self._outstanding[_at(item.sequence, item.copy)] = replica, clock, item
-        self._epochs.update((e, _Account.of(account)) for e, account in state.epochs.items())
-        self._replicas = list(map(_Account.of, state.replicas))
-        self._groups = list(map(_Account.of, state.groups))
+        self._epochs.update((e, Account.of(account)) for e, account in state.epochs.items())
+        self._replicas = list(map(Account.of, state.replicas))
+        self._groups = list(map(Account.of, state.groups))
         self._over = ItemsOver(state.over)
         self._queue.restore(state.queue, {e: account.fates.get("used", 0) for e, account in self._epochs.items()})
 
@@ -292,6 +267,12 @@ class Ledger:
             account.fates["used"] -= 1
         del self._over[item.sequence]
         self._outstanding[_at(item.sequence, item.copy)] = replica, clock, item
+
+    def note_partly(self, lacking: Iterable[int]) -> None:
+        """Some stores have a used item, and others do not: of those without decisions these. Those with decisions have
+        accounts of their own."""
+        self.partly += 1
+        self._lacks.update(lacking)
 
     def _is_free(self, replica: int) -> bool:
         """Whether the next item need not be left for a replica that has not asked yet."""
@@ -423,6 +404,7 @@ class Ledger:
         total: Counter[str] = Counter()
         for account in self._epochs.values():
             total.update(account.fates)
+        whole = Account(total, sum(self._cut.values())).tally(sum(t.unseen for t in epochs))
         return Summary(
             used=total["used"],
             dropped=total["dropped"],
@@ -439,7 +421,10 @@ class Ledger:
             left_out=sum(self._cut.values()),
             lacking=self._lacking(),
             partly=self.partly,
-            groups={name: a.tally() for name, a in zip(self._work.groups, self._groups, strict=True)},
+            groups={
+                **{name: a.tally() for name, a in zip(self._work.groups, self._groups, strict=True)},
+                **{n: whole.lacking(self._lacks[store]) for store, n in self._work.ungrouped if self._lacks[store]},
+            },
         )
 
     def _lacking(self) -> int:
@@ -489,7 +474,7 @@ class Ledger:
             ensure(self._queue.drawn == somewhere, "an item that was given back is lost, or there twice")
 
 
-def _added(accounts: Iterable[_Account]) -> dict[str, int]:
+def _added(accounts: Iterable[Account]) -> dict[str, int]:
     """How many items of all accounts had each fate."""
     totals: dict[str, int] = {}
     for account in accounts:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 from flowml_runtime import wire
-from flowml_runtime.protocol.training.ledger import AccountState, LedgerState
+from flowml_runtime.protocol.training.fates import AccountState
+from flowml_runtime.protocol.training.ledger import LedgerState
 from flowml_runtime.protocol.training.over import ItemsOver, State
 from flowml_runtime.protocol.training.work import QueueState, Work
 
@@ -76,7 +77,9 @@ def recounted(state: LedgerState, before: Work, now: Work, rows: int, lost: Call
     granted = sum(total.fates.values())
     replicas = _divided(total, now.replicas) if before != now else _with_outstanding(state, lost, now, rows)
     partly = round(state.partly * now.replicas / before.replicas)
-    return LedgerState(granted, (), epochs, replicas, groups, cut, runs, queue, partly=partly)
+    same = before.ungrouped == now.ungrouped
+    lacks = {store: round(n * now.replicas / before.replicas) for store, n in state.lacks.items() if same}
+    return LedgerState(granted, (), epochs, replicas, groups, cut, runs, queue, partly=partly, lacks=lacks)
 
 
 def _fates(state: LedgerState, work: Work, rows: int, lost: Callable[[int, int], bool]) -> dict[int, dict[int, str]]:

@@ -314,7 +314,7 @@ class Replica:
             if step.last or self._terms.stores[store].policy.every.due(clock, self._terms.last_clock):
                 self._pushed = self._pushed or {}
                 self._pushed[store] = clock
-        fates = self._accounts.finish(clock, self.cut.left_out) if self._leads else ()
+        fates = self._accounts.finish(clock, self.cut.left_out, last=step.last) if self._leads else ()
         return [*self._settle(fates)] if fates else []
 
     def _commit(self, event: Committed) -> list[Action]:

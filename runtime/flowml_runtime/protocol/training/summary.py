@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from flowml.errors import named
 
@@ -27,15 +27,20 @@ class Tally:
     left_out: int = 0
     copied: int = 0
 
+    def lacking(self, items: int) -> Tally:
+        """The same for a layer that does not have so many of the used items."""
+        return replace(self, used=self.used - items, dropped=self.dropped + items)
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
     """The summary of a run. `epochs` and `replicas` hold one Tally each, in order; the totals count items.
 
     An item is used if some layer uses it. `groups` has a Tally for each group of layers that decides alone, by its
-    name; it is empty if one decides for all. Layers that decide nothing, because their contributions are applied on
-    arrival or added up among replicas, use every item and have none. `duplicate` counts grants of items of which
-    another grant is used.
+    name; it is empty if one decides for all. A layer that decides nothing, because its contributions are applied on
+    arrival or added up among replicas, uses every item. It has a Tally only if it has lost some of them: what waited
+    for its next push when a worker was lost, or when a fit went on that could not take it over. `duplicate` counts
+    grants of items of which another grant is used.
 
     `unseen` of a replica is always 0, because an item that was not begun belongs to no replica. `seen` lists how many
     examples took part how many times; it is empty if it was not requested. `nonfinite` counts, by layer and replica,
@@ -44,8 +49,9 @@ class Summary:
     finite gradients.
     `nonfinite_losses` counts, by replica, the losses that were left out of the history because they were not finite.
     `left_out` counts the examples of used items that were not computed, because a replica stopped between two
-    microbatches. `partly` counts the used items that only some layers have, because their replica was lost while it
-    sent them. `kept` has by layer the Euclidean norm of what the error feedback of all replicas had not sent.
+    microbatches. `partly` counts the used items that only some layers have, because a replica was lost before it had
+    sent them to others, or a fit that resumed could not take over what waited there. `kept` has by layer the Euclidean
+    norm of what the error feedback of all replicas had not sent.
     """
 
     used: int
@@ -96,7 +102,9 @@ class Summary:
             whose = _by_replica({r: t.left_out for r, t in enumerate(self.replicas) if t.left_out})
             lines.append(f"examples of used items left out between microbatches: {whose}")
         if self.partly:
-            lines.append(f"used items that only some layers have, because a worker was lost: {self.partly}")
+            lines.append(
+                f"used items that only some layers have, because others lost what waited for them: {self.partly}"
+            )
         if self.seen:
             lines.append("examples seen: " + ", ".join(f"{many} × {times}" for times, many in self.seen))
         alike: dict[str, list[str]] = {}

@@ -286,6 +286,14 @@ class Terms:
         return whole or any(not g.drops or g.folds for g in self.groups if g.number not in self.above)
 
     @cached_property
+    def behind(self) -> tuple[tuple[int, int], ...]:
+        """The stores without decisions that may not have a step of an aligned run that is over: it waits for the next
+        push, or at the home for those of others. Each with the number of pushes that may wait there."""
+        others = ((n, s) for n, s in enumerate(self.stores) if self.aligned and n not in self.group_of)
+        waits = ((n, s, 0 if s.clocked else s.policy.quorum.need(self.replicas) - 1) for n, s in others)
+        return tuple((n, max(most, 0)) for n, s, most in waits if s.every > 1 or most > 0)
+
+    @cached_property
     def accumulating(self) -> dict[int, tuple[int, ...]]:
         """The stores that keep gradients of one step for a later push, by their group; -1 stands for no group."""
         found: dict[int, list[int]] = {}

@@ -40,6 +40,8 @@ class Work:
     """The number of microbatches of an item."""
     groups: tuple[str, ...] = ()
     """The names of the groups of layers that decide alone what they use."""
+    ungrouped: tuple[tuple[int, str], ...] = ()
+    """The stores without decisions, and the names of their rows."""
     portions: int = 1
     """The items of a clock for each replica."""
     epoch_share: float = 1.0
