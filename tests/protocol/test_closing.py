@@ -10,11 +10,12 @@ import pytest
 import flowml as fm
 from flowml.policy import Fold, Policy, Quorum, Requeue
 from flowml_runtime import wire
+from flowml_runtime.protocol.training.accounts import Accounts
 from flowml_runtime.protocol.training.closing import closed
 from flowml_runtime.protocol.training.ledger import Asked, Ledger, Settled
 from flowml_runtime.protocol.training.store_terms import StoreTerms
 from flowml_runtime.protocol.training.summary import Summary, Tally
-from flowml_runtime.protocol.training.terms import Terms
+from flowml_runtime.protocol.training.terms import Committed, Terms
 from flowml_runtime.protocol.training.work import Work
 
 REPLICAS, CLOCKS, STAND = 3, 40, 7
@@ -35,12 +36,15 @@ def closed_ledger(
     replicas: tuple[int, ...] = (2,),
     goes_on: Callable[[int], bool] = lambda store: False,
     waiting: tuple[wire.Waiting, ...] = (),
+    homes: tuple[wire.StoreState, ...] = (),
     collective: frozenset[int] = frozenset(),
 ) -> Ledger:
     """The ledger when the items of replica 2 for clocks 4 to 6 were unsettled, and those before were used."""
     stores = tuple(StoreTerms((0,), policy, number in collective) for number, policy in enumerate(policies))
     terms = Terms(REPLICAS, 1, 1, stores, CLOCKS)
-    work = Work(REPLICAS, 100, 8, CLOCKS, aligned=True, groups=tuple(f"{g.number}" for g in terms.groups))
+    groups = tuple(f"{g.number}" for g in terms.groups)
+    alone = tuple((n, f"layer {n}") for n in range(len(stores)) if n not in terms.group_of)
+    work = Work(REPLICAS, 100, 8, CLOCKS, aligned=True, groups=groups, ungrouped=alone)
     ledger, rows = Ledger(work), list[wire.Unsettled]()
     for clock in range(STAND):
         for replica in range(REPLICAS):
@@ -51,7 +55,7 @@ def closed_ledger(
                 ledger.step(Settled(replica, ((item, "used"),)))
     clocks = (STAND,) * REPLICAS
     stages = wire.StageState(2, 0, STAND - 1, (STAND - 1,) * len(terms.groups), unsettled=tuple(rows))
-    stopped = wire.Stopped(clocks, (stages,), (), (), waiting)
+    stopped = wire.Stopped(clocks, (stages,), homes, (), waiting)
     found = Ledger(work)
     found.restore(closed(ledger.kept(clocks), work, terms, stopped, replicas, goes_on), clocks)
     found.validate()
@@ -109,8 +113,67 @@ def test_a_layer_without_decisions_counts_what_it_has_the_push_with() -> None:
 
     found = after((LOCAL, fm.policies.all_reduce()), anyway, collective=frozenset({1}))
     assert rows(found) == {"0": (18, 3, 0), "total": (21, 0, 0)}
+    assert found.partly == 3
     found = after((LOCAL, fm.policies.asynchronous(every=6)), anyway)
     assert rows(found) == {"0": (18, 3, 0), "total": (20, 1, 0)}, "it has clocks 4 and 5, and not 6"
+    assert found.partly == 2, "no layer has clock 6"
+
+
+def counted_anyway(clock: int, item: wire.Item) -> wire.Unsettled:
+    return wire.Unsettled(clock, item, open=(), counted=(-1, 0), left_out=0)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_layer_without_decisions_has_a_row_of_what_it_has_lost(summed: bool) -> None:
+    policy = fm.policies.all_reduce(every=6) if summed else fm.policies.asynchronous(every=6)
+    collective = frozenset({1} if summed else ())
+    found = after((SYNC, policy), counted_anyway, collective=collective)
+    assert rows(found) == {"0": (21, 0, 0), "layer 1": (20, 1, 0), "total": (21, 0, 0)}
+    assert found.partly == 1, "it lacks clock 6, which the other layer has"
+    assert [fates(tally) for tally in found.replicas] == [(7, 0, 0)] * 3
+    stays = after((SYNC, policy), counted_anyway, collective=collective, goes_on=lambda store: True)
+    assert rows(stays) == {"0": (21, 0, 0), "total": (21, 0, 0)}
+    assert not stays.partly
+
+
+def test_the_rows_of_several_lost_replicas_and_layers_are_added_up() -> None:
+    policies = SYNC, fm.policies.asynchronous(every=6), fm.policies.downpour(4, 4)
+    ledger = closed_ledger(policies, counted_anyway)
+    assert rows(ledger.summary())["layer 1"] == (20, 1, 0)
+    assert rows(ledger.summary())["layer 2"] == (18, 3, 0), "clocks 4 to 6 belong to its next push"
+    assert ledger.summary().partly == 3
+    ledger.note_partly((1,))
+    assert rows(ledger.summary())["layer 1"] == (19, 2, 0)
+
+
+def test_a_home_says_what_it_has_of_a_replica_that_has_left_out_a_push() -> None:
+    home = wire.StoreState(1, 2, 4, clocks=(7, 7, 4))
+    found = after((SYNC, fm.policies.asynchronous(every=2)), counted_anyway, homes=(home,))
+    assert rows(found) == {"0": (21, 0, 0), "layer 1": (18, 3, 0), "total": (21, 0, 0)}
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_what_waits_at_a_home_for_others_is_left_out(goes_on: bool) -> None:
+    home = wire.StoreState(1, 2, 6, clocks=(7, 7, 6))
+    waiting = wire.Waiting(store=1, part=0, replica=2, clock=6, base_version=2, weight=1)
+    options: Any = {"homes": (home,), "waiting": (waiting,), "goes_on": lambda store: goes_on}
+    found = after((SYNC, fm.policies.softsync(2)), counted_anyway, **options)
+    assert rows(found) == {"0": (21, 0, 0), "layer 1": (20, 1, 0), "total": (21, 0, 0)}
+    assert found.partly == 1
+
+
+def test_an_item_is_unsettled_until_layers_without_decisions_have_it() -> None:
+    every, waits = fm.policies.asynchronous(every=3), fm.policies.softsync(2)
+    sent = {"every 3": (every, [2, 2, 2, 5, 5, 5, 7, 7]), "pushes may wait": (waits, [1, 2, 3, 4, 5, 6, 7, 7])}
+    for policy, after_clock in sent.values():
+        terms = Terms(4, 1, 1, (StoreTerms((0,), SYNC), StoreTerms((0,), policy)), 8)
+        accounts, work, found = Accounts(terms, 0), Work(4, 100, 8, 8, aligned=True), dict[int, int]()
+        for clock in range(8):
+            accounts.open(clock, work.item(clock), (clock - 1,))
+            told = [*accounts.finish(clock), *accounts.commit(Committed(clock, group=0))]
+            assert all(one.fate == "used" for one in told)
+            found |= {one.item.sequence: clock for one in told}
+        assert [found[clock] for clock in range(8)] == after_clock
 
 
 def test_an_item_that_the_late_rule_requeues_is_drawn_again() -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,10 +15,12 @@ import flowml as fm
 from flowml.policy import Policy, named
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
-from flowml_runtime.protocol.training.departed import alone_on, waits_for_none
+from flowml_runtime.protocol.training.departed import Departed, alone_on, waits_for_none
+from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.protocol.training.store_terms import StoreTerms
 from flowml_runtime.protocol.training.terms import Terms
+from flowml_runtime.protocol.training.work import Work
 from flowml_tools.faults.campaign import check_rest
 from flowml_tools.faults.checker import check
 from flowml_tools.faults.layout import make
@@ -153,3 +156,38 @@ def test_without_leave_the_fit_ends() -> None:
     assert isinstance(left, driver.LeaveOut)
     assert machine.step(driver.WorkerLost("worker:3", "others hear of it too", may_leave=True)) == []
     assert machine.goes_on_without("worker:3") == ()
+
+
+@pytest.mark.parametrize("outlives", [False, True])
+def test_a_run_that_begins_without_a_replica_does_again_what_no_store_has(outlives: bool) -> None:
+    """Replica 1 has done four steps. One store has all of them, another one of three, and the last waits for others."""
+    policies = named.asynchronous(), named.asynchronous(every=3), named.softsync(2)
+    terms = Terms(2, 1, 1, tuple(StoreTerms((0,), policy) for policy in policies), 8)
+    names = tuple((n, f"layer {n}") for n in range(3))
+    work = Work(2, 16, 4, 8, aligned=False, ungrouped=names)
+
+    def kept(every_store: bool) -> LedgerState:
+        ledger = Ledger(work)
+        before = Departed(terms, ledger, saves=True, outlives=outlives)
+        for replica, clock in ((r, c) for c in range(4) for r in range(2)):
+            ((_, item),) = ledger.step(Asked(replica, (clock,)))[0].items
+            told = Settled(replica, ((item, "used"),))
+            before.ignores(wire.Settled(plan_id="p", run=0, cause=0, replica=replica, fates=told.fates))
+            ledger.step(told)
+        before.saved(wire.Stopped((4, 4), (), stores(every_store)))
+        return msgspec.structs.replace(ledger.kept((4, 4)), unsent=before.unsent())
+
+    def stores(first_too: bool) -> tuple[wire.StoreState, ...]:
+        reached = 4 if first_too else 3, 3, 3
+        return tuple(wire.StoreState(n, 4, clock, clocks=(4, clock)) for n, clock in enumerate(reached))
+
+    for first_too, used in ((True, 8), (False, 7)):
+        ledger, state = Ledger(work), kept(first_too)
+        ledger.restore(state, (4, 4))
+        after = Departed(terms, ledger, saves=True, outlives=outlives)
+        after.restore(state, [1], wire.Stopped((4, 4), (), stores(first_too)))
+        found = ledger.summary()
+        ledger.validate()
+        assert (found.used, found.partly, found.outstanding) == (used, int(first_too), 0)
+        rows = {name: (tally.used, tally.dropped) for name, tally in found.groups.items()}
+        assert rows == ({"layer 1": (7, 1), "layer 2": (7, 1)} if first_too else {}), "it is done again, or lost there"

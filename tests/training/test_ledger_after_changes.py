@@ -28,8 +28,19 @@ POLICIES: dict[str, dict[str, fm.Policy]] = {
     "sync and sums of steps": {"a": fm.Policy(), "b": fm.policies.every(PUSH)},
     "sums and DiLoCo": {"a": fm.policies.all_reduce(), "b": fm.policies.diloco(PUSH)},
     "quorum and DiLoCo": {"a": fm.policies.quorum(0.75), "b": fm.policies.diloco(PUSH)},
+    "sync and asynchronous sums": {"a": fm.Policy(), "b": fm.policies.asynchronous(every=PUSH)},
+    "sums and sums of steps": {"a": fm.policies.all_reduce(), "b": fm.policies.all_reduce(every=PUSH)},
+    "asynchronous sums": {"a": fm.policies.asynchronous(), "b": fm.policies.asynchronous(every=PUSH)},
     "local and local": {"a": fm.policies.local_sgd(PUSH), "b": fm.policies.local_sgd(PUSH)},
 }
+LEAVES = [
+    "sync and local",
+    "sums and DiLoCo",
+    "quorum and DiLoCo",
+    "sync and asynchronous sums",
+    "sums and sums of steps",
+]
+"""Mixes of which a replica leaves after a push."""
 
 
 def loss(params: Any, batch: Any) -> Any:
@@ -61,10 +72,16 @@ def assert_right(found: fm.TrainingResult) -> None:
     assert ledger.used * ITEM == some, "an item is used if some layer has applied it"
     assert sum(tally.used for tally in ledger.replicas) == ledger.used
     assert ledger.outstanding == 0
-    for name, tally in ledger.groups.items():
-        layer = name.partition(" ")[0]
-        assert tally.used * ITEM == np.count_nonzero(applied[layer]), name
-        assert tally.used + tally.dropped == ledger.used + ledger.dropped, name
+    rows = {name.partition(" ")[0]: tally for name, tally in ledger.groups.items()}
+    header, _, *lines = found.table().splitlines()
+    for layer, line in zip("ab", lines[:2], strict=True):
+        tally = rows.get(layer, ledger)
+        assert tally.used * ITEM == np.count_nonzero(applied[layer]), layer
+        assert tally.used + tally.dropped == ledger.used + ledger.dropped, layer
+        assert line[header.index("used") :].split()[:2] == [str(tally.used), str(tally.dropped)]
+    assert np.max(np.abs(found.params["a"])) <= 1.001 / ITEM, "an item is applied twice"
+    differ = np.count_nonzero(applied["a"] != applied["b"])
+    assert ledger.partly * ITEM == differ or ("quorum" in found.table() and ledger.partly * ITEM < differ)
 
 
 @pytest.mark.parametrize("mix", POLICIES)
@@ -75,7 +92,7 @@ def test_a_loss(threads: fm.Cluster, mix: str) -> None:
     assert_right(found)
 
 
-@pytest.mark.parametrize("mix", ["sync and local", "sums and DiLoCo", "quorum and DiLoCo"])
+@pytest.mark.parametrize("mix", LEAVES)
 def test_a_worker_leaves(threads: fm.Cluster, mix: str) -> None:
     at = {40: lambda: threads.end_worker("worker:3", notice=True)}
     found = fit(threads, POLICIES[mix], at, on_loss="shrink", leaves="worker:3")
