@@ -404,16 +404,18 @@ class _Anew(_Form):
             return
         keeps = len(whole) == len(self.training.live) and not store.policy.filters
         joined = {name: mean([one[name] for one in whole]) for name in whole[0]}
-        if _adds_up(store) and isinstance(store.policy.payload, Delta):
+        adds = _adds_up(store) and isinstance(store.policy.payload, Delta)
+        if adds:
             ratio = len(whole), len(self.training.live)
             for name, began in [(f"params/{i}", joined[f"started/{i}"]) for i in range(len(store.leaves))]:
                 joined[name] = began + times(joined[name] - began, *ratio)
         for number, r in enumerate(self.training.live):
             buffers = whole[number] if keeps else joined
             if not aligned:
-                every = store.policy.every
-                taken = every.taken(clock - 1) if clock else -1
-                numbers = {"steps": clock - every.pushed(clock), "taken": taken, "since": 0}
+                every, own = store.policy.every, [buffers] if keeps else whole
+                waits = adds and any(int(one["steps"]) for one in own)  # then none takes before its next push
+                taken = every.taken(clock if waits else clock - 1) if clock else -1
+                numbers = {"steps": max(clock - every.pushed(clock), int(waits)), "taken": taken, "since": 0}
                 buffers = buffers | {name: np.asarray(value, np.int64) for name, value in numbers.items()}
             self.give(of_stage(r, store.parts[0].stage, store.name, "own"), buffers)
 
