@@ -206,6 +206,35 @@ def test_what_waits_is_added_up_once_by_other_replicas(
     assert found.params["w"].sum() == pytest.approx(steps)
 
 
+@pytest.mark.parametrize("every", [3, 4])
+@pytest.mark.parametrize(("before", "now", "snapshots"), [(2, 4, (2, 4, 6, 8, 10, 12, 14)), (4, 2, (2, 6, 10, 14))])
+def test_local_steps_of_each_replica_wait_for_others(
+    tmp_path: Path, every: int, before: int, now: int, snapshots: tuple[int, ...]
+) -> None:
+    """Without common clocks: some have just pushed, and others have not."""
+    steps, params = 16, {"w": np.zeros(64, np.float32)}
+
+    def count(replicas: int, path: Path, **more: Any) -> fm.TrainingResult:
+        trainer = fm.Trainer(
+            lambda params, batch: -jnp.mean(batch @ params["w"]),
+            optax.sgd(1.0),
+            cluster=fm.SimulatedCluster(4, fm.sim.Constant(0.01), fm.sim.Network(1e-3, 1e9)),
+            replicas=replicas,
+            policies=fm.policies.downpour(every, every),
+            delays={f"worker:{w}": 0.003 * w for w in range(replicas)},
+        )
+        checkpoint = fm.Checkpoint(path, every_steps=1, keep=steps)
+        source = np.eye(64, dtype=np.float32)
+        return trainer.fit(params, source, batch_size=4, steps=steps, progress=False, checkpoint=checkpoint, **more)
+
+    count(before, tmp_path / "all")
+    for step in snapshots:
+        name = f"step-{step:012d}"
+        shutil.copytree(tmp_path / "all" / name, tmp_path / f"{step}" / name)
+        found = count(now, tmp_path / f"{step}", resume="auto")
+        assert found.params["w"].sum() == before * step + now * (steps - step)
+
+
 def test_residuals_go_on_with_other_microbatches(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
     policies = fm.Policy(filters=(fm.filters.top_k(0.25).with_error_feedback(),))
     whole = fit(threads_cluster, FIRST, policies)

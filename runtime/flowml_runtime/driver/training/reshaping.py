@@ -45,6 +45,8 @@ from flowml_runtime.worker.training.resident import of_stage
 
 _SUMS, _STEPS = "gradients that waited for the next push", "local steps since the last push"
 _FILTERS = "what the filters remember"
+_NUMBERS = ("steps", "taken", "since")
+"""Where a replica stands that has own parameters (`worker.training.own_values`)."""
 _IN_SUMS = {"sums": _SUMS, "filters": _FILTERS}
 """What replicas keep of a store in the unit of its sums of gradients."""
 
@@ -418,6 +420,9 @@ class _Anew(_Form):
                 numbers = {"steps": max(clock - every.pushed(clock), int(waits)), "taken": taken, "since": 0}
                 buffers = buffers | {name: np.asarray(value, np.int64) for name, value in numbers.items()}
             self.give(of_stage(r, store.parts[0].stage, store.name, "own"), buffers)
+            if any("rhythm" in self._of_replica(r, store.name) for r in self._live):  # simulated replicas go by this
+                rhythm = {name: buffers[name] for name in _NUMBERS}
+                self.give(of_stage(r, store.parts[0].stage, store.name, "rhythm"), rhythm)
 
     def _own(self, store: StoreSpec, replica: int) -> Buffers | None:
         """What a replica keeps of its own for the parameters of a store, whose layers may have been others."""
@@ -442,7 +447,8 @@ class _Anew(_Form):
             owner = "/".join(["replica", str(replica), *head.split("/")[2:]])
             name = f"{owner}/own/state/{rest}" if rest else buffer
             found[f"state/{place}"] = self.old.arrays.get(name, self.old.arrays[buffer])
-        return found | {n: (first or {})[n] for n in ("steps", "taken", "since", "weights") if n in (first or {})}
+        numbers = (first or {}) | self._of_replica(replica, store.name).get("rhythm", {})
+        return found | {name: numbers[name] for name in (*_NUMBERS, "weights") if name in numbers}
 
     def _place(self, leaf: int) -> tuple[str, int]:
         """The layer that had a parameter, and its number there."""
