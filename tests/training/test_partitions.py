@@ -129,7 +129,7 @@ def worker_there(
             process.kill()
 
 
-def train(cluster: fm.Cluster, policy: fm.Policy, callback: Any) -> fm.TrainingResult:
+def train(cluster: fm.Cluster, policy: fm.Policy, callback: Any, path: Path) -> fm.TrainingResult:
     """A fit whose parameters show the weight with which each example was applied. Each worker is home to a layer."""
     steps, layers = 80, "abcd"
 
@@ -148,7 +148,9 @@ def train(cluster: fm.Cluster, policy: fm.Policy, callback: Any) -> fm.TrainingR
     examples = steps * len(workers)
     params = {layer: {"w": jnp.zeros(examples)} for layer in layers}
     about: dict[str, Any] = {"batch_size": len(workers), "steps": steps, "on_loss": "shrink", "progress": False}
-    found = trainer.fit(params, np.arange(examples), callbacks=[callback], **about)
+    at_end = fm.Checkpoint(path, every_steps=2 * steps)
+    found = trainer.fit(params, np.arange(examples), callbacks=[callback], checkpoint=at_end, **about)
+    assert fm.restore(path).step == steps, "the worker, which has lost the driver, has not taken the directory"
     assert [record["step"] for record in found.history] == list(range(steps))
     weights = [np.asarray(found.params[layer]["w"]) for layer in layers]
     for one in weights:
@@ -181,7 +183,7 @@ def test_a_worker_that_is_cut_off_is_lost_and_comes_to_nothing(
             elif record["step"] == FOUND_AT:
                 line.close()
 
-        found = train(cluster, getattr(fm.policies, policy)(), callback)
+        found = train(cluster, getattr(fm.policies, policy)(), callback, tmp_path / "fit")
         (loss,) = found.losses
         assert loss.workers == ("worker:3",)
         assert CUT_AT <= loss.step < FOUND_AT

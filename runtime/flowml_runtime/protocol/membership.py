@@ -415,8 +415,8 @@ class Coordinator:
         latest = self._latest_life(name)
         if join.incarnation <= latest:
             return (
-                f"its incarnation {join.incarnation} of {name} is not later than {latest}, seen before; "
-                "start it again, and if that does not help set its clock"
+                f"its incarnation {join.incarnation} of {name} is not later than {latest}, seen before: "
+                "it was counted as lost, or its clock is wrong; start it again, and if that does not help set its clock"
             )
         if name not in self._heard and not self._spare_of(join) and len(self._heard) >= self._max_members:
             return f"the cluster is full with {self._max_members} members"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -63,6 +63,7 @@ class KeptFits:
         self._ticks = False
         """Whether a thread waits for that time."""
         self._closed = False
+        self._cut_off = False
 
     def on_message(
         self,
@@ -130,10 +131,14 @@ class KeptFits:
         with self._changed:
             self._step(protocol.Leave())
 
-    def finish(self, timeout_s: float) -> None:
+    def finish(self, timeout_s: float, *, cut_off: bool = False) -> None:
         """`leave`, and wait until they are written. Those who would kill this process see that it writes. What has
-        ended this worker may have ended a driver too, of whose loss it hears a moment later."""
+        ended this worker may have ended a driver too, of whose loss it hears a moment later.
+
+        One that is `cut_off` from the coordinator cannot know that a driver is lost, and takes no directory from it.
+        """
         with self._changed:
+            self._cut_off = cut_off
             self._step(protocol.Leave())
             self._changed.wait_for(lambda: not self._machine.is_driven, min(timeout_s, DRIVER_LOST_S))
             if self._machine.writes:
@@ -200,6 +205,7 @@ class KeptFits:
     def _write(self, asked: protocol.Write) -> None:
         found: dict[str, Found] = {}
         with self._changed:
+            asked = replace(asked, lost=()) if self._cut_off else asked
             for key in asked.keys:
                 parts, whole = self._parts.get((asked.fit, key), {}), self._wholes.get((asked.fit, key))
                 arrays = {f"{owner}/{name}": a for owner, named in parts.items() for name, a in named.items()}

@@ -108,7 +108,7 @@ def serve(
         _wait(hosted, membership)
     finally:
         if hosted.worker is not None:
-            hosted.worker.kept_fits.finish(config.notice_s)
+            hosted.worker.kept_fits.finish(config.notice_s, cut_off=bool(hosted.reason))
         membership.leave(hosted.last or "its process was stopped")
         endpoint.close()
     return hosted.reason
