@@ -146,6 +146,12 @@ def test_reports_go_to_the_history_and_traffic_is_kept() -> None:
     assert machine.traffic["a1"].stores == ((0, 2, 0, 0, 0, 0),)
 
 
+def test_a_worker_that_another_cannot_reach_is_lost() -> None:
+    machine = driver()
+    told = wire.StepFailed(plan_id="p", step=RUN, worker="b0", node="a0 -> b0", kind="lost", error="it broke")
+    assert machine.step(StepFailed(told)) == [Fail(WorkerLost("b0", "it broke"), 1)]
+
+
 def test_what_is_not_for_a_driver_is_refused() -> None:
     with pytest.raises(ProtocolError, match="no use for Published"):
         driver().step(Received("a0", wire.Published(**IDS, store=0, version=0, floor=0)))

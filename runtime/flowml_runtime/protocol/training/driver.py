@@ -301,8 +301,11 @@ class TrainingDriver:
         match event:
             case Begin():
                 return self._begin()
-            case StepFailed(message):
-                return [Fail(message, self.number)] if message.step in self._steps else []
+            case StepFailed(message) if message.step not in self._steps:
+                return []
+            case StepFailed(message):  # one that could not send to another names that
+                lost = WorkerLost(message.worker, message.error) if message.kind == "lost" else None
+                return [Fail(lost or message, self.number)]
             case WorkerLost():
                 return self._lose(event)
             case Pause(within):
