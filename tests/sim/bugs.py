@@ -92,7 +92,7 @@ def _counts_folded_items_as_used(patch: Patch) -> None:
 
 def _loses_a_settlement(patch: Patch) -> None:
     real: Callable[..., list[Any]] = Accounts._settle  # pyright: ignore[reportPrivateUsage]
-    patch.setattr(Accounts, "_settle", lambda self, clocks: real(self, clocks)[:1])
+    patch.setattr(Accounts, "_settle", lambda self, clocks, **how: real(self, clocks, **how)[:1])
 
 
 def _drops_what_a_lost_replica_has_not_told(patch: Patch) -> None:
