@@ -171,37 +171,43 @@ ADDING: dict[str, Any] = {
 }
 
 
+def count(
+    cluster: Any, path: Path, form: Form, policies: Any, every: int, examples: int, delays: Any = None, **more: Any
+) -> fm.TrainingResult:
+    """A fit of one epoch in which each step of a replica adds 1 to the sum of all parameters. A checkpoint every so
+    many steps is kept."""
+    trainer = fm.Trainer(
+        lambda params, batch: -jnp.mean(batch @ params["w"]),
+        optax.sgd(1.0),
+        cluster=cluster,
+        replicas=form[0],
+        microbatches=form[2],
+        policies=policies,
+        delays=delays,
+    )
+    params, source = {"w": np.zeros(examples, np.float32)}, np.eye(examples, dtype=np.float32)
+    checkpoint = fm.Checkpoint(path, every_steps=every, keep=examples)
+    options: dict[str, Any] = {"batch_size": 4, "epochs": 1, "progress": False, "checkpoint": checkpoint, **more}
+    return trainer.fit(params, source, **options)
+
+
 @pytest.mark.parametrize("forms", [((4, 1, 1), (2, 1, 1)), ((2, 1, 1), (4, 1, 1)), ((4, 1, 1), (2, 1, 2))], ids=str)
 @pytest.mark.parametrize("name", ADDING)
 def test_what_waits_is_added_up_once_by_other_replicas(
     threads_cluster: fm.Cluster, tmp_path: Path, name: str, forms: tuple[Form, Form]
 ) -> None:
-    """Each step of a replica adds 1 to the sum of all parameters."""
-    examples = 4 * STEPS
-    source, params = np.eye(examples, dtype=np.float32), {"w": np.zeros(examples, np.float32)}
-
-    def count(form: Form, **more: Any) -> fm.TrainingResult:
-        trainer = fm.Trainer(
-            lambda params, batch: -jnp.mean(batch @ params["w"]),
-            optax.sgd(1.0),
-            cluster=threads_cluster,
-            replicas=form[0],
-            microbatches=form[2],
-            policies=ADDING[name],
-        )
-        checkpoint = fm.Checkpoint(tmp_path, every_steps=STOP)
-        return trainer.fit(params, source, batch_size=4, steps=STEPS, progress=False, checkpoint=checkpoint, **more)
+    about: Any = (ADDING[name], STOP, 4 * STEPS)
 
     def stop(record: dict[str, Any]) -> None:
         if record["step"] >= STOP:
             raise Stopped
 
     with pytest.raises(Stopped):
-        count(forms[0], callbacks=[stop])
+        count(threads_cluster, tmp_path, forms[0], *about, callbacks=[stop])
     assert fm.restore(tmp_path).step % 3, "something waits"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = count(forms[1], resume="auto")
+        found = count(threads_cluster, tmp_path, forms[1], *about, resume="auto")
     steps = STOP * forms[0][0] + (STEPS - STOP) * forms[1][0]
     assert found.params["w"].sum() == pytest.approx(steps)
 
@@ -212,26 +218,19 @@ def test_local_steps_of_each_replica_wait_for_others(
     tmp_path: Path, every: int, before: int, now: int, snapshots: tuple[int, ...]
 ) -> None:
     """Without common clocks: some have just pushed, and others have not."""
-    steps, params = 16, {"w": np.zeros(64, np.float32)}
+    steps = 16
 
-    def count(replicas: int, path: Path, **more: Any) -> fm.TrainingResult:
-        trainer = fm.Trainer(
-            lambda params, batch: -jnp.mean(batch @ params["w"]),
-            optax.sgd(1.0),
-            cluster=fm.SimulatedCluster(4, fm.sim.Constant(0.01), fm.sim.Network(1e-3, 1e9)),
-            replicas=replicas,
-            policies=fm.policies.downpour(every, every),
-            delays={f"worker:{w}": 0.003 * w for w in range(replicas)},
-        )
-        checkpoint = fm.Checkpoint(path, every_steps=1, keep=steps)
-        source = np.eye(64, dtype=np.float32)
-        return trainer.fit(params, source, batch_size=4, steps=steps, progress=False, checkpoint=checkpoint, **more)
+    def simulated(replicas: int, path: Path, **more: Any) -> fm.TrainingResult:
+        cluster = fm.SimulatedCluster(4, fm.sim.Constant(0.01), fm.sim.Network(1e-3, 1e9))
+        delays = {f"worker:{w}": 0.003 * w for w in range(replicas)}
+        policies = fm.policies.downpour(every, every)
+        return count(cluster, path, (replicas, 1, 1), policies, 1, 4 * steps, delays, **more)
 
-    count(before, tmp_path / "all")
+    simulated(before, tmp_path / "all")
     for step in snapshots:
         name = f"step-{step:012d}"
         shutil.copytree(tmp_path / "all" / name, tmp_path / f"{step}" / name)
-        found = count(now, tmp_path / f"{step}", resume="auto")
+        found = simulated(now, tmp_path / f"{step}", resume="auto")
         assert found.params["w"].sum() == before * step + now * (steps - step)
 
 
