@@ -360,6 +360,28 @@ def test_reserved_slots_are_used_and_their_descriptors_never_lost() -> None:
     assert psutil.Process().num_fds() == before
 
 
+@pytest.mark.parametrize("accepted", [True, False])
+def test_whoever_reads_the_first_answer_tells_the_watch(accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Senders read answers too. One of them took the only one, and the watch ended a connection that was in use."""
+    monkeypatch.setattr(unix_stream, "TAKE_S", 0.2)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        stream = unix_stream.UnixStream(ours, TOKEN, pack(value([])), MEGABYTE)
+        if accepted:
+            theirs.sendall(struct.pack("<Q", unix_stream.TAKEN))
+        assert stream.waiting == 0, "a sender reads what there is"
+        ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+        stream.start(lambda _, reason: ended.put(reason))
+        if accepted:
+            assert not stream.wait(1.0)
+            assert stream.put(pack(value([])))
+            stream.abort()
+        assert ended.get(timeout=WAIT_S) == (
+            unix_stream.BROKE if accepted else "it did not accept the connection within 0.2 s"
+        )
+        assert stream.wait(WAIT_S)
+
+
 def test_a_message_that_is_expected_is_looked_for_and_then_no_more(pair: tuple[Inbox, Inbox]) -> None:
     a, b = pair
     for n in range(20):  # some find b looking, some asleep

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import resource
 import signal
@@ -58,8 +60,13 @@ def test_a_directory_that_becomes_a_file_does_not_end_a_fit(threads_cluster: fm.
 
     def replace(record: dict[str, Any]) -> None:
         if record["step"] == 3:
-            where.rename(tmp_path / "gone")
-            where.write_text("another file")
+            file = tmp_path / "file"
+            file.write_text("another file")
+            for moved in itertools.count():
+                with contextlib.suppress(OSError):  # the next snapshot can make the directory again in between
+                    where.rename(tmp_path / f"gone{moved}")
+                    file.rename(where)
+                    break
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing can be written any more

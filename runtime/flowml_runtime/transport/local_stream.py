@@ -117,6 +117,8 @@ class UnixStream:
         self._ending = False
         self._ended = threading.Event()
         self._answers = bytearray()
+        self._accepted = False
+        """Whether the receiver has answered anything. Whoever reads the first answer takes it from the other threads."""
         self.reason = ""
         """Why the stream ended. It is set before `put` returns False."""
         secret = token.encode()
@@ -316,6 +318,7 @@ class UnixStream:
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while data := self._link.recv(2**16, socket.MSG_DONTWAIT):
                 self._answers += data
+                self._accepted = True
         whole = len(self._answers) // NUMBER.size * NUMBER.size
         taken = 0
         for (number,) in NUMBER.iter_unpack(bytes(self._answers[:whole])):
@@ -332,7 +335,7 @@ class UnixStream:
         """Wait for the end of the stream. Returned slots wake no thread: they are read when a slot is needed."""
         poll = select.poll()
         poll.register(self._link, select.POLLIN | select.POLLRDHUP)
-        if not poll.poll(TAKE_S * 1000):
+        if not poll.poll(TAKE_S * 1000) and not self._accepted:
             self.reason = f"it did not accept the connection within {TAKE_S:g} s"
             self.abort()
         poll.modify(self._link, select.POLLRDHUP)
