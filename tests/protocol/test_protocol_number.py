@@ -10,7 +10,7 @@ import msgspec
 from flowml_runtime import wire
 from flowml_runtime.wire.base import Message
 
-KNOWN = (15, "58d4fd45c5076281")
+KNOWN = (16, "33f2ecb900aa307a")
 """The number of the protocol, and the layout of the messages that it stands for."""
 
 

@@ -118,7 +118,7 @@ class UnixStream:
         self._ended = threading.Event()
         self._answers = bytearray()
         self._accepted = False
-        """Whether the receiver has answered anything. Whoever reads the first answer takes it from the other threads."""
+        """Whether the receiver has answered anything. Any thread may be the one that reads it."""
         self.reason = ""
         """Why the stream ended. It is set before `put` returns False."""
         secret = token.encode()

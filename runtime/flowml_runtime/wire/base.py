@@ -9,7 +9,7 @@ import msgspec
 from flowml.arrays import ArraySpec
 from flowml.numbers import MOST
 
-PROTOCOL = 15
+PROTOCOL = 16
 """Version of these messages. Peers of another version are refused at their Hello."""
 
 MAX_HEADER_BYTES = 16 * 2**20

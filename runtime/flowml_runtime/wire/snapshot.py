@@ -28,11 +28,13 @@ Owner = Annotated[str, msgspec.Meta(max_length=1024)]
 
 class Hold(TrainingMessage, frozen=True):
     """Replicas begin no clock from `clock` on, and do not retire, until a later Hold allows it. The largest clock
-    that a message can carry lets them run to the end. With `replica` it is for that one only."""
+    that a message can carry lets them run to the end. With `replica` it is for that one only. With `within` a replica
+    stops after its next push, if that is so many clocks away at most (`after_push`)."""
 
     clock: Count
     replica: Count | None = None
     number: Count = 0
+    within: Count = 0
 
 
 class Paused(TrainingMessage, frozen=True):

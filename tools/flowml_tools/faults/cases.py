@@ -14,13 +14,14 @@ from typing import Any, Literal
 from flowml import sim
 from flowml.policy import Deadline, Gossip, Policy, Quorum
 from flowml.sim import AT_ONCE, ComputeTimes
+from flowml_runtime.protocol.training.driver import Pause
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.sim.faults import NetworkFaults
 from flowml_runtime.sim.heap import Clock
 from flowml_tools.faults.draws import apart, policies, quorums
 from flowml_tools.faults.layout import make
 from flowml_tools.faults.rarer import rarer
-from flowml_tools.faults.world import World
+from flowml_tools.faults.world import STOP_AT_ONCE, World
 
 MOST_STEPS = 72
 """The most steps of all stages of all replicas, so that no run takes as long as twenty others."""
@@ -55,12 +56,20 @@ class Case:
     """When snapshots are taken; None: never."""
     pauses: tuple[float, ...] = ()
     """When snapshots are asked for beside those."""
+    pause: Pause = STOP_AT_ONCE
+    """How they are asked for: with replicas that are to leave, after a push of theirs."""
     silent: bool = False
     """Whether a replica that is home to nothing is suspended while snapshots are taken of the others."""
     patience_s: float | None = None
     """How long replicas stand for a snapshot before it is withdrawn; None: until all have stopped."""
     sharded: bool = False
     """Whether each replica has items of its own, if it takes them at its own pace."""
+
+    @property
+    def _after_push(self) -> str:
+        within, leaving = self.pause.pushed_within, self.pause.leaving
+        who = f", replicas {', '.join(map(str, leaving))} leave" if leaving else ""
+        return f" (after a push within {within} clocks{who})" if within else ""
 
     @property
     def crashes_home(self) -> bool:
@@ -135,6 +144,7 @@ class Case:
             rhythm=self.rhythm,
             outlives=self.rhythm is not None,
             pauses=self.pauses,
+            pause=self.pause,
             patience_s=self.patience_s,
             sharded=self.sharded,
         )
@@ -163,7 +173,9 @@ class Case:
         also = f" and {self.rhythm.also}" if self.rhythm and self.rhythm.also else ""
         trouble += [f"snapshots every {self.rhythm.every}{also} clocks"] if self.rhythm else []
         trouble += (
-            [f"snapshots are asked for at {', '.join(f'{at:.2f}' for at in self.pauses)} s"] if self.pauses else []
+            [f"snapshots are asked for at {', '.join(f'{at:.2f}' for at in self.pauses)} s{self._after_push}"]
+            if self.pauses
+            else []
         )
         trouble += [f"they are withdrawn after {self.patience_s:g} s"] if self.patience_s is not None else []
         trouble += [f"the fit is ended at {self.interrupted_s:.2f} s"] if self.interrupted_s is not None else []
@@ -232,7 +244,10 @@ def _with_snapshots(case: Case) -> Case:
         return case
     pauses = tuple(sorted(rng.uniform(0, 6) for _ in range(rng.randrange(3))))
     rhythm = Rhythm(rng.choice([0, 1, 2, 3]), rng.choice([0, 0, 2]))
-    return replace(case, rhythm=rhythm, pauses=pauses, twice=rng.choice([case.twice, 0.3]))
+    changes: dict[str, Any] = {"twice": rng.choice([case.twice, 0.3])}
+    if rng.random() < 0.4:
+        changes["pause"] = Pause(rng.randint(1, 6), tuple(r for r in range(case.replicas) if rng.random() < 0.4))
+    return replace(case, rhythm=rhythm, pauses=pauses, **changes)
 
 
 def _with_late_answers(case: Case) -> Case:

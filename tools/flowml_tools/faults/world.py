@@ -33,6 +33,7 @@ PLAN = "plan"
 RUN = 100
 WITHOUT_LATE_S = 0.2
 """How long after one is withdrawn a snapshot is asked for that leaves out late replicas, where policies allow it."""
+STOP_AT_ONCE = driver.Pause()
 MOST_EVENTS = 50_000
 
 HARMLESS = (
@@ -178,6 +179,7 @@ class World:
     outlives: bool = False
     """Whether the driver's machine goes on for good without a lost replica, where it can."""
     pauses: Sequence[float] = ()
+    pause: driver.Pause = STOP_AT_ONCE
     """When snapshots are asked for, beside those of the rhythm."""
     patience_s: float | None = None
     """How long replicas stand for a snapshot before it is withdrawn; None: until all have stopped."""
@@ -280,7 +282,7 @@ class World:
     def ask(self) -> None:
         """Ask for a snapshot."""
         if not self.driver.machine.over and not self.driver.ended:
-            self.driver.tell(driver.Pause())
+            self.driver.tell(self.pause)
 
     def interrupt(self, when: float) -> None:
         """End the first fit at this time, as an exception in a callback does, and begin another one at once."""

@@ -451,7 +451,7 @@ class Runs:
     def _regroup_to(fit: Fit, losses: Losses) -> None:
         """Let workers join and leave this run."""
         if losses.regrouping is not None:
-            fit.saving.waits_for_push = True
+            fit.saving.waits_for_push, fit.saving.leaving = True, losses.regrouping.leaving
             losses.regrouping.begin(losses.gone)
         if losses.on_loss != "raise":
             fit.saving.regroups, fit.may_lose, fit.goes_on = losses.ready, losses.may_leave, losses.leave

@@ -89,6 +89,11 @@ class Regrouping:
         there = {device.worker for device in self._cluster.devices} - self._cluster.leaving
         return frozenset(there.intersection(gone)) if self._joins else frozenset()
 
+    def leaving(self) -> tuple[int, ...]:
+        """The replicas of the run that take no part in the one that is `ready`."""
+        training, wanted = self._program.training, self._wanted or self._gone
+        return tuple(sorted(lost_replicas(training, wanted) - lost_replicas(training, self._gone)))
+
     def take(self) -> tuple[LoadedPlan, frozenset[str]]:
         """The plan that is ready, and the workers without which it is."""
         with self._lock:

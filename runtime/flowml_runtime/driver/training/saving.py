@@ -97,6 +97,8 @@ class Saving:
         """Whether the run is to end at the next snapshot, and another one with other replicas begins there."""
         self.waits_for_push = False
         """Whether replicas leave at such a snapshot, which would lose what they have not pushed."""
+        self.leaving: Callable[[], tuple[int, ...]] = tuple
+        """The replicas that take no part in the run that begins there."""
         self._aligned = False
         """Whether replicas share clocks."""
         self._withdrawn = False
@@ -185,7 +187,7 @@ class Saving:
         if offer is not None:
             yield offer
         if not known.misses and self.due(step, now, aligned=machine.aligned, partial=bool(known.silent)):
-            yield Pause(self.push_within(step, now))
+            yield Pause(self.push_within(step, now), self.leaving())
 
     def due(self, step: int, now: float, *, aligned: bool, partial: bool = False) -> bool:
         """Whether a snapshot is due that the rhythm of clocks does not bring. A `partial` one is not validated."""
@@ -214,15 +216,17 @@ class Saving:
         """After how many steps at most the next push must be, so that a run that is to end ends after it."""
         if self._measured is None or not self.waits_for_push or not self.regroups():
             return 0
+        if not self._aligned and not self.leaving():
+            return 0  # those that stay need no push before others join
         since, at = self._measured
         return int(PUSH_WITHIN_S * (step - since) / max(now - at, 1e-9))
 
-    def _ends_here(self, training: Training, step: int, now: float) -> bool:
-        """Whether the run is to end after so many steps."""
+    def _ends_here(self, training: Training, step: int, now: float, *, pushed: bool) -> bool:
+        """Whether the run is to end with a snapshot after so many steps, which is one after a push if `pushed`."""
         if not self.regroups():
             return False
         if not self._aligned:
-            return True
+            return pushed or self.push_within(step, now) == 0
         rhythms = (store.policy.every for store in training.stores)
         return after_push(rhythms, step, self.push_within(step, now)) == step
 
@@ -281,7 +285,9 @@ class Saving:
         if parts is not None:
             parts.remove()
         self._stood_at = None
-        if action.whole and not action.last and not action.without and self._ends_here(training, step, now):
+        if not action.whole or action.last or action.without:
+            return
+        if self._ends_here(training, step, now, pushed=action.after_push):
             raise Regrouped
 
     def _take(self, snapshot: Snapshot, now: float, key: str, parts: Parts | None, *, over: bool) -> None:

@@ -85,9 +85,10 @@ class WorkerLost(msgspec.Struct, frozen=True):
 
 
 class Pause(msgspec.Struct, frozen=True):
-    """Take a snapshot soon: after a push that is within so many clocks (`after_push`), or at once."""
+    """Take a snapshot soon: after a push that is within so many clocks, or at once (`Snapshots.pause`)."""
 
     pushed_within: int = 0
+    leaving: tuple[int, ...] = ()
 
 
 class Withdraw(msgspec.Struct, frozen=True):
@@ -308,8 +309,8 @@ class TrainingDriver:
                 return [Fail(lost or message, self.number)]
             case WorkerLost():
                 return self._lose(event)
-            case Pause(within):
-                return [*self.snapshots.pause(self._ids(), self.ledger.newest, within)]
+            case Pause(within, leaving):
+                return [*self.snapshots.pause(self._ids(), self.ledger.newest, within, leaving)]
             case Offer():
                 self.snapshots.offer = event
                 return []

@@ -288,7 +288,7 @@ class Fit:
         meant = [at for at in self._leading if message.replica in (None, at[0])]
         if message.replica is None:
             self.held = max(self.held, message.number)
-        return self._at_stages(meant, stage.Hold(message.clock, message.number))
+        return self._at_stages(meant, stage.Hold(message.clock, message.number, message.within))
 
     def _leave_out(self, message: wire.LeaveOut, _: Received) -> list[Action]:
         """Say what the home here has of a lost replica. From then on it takes nothing more from it."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training.clocks import after_push
 from flowml_runtime.protocol.training.terms import RETIRED, Terms
 
 NO_HOLD = RETIRED
@@ -103,6 +104,12 @@ class Items:
             return self._next, item, self._next == self._terms.last_clock
         last = len(held) == 1 or held[1][0] != self._next + 1
         return None if last and not self._exhausted else (self._next, item, last)
+
+    def hold_before(self, clock: int, within: int = 0) -> None:
+        """Begin no item for a clock from this one on, or after the next push, if that is `within` so many clocks."""
+        if within:
+            clock = after_push((store.policy.every for store in self._terms.stores), max(clock, self._next), within)
+        self.hold = clock
 
     def take(self, clock: int) -> None:
         del self._held[0]

@@ -128,7 +128,7 @@ class Replica:
         self._held = -1
         """The number of the newest Hold."""
         self._paused = False
-        """Whether the driver knows that the replica has stopped where a Hold says."""
+        """Whether the driver knows that a Hold has stopped the replica."""
         self._waits_to_tell = ahead > LOOK_AHEAD
         self._fates: list[Settle] = []
         """The fates of items that go with the next Ask."""
@@ -272,12 +272,12 @@ class Replica:
             case BeginReceived(clock, item, last):
                 return self._begin(clock, item, last)
             case Started():
-                if self._leads:
-                    self._work.opened = True
+                self._work.opened |= self._leads
             case LeaderRetired():
                 self._leader_retired = True
-            case Hold(clock, number) if number > self._held:
-                self._work.hold, self._held, self._paused = clock, number, False
+            case Hold(clock, number, within) if number > self._held:
+                self._work.hold_before(clock, within)
+                self._held, self._paused = number, False
             case Hold() | ReplicaLost():
                 pass  # it came again; the home and the leader of decisions stop waiting for the replica
         return []

@@ -10,7 +10,9 @@
 * A run without common clocks stops where each replica happens to be, if no replica waits for another. Else one that
   has stopped would be waited for. So all stop before the same clock, and one that has no more items retires, but for
   the last one: the homes stay open for it.
-* One after which a replica leaves is taken after a push, if that is soon: then none of its local steps is lost.
+* One after which a replica leaves is taken after a push, if that is soon: then none of its local steps is lost. If no
+  replica waits for another, that replica stops first, after its own push, and the others when it has stopped, or when
+  they have done as many steps as that could take.
 * A run that loses a replica takes no more snapshots. One that begins without it does, of the others, and so does one
   that is to go on without it (`departed`).
 * A late replica, or one whose worker is late, holds a snapshot up. If others could go on without it, the caller
@@ -76,7 +78,7 @@ class Save(msgspec.Struct, frozen=True):
     """A snapshot is complete: where the machines stand, and the buffers as (owner, names, handle). `last`: the replicas
     have no more work. `number` is that of the Hold. Without `whole` there are no handles. `copied`: other workers have
     copies. With a `folder` those without a handle are in files there. `without`: the silent replicas of which it has
-    nothing."""
+    nothing. `after_push`: it was to be taken after a push, if one was soon."""
 
     stopped: wire.Stopped
     buffers: tuple[tuple[str, tuple[str, ...], Handle | None], ...]
@@ -87,6 +89,7 @@ class Save(msgspec.Struct, frozen=True):
     copied: bool = False
     folder: str = ""
     without: tuple[int, ...] = ()
+    after_push: bool = False
 
 
 class Snapshots:
@@ -122,6 +125,12 @@ class Snapshots:
         """The number of the newest Hold for all replicas."""
         self.under_way = False
         """Whether workers have been asked for what they keep, and some have not answered."""
+        self._stopping: dict[int, int] = {}
+        """The replicas that are to stop before the others, and the numbers of their Holds."""
+        self._stop_by = 0
+        """The others stop too when one of them has asked for work for a later clock."""
+        self._after_push = False
+        """Whether the snapshot for which replicas stop is to be taken after a push."""
         self._released: set[int] = set()
         """The replicas that may retire, because they have no more items and others may wait for them."""
         self.silent: set[int] = set()
@@ -131,20 +140,44 @@ class Snapshots:
         self._without: frozenset[int] = frozenset()
         """The replicas without which the snapshot is taken that is under way."""
 
-    def pause(self, ids: dict[str, Any], newest: int, pushed_within: int = 0) -> list[Send]:
+    def pause(
+        self, ids: dict[str, Any], newest: int, pushed_within: int = 0, leaving: Sequence[int] = ()
+    ) -> list[Send]:
         """Stop soon: before the clock after the `newest` one that was granted, or at once if no replica waits for
-        another. Stop after a push that is within so many clocks more (`after_push`)."""
+        another. Stop after a push that is within so many clocks more (`after_push`), or have those that are `leaving`
+        stop after theirs, before the others do."""
         self._wanted = True
         if self._rhythm is None or self.under_way or self.misses or (self._paused and not self._await_end):
             return []
-        clock = newest + 1 if self._terms.aligned or self._terms.paced_by_slowest else 0
-        if self._terms.aligned and pushed_within:
-            rhythms = (store.policy.every for store in self._terms.stores)
-            clock = after_push(rhythms, clock, pushed_within)
+        if self._stopping and newest <= self._stop_by:
+            return []
+        if not (self._terms.aligned or self._terms.paced_by_slowest):
+            first = () if self._stopping or not pushed_within else sorted(self._live.intersection(leaving))
+            if not first:
+                return self._stop_all(ids, after_push=bool(self._stopping))
+            self._stop_by = newest + 2 * pushed_within  # they may be slower than the others
+            return [self._stop_first(ids, replica, pushed_within) for replica in first]
+        clock = newest + 1
+        if pushed_within:
+            clock = after_push((store.policy.every for store in self._terms.stores), clock, pushed_within)
         if clock >= self.hold:
             return []
         self._paused = {}  # those that have no more items stop for this one too, and tell it again
+        self._after_push = pushed_within > 0
         return [self._hold_all(ids, clock)]
+
+    def _stop_first(self, ids: dict[str, Any], replica: int, within: int) -> Send:
+        self._numbers += 1
+        self._stopping[replica] = self._numbers
+        hold = wire.Hold(**ids, clock=0, replica=replica, number=self._numbers, within=within)
+        return Send(self._workers, hold)
+
+    def _stop_all(self, ids: dict[str, Any], *, after_push: bool) -> list[Send]:
+        self._stopping = {}
+        if self.hold == 0:
+            return []
+        self._paused, self._after_push = {}, after_push  # those that have stopped tell it again
+        return [self._hold_all(ids, 0)]
 
     @property
     def _await_end(self) -> bool:
@@ -189,7 +222,7 @@ class Snapshots:
         late = (w for w in self._asked if self.under_way and not self._has_told(w))
         stages = {r for w in late for r, _ in self._places.stages_on(w)}
         self.silent = set(self._live.difference(self._paused)) | stages
-        self._paused, forgotten = {}, self._forget(ids["cause"])
+        self._paused, self._after_push, forgotten = {}, False, self._forget(ids["cause"])
         return [*forgotten, self._hold_all(ids, self._terms.last_clock + 1 if self._terms.aligned else AT_END)]
 
     def _has_told(self, worker: str) -> bool:
@@ -225,7 +258,7 @@ class Snapshots:
 
     def lose(self, ids: dict[str, Any]) -> list[Send | Release]:
         """A replica is lost. The others go on."""
-        held, self._rhythm, self.silent = self.hold != NO_HOLD, None, set()
+        held, self._rhythm, self.silent, self._stopping = self.hold != NO_HOLD, None, set(), {}
         return [*self._forget(ids["cause"]), *([self._hold_all(ids, NO_HOLD)] if held else [])]
 
     def leave(self, ids: dict[str, Any], places: Places) -> list[Send | Release]:
@@ -234,11 +267,14 @@ class Snapshots:
         self._places, self._workers = places, places.workers
         self._live = self._live.difference(places.lost)
         self.silent.difference_update(places.lost)
-        stand, self._paused = bool(self._paused), {}
+        stand, self._paused, self._stopping, self._after_push = bool(self._paused or self._stopping), {}, {}, False
         return [*self._forget(ids["cause"]), *([self._hold_all(ids, self.hold)] if stand else [])]
 
     def take(self, ids: dict[str, Any], peer: str, message: Any, handle: Handle | None) -> list[Send | Save | Release]:
         """Process a Paused, an Exported or Buffers. `ids` are for the messages to send."""
+        if isinstance(message, wire.Paused) and self._stopping.get(message.replica) == message.number:
+            del self._stopping[message.replica]
+            return [] if self._stopping else [*self._stop_all(ids, after_push=True)]
         if self._rhythm is None or message.number != self._number:
             return [] if handle is None else [Release(handle, ids["cause"])]
         match message:
@@ -347,6 +383,7 @@ class Snapshots:
         stopped = wire.Stopped(tuple(clocks), tuple(stages), tuple(stores), tuple(sites), tuple(waiting))
         without = tuple(sorted(self._without))
         about = self._is_last, self._number, self._whole, self._copies and not without, self._folder, without
+        about = *about, self._after_push
         return Save(stopped, tuple(buffers), cause, *about)
 
     def _go_on(self, ids: dict[str, Any]) -> Sequence[Send]:
@@ -354,7 +391,7 @@ class Snapshots:
         if self._is_last:
             self._rhythm = None
         self._paused, self._exported, self._buffers, self._copied, self.under_way = {}, {}, {}, {}, False
-        self._without = frozenset()
+        self._without, self._after_push = frozenset(), False
         return [self._hold_all(ids, clock)]
 
     def _next(self, clock: int) -> int:

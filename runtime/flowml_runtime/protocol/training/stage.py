@@ -65,10 +65,11 @@ class LeaderRetired(msgspec.Struct, frozen=True):
 
 class Hold(msgspec.Struct, frozen=True):
     """Begin no clock from this one on, and do not retire; `items.NO_HOLD` allows everything. One whose number is not
-    larger than those before changes nothing."""
+    larger than those before changes nothing. If the next push is `within` so many clocks, begin them until then."""
 
     clock: int
     number: int = 0
+    within: int = 0
 
 
 class Paused(msgspec.Struct, frozen=True):

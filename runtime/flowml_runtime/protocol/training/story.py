@@ -84,8 +84,10 @@ def said(message: wire.Wire | wire.TrainingMessage) -> str:
             return ", ".join(f"item {i.sequence} of replica {replica} is {fate}{without}" for i, fate in fates)
         case wire.Hold(clock=clock, replica=None):
             return f"replicas {_held(clock)}"
-        case wire.Hold(replica=replica):
+        case wire.Hold(replica=replica, within=0):
             return f"replica {replica} may retire"
+        case wire.Hold(replica=replica, within=within):
+            return f"replica {replica} stops after a push within {within} clocks"
         case wire.Paused(replica=replica, hold=hold, clock=clock):
             return f"replica {replica} has stopped before clock {clock}, because replicas {_held(hold)}"
         case wire.Export():
