@@ -422,8 +422,7 @@ class Session:
                 if peer in loading.workers:
                     text = f"{peer} was lost while it compiled plan {loading.plan.name!r}: {reason}; {self.remedy}"
                     loading.fail(WorkerLostError(text, worker=peer))
-            plans = [p for p in self._plans.values() if peer in p.workers]
-            handlers = list(self._handlers.values())
+            plans, handlers = [p for p in self._plans.values() if peer in p.workers], list(self._handlers.values())
         for handle in plans:
             self._without(handle, peer, reason)
         for handler in handlers:
@@ -457,7 +456,7 @@ class Session:
         elif isinstance(message, wire.StepFailed):
             self._fail_step(handle, message.step, step_error(handle.plan, message, self.remedy), message.error)
         elif isinstance(message, wire.Failed):
-            self._stop(handle, lambda step: load_failed(handle.plan, message), message.error)
+            self._stop(handle, lambda _, plan=handle.plan: load_failed(plan, message), message.error)
         elif isinstance(message, wire.Unreachable):
             self._without(handle, message.peer, unreachable(message))
 
@@ -471,7 +470,8 @@ class Session:
         The others may have all of its values already. The workers that still need one report their steps as failed.
         """
         slots = {slot for slot, device in handle.sources.items() if worker_of(device) == peer}
-        self._stop(handle, lambda step: worker_lost(handle.plan, step, peer, reason, self.remedy), reason, slots)
+        error = partial(worker_lost, handle.plan, worker=peer, reason=reason, remedy=self.remedy)
+        self._stop(handle, error, reason, slots)
 
     def _stop(
         self,

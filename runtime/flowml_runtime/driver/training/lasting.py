@@ -47,6 +47,7 @@ from flowml_runtime.driver.training.program import Program
 from flowml_runtime.driver.training.regrouping import Regrouped, Regrouping, WithPlaces, lost_replicas
 from flowml_runtime.driver.training.saving import Saving
 from flowml_runtime.membership.advice import lost_itself, without_remedy
+from flowml_runtime.weak import weakly
 
 T = TypeVar("T")
 
@@ -166,7 +167,7 @@ class Losses:
                 _check_least(program, least)
         self.regrouping: Regrouping | None = None
         if on_loss == "shrink":
-            self.regrouping = Regrouping(cluster, program, lambda gone: not self._cannot(gone), joins=elastic)
+            self.regrouping = Regrouping(cluster, program, weakly(self._can), joins=elastic)
         if elastic or begins_smaller:
             self._begin_with_those_there()
         if self.gone and not elastic:
@@ -236,7 +237,7 @@ class Losses:
 
     def may_leave(self, worker: str) -> bool:
         """Whether the fit goes on without the replicas of a worker, instead of having another in its place."""
-        return self.regrouping is not None and not self._cannot({*self.gone, worker})
+        return self.regrouping is not None and self._can({*self.gone, worker})
 
     def leave(self, worker: str, why: str, step: int) -> None:
         """A run goes on without a lost worker: nothing is done again, and no replica has stopped."""
@@ -279,10 +280,10 @@ class Losses:
         except WorkerLostError as error:
             return self.after(error).handle, leave, leave
 
-    def _cannot(self, gone: Collection[str]) -> bool:
-        """Whether the fit cannot go on without these workers."""
+    def _can(self, gone: Collection[str]) -> bool:
+        """Whether the fit can go on without these workers."""
         left = self._left(gone)
-        return too_few(self.program.training, left) is not None or len(left) < self._least
+        return too_few(self.program.training, left) is None and len(left) >= self._least
 
     def _left(self, gone: Collection[str]) -> list[int]:
         """The replicas that have no stage on these workers."""
@@ -296,7 +297,7 @@ class Losses:
         wait until others have compiled."""
         self.gone.update(dict.fromkeys(found))
         joined = frozenset[str]()
-        if self.regrouping is not None and self._cannot(self.gone):
+        if self.regrouping is not None and not self._can(self.gone):
             joined = self.regrouping.joined(self.gone)
             self.gone = {worker: None for worker in self.gone if worker not in joined}
         left, why = self._left(self.gone), _all_lost(lost, error)

@@ -34,6 +34,7 @@ from flowml_runtime.protocol.training.driver import Pause, TrainingDriver
 from flowml_runtime.protocol.training.ledger import LedgerState
 from flowml_runtime.protocol.training.snapshot import Offer, Rhythm, Save
 from flowml_runtime.protocol.training.terms import Terms
+from flowml_runtime.weak import weakly
 
 LEAST_PAUSE_S = 0.25
 """The least time between two snapshots that are taken for memory."""
@@ -75,7 +76,7 @@ class Saving:
         self._dropped = False
         """Whether this run has ended while a snapshot waited to be written."""
         self._writer = None if checkpoint is None else Writer(checkpoint)
-        self._unshown = None if self._writer is None else Unshown(self._writer, self._put, self.first)
+        self._unshown = None if self._writer is None else Unshown(self._writer, weakly(self._put), self.first)
         self.keeps = False
         """Whether the newest snapshot stays in memory, so that the fit can go on from it after a loss."""
         self.newest = resumed

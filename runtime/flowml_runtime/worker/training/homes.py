@@ -22,6 +22,7 @@ from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import host_view
 from flowml_runtime.protocol.training.actions import Apply, Couple, Load, Publish, Release, Return, Uncouple
 from flowml_runtime.protocol.training.terms import RETIRED
+from flowml_runtime.weak import weakly
 from flowml_runtime.worker.training.applying import Given, Held, applied, check_student, given_of
 from flowml_runtime.worker.training.coupled import CoupledHomes, Heard
 from flowml_runtime.worker.training.exchange.agreement import Agreement
@@ -88,8 +89,8 @@ class Homes:
         self._lanes = {home: Lane(f"{home} home run {run.number}") for home in dict.fromkeys(self._homes.values())}
         self._publisher = Publisher(
             f"{run.me} run {run.number}",
-            self._send_published,
-            partial(self._fail, run.number, "publish"),
+            weakly(self._send_published),
+            partial(weakly(self._fail), run.number, "publish"),
             run.sender.waiting,
         )
         for store, home in self._homes.items():

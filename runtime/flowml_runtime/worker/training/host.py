@@ -300,6 +300,7 @@ class _Fit:
         self._relays.close()
         self._exports.close()
         self.reductions.close()
+        self.run.residents.forget()
 
     def at_once(self, action: protocol.Action) -> bool:
         """Carry out an action that changes what executors read; the caller holds the lock. False for any other."""

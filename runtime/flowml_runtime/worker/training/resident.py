@@ -57,6 +57,10 @@ class Residents:
             raise FlowmlError(f"two objects keep buffers as {resident.owner!r}")
         self.found[resident.owner] = resident
 
+    def forget(self) -> None:
+        """The run is over. What these refer to is freed, and not kept by a cycle through the run."""
+        self.found = {}
+
     def restore(self, owner: str, arrays: Arrays) -> None:
         if owner not in self.found:
             raise FlowmlError(

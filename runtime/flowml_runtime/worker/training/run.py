@@ -76,7 +76,8 @@ class Run:
         self.training: Training = self.plan.training
         self.terms = Terms.of(self.training, self.start.total_clocks)
         self.counts = Counts(len(self.training.stores))
-        self.backlog = Backlog(lambda _, to: self.sender.waiting(to))
+        sender = self.sender
+        self.backlog = Backlog(lambda _, to: sender.waiting(to))
         self.positions = [which(store) for store in self.training.stores]
         self.restored = self.start.stopped is None
         """Whether all buffers are here of the snapshot from which the run goes on, if it does."""

@@ -33,6 +33,7 @@ from flowml_runtime.execution.step_program import StepFault, StepProgram, run_st
 from flowml_runtime.protocol.training.accumulator import Sum
 from flowml_runtime.protocol.training.actions import Computed, Send, Start, StepFinished, Updated
 from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.weak import weakly
 from flowml_runtime.worker.training.batches import Batches, Variants
 from flowml_runtime.worker.training.examples import Fetched, beside_batch
 from flowml_runtime.worker.training.exchange.mirrors import Mirrors
@@ -58,20 +59,19 @@ class StageRunner(EdgeServices):
     def __init__(
         self, run: Run, host: TrainingHost, at: tuple[int, int], loaded: LoadedProgram, reductions: Reductions
     ) -> None:
-        mailbox = host.worker.mailbox
-        super().__init__(run.plan_id, loaded, mailbox, run.sender, run.deadline_s, run.recorder)
-        self.stage = stage = at[1]
+        super().__init__(run.plan_id, loaded, host.worker.mailbox, run.sender, run.deadline_s, run.recorder)
+        self.replica, self.stage = at
         self.run = run
-        self.replica = at[0]
+        stage, adopt = at[1], weakly(self.adopt)
         self.machine = host.machine.stage(at)
         self._worker = host.machine
         self._reductions = reductions
         self._on_event = host.on_event
         self._on_fault = host.fail
         find = partial(host.worker.variant, device=loaded.name, driver=run.driver)
-        self._variants = Variants(loaded, find, self.bind)
+        self._variants = Variants(loaded, find, weakly(self.bind))
         self._starts: queue.SimpleQueue[Start | None] = queue.SimpleQueue()
-        self._batches = Batches(run, self.device, self._in_vain)
+        self._batches = Batches(run, self.device, weakly(self._in_vain))
         self._sums = Sums(run.training.stores, stage, loaded, run.number)
         self._own = {
             s: OwnValues(store, run.plan, loaded.tasks, self.replica)
@@ -79,7 +79,7 @@ class StageRunner(EdgeServices):
             if store.local is not None and store.parts[0].stage == stage
         }
         """By store the values that this replica updates itself."""
-        self.model = HostedModel(run, at, self.adopt, loaded.device)
+        self.model = HostedModel(run, at, adopt, loaded.device)
         self._shared = frozenset(s for s, store in enumerate(run.training.stores) if store.policy.shared)
         self._members = {
             s: Member(run, s, stage, self.replica, site)
@@ -89,7 +89,7 @@ class StageRunner(EdgeServices):
         """By store the place of this replica in its site, if others are there, or if it updates own values. Then those
         that are alone exchange layers in the order of all: after their pushes. No two wait for each other."""
         self._neighbours = {
-            s: (Mirrors if own.spec.policy.mirrored else Neighbours)(run, s, at[0], loaded, self.adopt, own.dtype)
+            s: (Mirrors if own.spec.policy.mirrored else Neighbours)(run, s, at[0], loaded, adopt, own.dtype)
             for s, own in self._own.items()
             if isinstance(own.spec.policy.remote, Gossip) and (s not in self._members or self._members[s].exchanges)
         }

@@ -24,6 +24,7 @@ from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array, aligned_copy
 from flowml_runtime.protocol.training.actions import CountSum, Forward, PassOn
 from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.weak import weakly
 from flowml_runtime.worker.training.exchange.reductions import sum_of
 from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
@@ -46,8 +47,8 @@ class Relays:
         """By leader, if the sums of its site are filtered."""
         self._sums = False
         """Whether there was a sum to send."""
-        failed = partial(self._fail, 0, "publish")
-        self._publisher = Publisher(f"{run.me} sites run {run.number}", self._send, failed, run.sender.waiting)
+        failed = partial(weakly(self._fail), 0, "publish")
+        self._publisher = Publisher(f"{run.me} sites run {run.number}", weakly(self._send), failed, run.sender.waiting)
 
     def forward(self, action: Forward) -> None:
         """Add up contributions, and send the sum."""
