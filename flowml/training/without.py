@@ -20,8 +20,8 @@ from flowml.devices import worker_of
 from flowml.errors import PolicyError, UnsupportedError, named
 from flowml.placement.homes import homes_only
 from flowml.plan import Part, Plan, Reduction, Site, StoreSpec, Training
-from flowml.policy import Completion, Gossip
-from flowml.policy.compose import check_count
+from flowml.policy import Completion, Gossip, Quorum
+from flowml.policy.compose import check_batch, check_count
 from flowml.policy.graphs import NestedGraph, OwnMatrix, among
 from flowml.training.adapted import has_inside
 from flowml.training.private import PrivateOptimizer
@@ -96,14 +96,23 @@ def too_few(training: Training, left: Collection[int]) -> TooFew | None:
         return TooFew(why, "a code for more stragglers")
     for store in training.stores:
         quorum = store.policy.quorum
-        if store.sites or goes_on(quorum):
-            continue
         try:
-            check_count(store.name, quorum, len(left))
+            check_met(training, store, len(left))
         except PolicyError:
+            of_samples = isinstance(quorum, Quorum) and quorum.of == "samples"
+            most = len(left) * (training.item_size if of_samples else 1)
             why = f"{len(left)} of {len(training.replicas)} replicas are left, too few for {quorum} of {store.name!r}"
-            return TooFew(why, f"a count of at most {len(left)}, or a fraction such as 0.75")
+            return TooFew(why, f"a count of at most {most}, or a fraction such as 0.75")
     return None
+
+
+def check_met(training: Training, store: StoreSpec, replicas: int) -> None:
+    """Raise PolicyError if so few replicas can never meet the quorum of a store."""
+    if store.sites or goes_on(store.policy.quorum):
+        return
+    check_count(store.name, store.policy.quorum, replicas)
+    if store.policy.clocked:
+        check_batch((store.policy,), replicas * training.item_size)
 
 
 def _among(store: StoreSpec, training: Training, lost: Collection[int]) -> StoreSpec:

@@ -263,7 +263,14 @@ def test_all_workers_are_named_that_are_lost_at_once(threads: fm.Cluster, policy
     assert all(worker in str(raised.value) for worker in ("worker:1", "worker:2"))
 
 
-@pytest.mark.parametrize("quorum", [fm.Quorum(3), fm.Quorum(3, late="fold", limit_s=60.0)], ids=["drop", "fold"])
+COUNTS = {
+    "drop": fm.Quorum(3),
+    "fold": fm.Quorum(3, late="fold", limit_s=60.0),
+    "samples": fm.Quorum(3 * BATCH // REPLICAS, of="samples"),
+}
+
+
+@pytest.mark.parametrize("quorum", COUNTS.values(), ids=COUNTS)
 def test_a_count_that_too_few_replicas_cannot_meet_ends_the_fit(threads: fm.Cluster, quorum: fm.Quorum) -> None:
     """It names the worker and what to give, at once, where the clock would wait for ever."""
     callbacks = [killing(threads, {5: "worker:0", 8: "worker:2"}, [])]
@@ -271,7 +278,8 @@ def test_a_count_that_too_few_replicas_cannot_meet_ends_the_fit(threads: fm.Clus
         mlp_loss, optax.sgd(0.1), cluster=threads, replicas=REPLICAS, policies=fm.Policy(quorum=quorum)
     )
     about: dict[str, Any] = {"batch_size": BATCH, "steps": STEPS, "progress": False}
-    words = r"worker:2 was lost.* 2 of 4 .*, too few for Quorum\(3.*on_loss='replace', or a count of at most 2"
+    most = 2 * (BATCH // REPLICAS if quorum.of == "samples" else 1)
+    words = rf"worker:2 was lost.* 2 of 4 .*, too few for Quorum\(\d.*on_loss='replace', or a count of at most {most}"
     try:
         with pytest.warns(fm.FlowmlWarning, match="worker:0 was lost"), pytest.raises(WorkerLostError, match=words):
             trainer.fit(mlp(), data(), on_loss="shrink", callbacks=callbacks, **about)

@@ -34,10 +34,9 @@ from flowml.devices import Device
 from flowml.errors import FlowmlError, PlacementError, PolicyError, WorkerLostError
 from flowml.placement import Pipeline
 from flowml.plan import Plan
-from flowml.policy.compose import check_count
 from flowml.render.units import listed
 from flowml.training.spec import TrainingSpec
-from flowml.training.without import check_shrinks, goes_on, too_few
+from flowml.training.without import check_met, check_shrinks, too_few
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Asked, Callback, OnLoss
@@ -323,8 +322,7 @@ def _check_least(program: Program, least: int) -> None:
     limit does not: it takes what has arrived by then."""
     for store in () if any(s.sites for s in program.training.stores) else program.training.stores:
         try:
-            if not goes_on(store.policy.quorum):
-                check_count(store.name, store.policy.quorum, least)
+            check_met(program.training, store, least)
         except PolicyError as error:
             raise ValueError(f"min_replicas={least} cannot hold: with so few replicas {error}") from None
 
