@@ -35,7 +35,7 @@ from flowml_runtime.driver.remote import Owner, Remote
 from flowml_runtime.driver.training.differing import MOST, bounded, differences
 from flowml_runtime.driver.training.outcome import as_buffer, from_buffer
 from flowml_runtime.driver.training.snapshots import Key, hollow, key_of
-from flowml_runtime.environment import checkpoints
+from flowml_runtime.environment import checkpoints, locks
 from flowml_runtime.put import placed
 
 if TYPE_CHECKING:
@@ -246,7 +246,8 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
     """Write a pytree of arrays and handles to the directory `path`. Returns when it is on the disk.
 
     Workers that see the directory write their values themselves. A process that is killed meanwhile leaves the tree
-    that was saved before. Kept loops that lose a worker go on from the last saved tree: see `docs/loops.md`.
+    that was saved before. Threads and processes that save there at the same time do so in turn. Kept loops that lose a
+    worker go on from the last saved tree: see `docs/loops.md`.
 
     Args:
         tree: a pytree of arrays, numbers and `fm.Remote`s. What is no array in an equinox module is left out.
@@ -274,13 +275,14 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
         raise CheckpointError(
             f"no tree can be saved in {directory}: it holds checkpoints of Orbax; give fm.save another directory"
         )
-    before = checkpoints.snapshots(directory)
-    _check_trees(directory, before)
-    number = checkpoints.step_of(before[0]) + 1 if before else 1
+    _check_trees(directory, checkpoints.snapshots(directory))
     try:
-        with checkpoints.writing(directory, number) as folder:
-            entries = _written(folder, values)
-            where = checkpoints.complete(folder, content, entries, keep)
+        directory.mkdir(parents=True, exist_ok=True)
+        with locks.turn(directory):
+            before = checkpoints.snapshots(directory)
+            with checkpoints.writing(directory, checkpoints.step_of(before[0]) + 1 if before else 1) as folder:
+                entries = _written(folder, values)
+                where = checkpoints.complete(folder, content, entries, keep)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(
             f"no tree could be saved in {directory}: {error}; what was saved before is as it was"

@@ -259,7 +259,7 @@ class Trainer:
     ) -> Runs:
         """Compile and load what a fit needs."""
         homes, some = prepare(cluster, self._spec, asked)
-        workers_of(cluster.devices, self._delays, homes, elastic=some)  # raises before anything is compiled
+        workers_of(cluster.devices, self._delays, homes, elastic=some, lost=cluster.lost)  # raises before it compiles
         data, batch_size = asked.data, asked.batch_size
         order = epoch_order(data.examples, asked.seed, 0, shuffle=asked.shuffle)
         model = Model.of(state, self._state_rules, self._spec.replicas)
@@ -359,7 +359,8 @@ class Trainer:
 
     def _options(self, cluster: TrainingCluster, program: Program, asked: Asked) -> FitOptions:
         run = program.reserve(asked.total)
-        workers = workers_of(cluster.devices, self._delays, elastic=asked.on_loss == "shrink")
+        shrinks = asked.on_loss == "shrink"
+        workers = workers_of(cluster.devices, self._delays, elastic=shrinks, lost=cluster.lost)
         return FitOptions(
             run=run,
             total=asked.total,

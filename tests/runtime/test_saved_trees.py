@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import resource
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import pytest
 
 import flowml as fm
 from flowml_runtime import wire
-from flowml_runtime.environment import checkpoints
+from flowml_runtime.environment import checkpoints, locks
 from flowml_runtime.saved import Saved, taken_from
 from flowml_runtime.worker.keeping import Keeping
 from tests.conftest import wait_until
@@ -326,3 +329,34 @@ def test_a_tree_of_64_bits_is_loaded_as_put_brings_it(threads_cluster: fm.Cluste
     loaded = fm.load(tmp_path, threads_cluster)
     assert [str(leaf.dtype) for leaf in jax.tree.leaves(loaded)] == ["int32", "float32"]
     np.testing.assert_array_equal(loaded["n"].fetch(), [0, 1, 2])
+
+
+SAVES = """
+import sys
+import numpy as np
+import flowml as fm
+for step in range(10):
+    fm.save({"w": np.full(1000, step), "by": np.array(int(sys.argv[2]))}, sys.argv[1])
+"""
+
+
+def test_threads_and_processes_save_in_turn(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    """They wrote into the same folder, and most of them failed."""
+    other = subprocess.Popen([sys.executable, "-c", SAVES, str(tmp_path), "7"])
+    tree = {"w": fm.put(np.full(1000, 3), threads_cluster), "by": np.array(3)}
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(lambda _: fm.save(tree, tmp_path), range(30)))
+    assert other.wait(60) == 0
+    assert len(set(paths)) == 30
+    assert len(list(tmp_path.iterdir())) == 1, "the newest, and nothing unfinished"
+    found = fm.load(tmp_path)
+    assert found["by"] in (3, 7)
+    assert np.unique(found["w"]).size == 1
+
+
+def test_who_waits_too_long_for_a_turn_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "TURN_S", 0.1)
+    fm.save({"w": 1.0}, tmp_path)
+    with locks.turn(tmp_path), pytest.raises(fm.CheckpointError, match="another process has written there"):
+        fm.save({"w": 2.0}, tmp_path)
+    assert fm.load(tmp_path) == {"w": 1.0}

@@ -97,3 +97,16 @@ def test_a_lost_worker_comes_back_only_for_a_fit_that_needs_it() -> None:
                 trainer.fit(mlp(), data(), batch_size=BATCH, steps=2, progress=False)
             trainer.fit(mlp(), data(), batch_size=BATCH, steps=2, progress=False, on_loss="replace")
             assert cluster.lost == ()
+
+
+def test_delays_may_name_a_worker_that_was_lost() -> None:
+    """It need not be there, and who mistypes a name is told."""
+    with closing(fm.Cluster.threads(workers=3)) as cluster:
+        delays = {"worker:2": 0.001}
+        fit(cluster, "synchronous", replicas=2, delays=delays)
+        cluster.end_worker("worker:2")
+        wait_until(lambda: cluster.lost == ("worker:2",), "its loss is known")
+        for on_loss in ("raise", "shrink"):
+            assert len(fit(cluster, "synchronous", replicas=2, delays=delays, on_loss=on_loss).history) == STEPS
+        with pytest.raises(fm.FlowmlError, match="delays names 'worker:22', which does not exist"):
+            fit(cluster, "synchronous", replicas=2, delays={"worker:22": 0.001}, on_loss="shrink")

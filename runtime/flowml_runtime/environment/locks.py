@@ -26,6 +26,7 @@ LOCK = ".fit"
 WORKERS = "workers"
 """Who has a lock, in place of a driver: workers that complete a last checkpoint. They have it for a moment."""
 PATIENCE_S = 10.0
+TURN_S = 600.0
 AGAIN_S = 0.02
 
 
@@ -78,7 +79,7 @@ def _taken(path: Path, driver: str, lost: Collection[str]) -> FileIO:
     while (file := _lock(path)) is None:
         pid, host, of = _holder(path)
         if of in lost:
-            with _one_at_a_time(path.parent):
+            with turn(path.parent):
                 if _holder(path)[2] in lost:
                     path.unlink(missing_ok=True)
         elif (pid and WORKERS not in (driver, of)) or time.monotonic() > until:
@@ -104,14 +105,29 @@ def _taken(path: Path, driver: str, lost: Collection[str]) -> FileIO:
 
 
 @contextmanager
-def _one_at_a_time(directory: Path) -> Generator[None]:
-    """Wait until no other process takes a lock over."""
-    number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def turn(directory: Path) -> Generator[None]:
+    """Wait until nobody else has a turn in a directory: another process, or a thread of this one, that takes a lock
+    over or saves a tree. Raises InUseError after TURN_S."""
+    number, until = os.open(directory, os.O_RDONLY | os.O_DIRECTORY), time.monotonic() + TURN_S
     try:
-        fcntl.flock(number, fcntl.LOCK_EX)
+        while not _may(number):
+            if time.monotonic() > until:
+                raise InUseError(f"another process has written there for {TURN_S:g} s; see whether it is stuck")
+            threading.Event().wait(AGAIN_S)
         yield
     finally:
         os.close(number)
+
+
+def _may(number: int) -> bool:
+    """Lock a directory, if nobody else has it. On a file system without locks nobody has."""
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _lock(path: Path) -> FileIO | None:

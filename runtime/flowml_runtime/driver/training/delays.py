@@ -6,7 +6,7 @@ seconds, so one experiment runs on both clocks with the same slow steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,16 +37,21 @@ def delays_of(given: Any) -> Delays:
 
 
 def workers_of(
-    devices: Sequence[Device], delays: Delays, homes: Sequence[Device] = (), *, elastic: bool
+    devices: Sequence[Device],
+    delays: Delays,
+    homes: Sequence[Device] = (),
+    *,
+    elastic: bool,
+    lost: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """The workers of devices, in order. Raises FlowmlError if the delays name another worker, unless the fit is
-    elastic: that worker may join later. Those of `homes` have no steps that could be delayed."""
+    """The workers of devices, in order. Raises FlowmlError if the delays name another worker that was not lost, unless
+    the fit is elastic: that worker may join later. Those of `homes` have no steps that could be delayed."""
     workers = tuple(dict.fromkeys(d.worker for d in devices))
     if isinstance(delays, ComputeModel):
         delays.check(len(workers))
         return workers
     for worker in delays:
-        if worker not in workers and not elastic:
+        if not elastic and worker not in (*workers, *lost):
             raise FlowmlError(f"delays names {worker!r}, which does not exist; there are {', '.join(workers)}")
         if any(home.worker == worker for home in homes):
             raise FlowmlError(

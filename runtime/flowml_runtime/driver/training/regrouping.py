@@ -166,6 +166,10 @@ class WithPlaces:
     def session(self) -> TrainingSession:
         return self.cluster.session
 
+    @property
+    def lost(self) -> tuple[str, ...]:
+        return self.cluster.lost
+
     def links_for(self, placement: Placement, devices: int | None = None) -> Links:
         return self.cluster.links_for(placement, devices)
 
