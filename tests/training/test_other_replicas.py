@@ -29,6 +29,8 @@ EXACT: dict[str, tuple[Any, Form, tuple[Form, ...]]] = {
         (2, 1, 2),
         ((4, 1, 2), (1, 1, 2), (2, 1, 1), (2, 2, 3), (4, 1, 3)),
     ),
+    "every layer": (fm.policies.every(3), FIRST, ((1, 1, 1), (2, 2, 1), (1, 2, 2), (4, 1, 1))),
+    "every layer, one replica": (fm.policies.every(3), (1, 1, 1), ((2, 2, 1), (2, 1, 1), (1, 2, 2))),
     "coded": (fm.policies.coded(1), (4, 1, 1), ((2, 1, 1),)),
 }
 """Policies with which a step is a mean over the batch, however it is divided: the form that is stopped, and others."""

@@ -48,6 +48,19 @@ def joined_sums(found: Sequence[Buffers], *, adds: bool = False) -> Buffers | No
     return joined
 
 
+def regrouped_sums(sums: Sequence[Buffers], places: Sequence[tuple[int, int]], shapes: Sequence[Any]) -> Buffers | None:
+    """Sums of gradients of several layers as those of one that has parameters of these: each at a place, (layer, number
+    there). None unless each is of as many gradients, and has a row for each parameter, of its shape."""
+    weights = {int(one["0/weight"]) for one in sums if "0/weight" in one}
+    if len(weights) != 1 or not all("0/weight" in one for one in sums):
+        return None
+    rows = [sums[layer].get(f"0/sum/{number}") for layer, number in places]
+    if any(row is None or row.shape != shape for row, shape in zip(rows, shapes, strict=True)):
+        return None
+    made = {f"0/sum/{number}": row for number, row in enumerate(rows) if row is not None}
+    return {**made, "0/weight": sums[0]["0/weight"]}
+
+
 def joined_residuals(found: Sequence[Buffers]) -> Buffers | None:
     """The mean of residuals, if the filters remember nothing else."""
     if any(one.keys() != found[0].keys() for one in found):

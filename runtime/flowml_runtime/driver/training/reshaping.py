@@ -22,17 +22,35 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import msgspec
 import numpy as np
 
-from flowml.devices import worker_of
-from flowml.errors import CheckpointError, named
+from flowml.errors import CheckpointError
 from flowml.plan import StoreSpec, Training
-from flowml.policy import Delta, filters
+from flowml.policy import Delta
 from flowml.training.valued import BATCH
 from flowml_runtime import wire
 from flowml_runtime.driver.training.amount import with_replicas, work_of
-from flowml_runtime.driver.training.joining import Buffers, is_weight, joined_residuals, joined_sums, mean, times
+from flowml_runtime.driver.training.forms import (
+    IN_SUMS,
+    NUMBERS,
+    STEPS,
+    SUMS,
+    Form,
+    Moved,
+    Reshaped,
+    readers_stay,
+    state_moves,
+    where_moved,
+)
+from flowml_runtime.driver.training.joining import (
+    Buffers,
+    is_weight,
+    joined_residuals,
+    joined_sums,
+    mean,
+    regrouped_sums,
+    times,
+)
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.snapshots import Content, Figures, Layer, Snapshot, key_of, values_of
 from flowml_runtime.protocol.training.clocks import contained
@@ -43,21 +61,6 @@ from flowml_runtime.protocol.training.terms import Group, Terms
 from flowml_runtime.protocol.training.work import Work
 from flowml_runtime.worker.training.resident import of_stage
 
-_SUMS, _STEPS = "gradients that waited for the next push", "local steps since the last push"
-_FILTERS = "what the filters remember"
-_NUMBERS = ("steps", "taken", "since")
-"""Where a replica stands that has own parameters (`worker.training.own_values`)."""
-_IN_SUMS = {"sums": _SUMS, "filters": _FILTERS}
-"""What replicas keep of a store in the unit of its sums of gradients."""
-
-
-@dataclass(frozen=True)
-class Reshaped:
-    """A snapshot in another form, and sentences about what of it is left out."""
-
-    snapshot: Snapshot
-    left_out: tuple[str, ...] = ()
-
 
 def reshaped(snapshot: Snapshot, training: Training, total: int, now: Figures, model: Model) -> Reshaped:
     """The snapshot for a fit of `total` steps of this plan, with the figures `now`. `model`: with which it begins.
@@ -67,7 +70,9 @@ def reshaped(snapshot: Snapshot, training: Training, total: int, now: Figures, m
     content = snapshot.content
     same = _same_stores(content, training)
     unit = content.figures.stages, content.figures.microbatches
-    stays = not _where(content, training) and _readers_stay(content, training) and not _state_moves(content, training)
+    stays = (
+        not where_moved(content, training) and readers_stay(content, training) and not state_moves(content, training)
+    )
     if same and stays and unit == (now.stages, now.microbatches):
         return Reshaped(snapshot)
     if training.speculation is not None and content.figures.replicas != now.replicas:
@@ -75,7 +80,7 @@ def reshaped(snapshot: Snapshot, training: Training, total: int, now: Figures, m
             f"the checkpoint is of {content.figures.replicas} replicas that take portions of a batch, and "
             f"{now.replicas} replicas cut it into others; give as many replicas, or begin from fm.restore(path)"
         )
-    made = _Moved(snapshot, training, now, model) if same else _Anew(snapshot, training, now, model)
+    made = Moved(snapshot, training, now, model) if same else _Anew(snapshot, training, now, model)
     return made.result(Terms.of(training, total))
 
 
@@ -99,179 +104,15 @@ def _same_stores(content: Content, training: Training) -> bool:
         return False
     if content.layers != tuple(map(Layer.of, training.stores)):
         return False
-    return all(len(old) == len(new) == 1 for old, new in _where(content, training).values())
-
-
-def _where(content: Content, training: Training) -> dict[str, tuple[frozenset[int], frozenset[int]]]:
-    """The stages of each store there and here, where they differ."""
-    found: dict[str, tuple[frozenset[int], frozenset[int]]] = {}
-    for store in training.stores:
-        tail = f"/{store.name}/sums"
-        there = frozenset(int(o.split("/")[3]) for o in content.owners if _is_of_stage(o) and o.endswith(tail))
-        here = frozenset(part.stage for part in store.parts)
-        if there and there != here:
-            found[store.name] = there, here
-    return found
-
-
-def _is_of_stage(owner: str) -> bool:
-    return owner.startswith("replica/")
-
-
-def _readers_stay(content: Content, training: Training) -> bool:
-    """Whether each layer whose readers remember something is read by the same workers."""
-    there: dict[str, set[str]] = {}
-    for owner in content.owners:
-        if owner.startswith("reader/"):
-            _, worker, layer = owner.split("/", 2)
-            there.setdefault(layer, set()).add(worker)
-    return all({*map(worker_of, s.readers)} == there[s.name] for s in training.stores if s.name in there)
-
-
-def _state_moves(content: Content, training: Training) -> bool:
-    """Whether leaves of the model's state are on other stages."""
-    return tuple(leaf.stage for leaf in training.state) != content.state_stages
+    return all(len(old) == len(new) == 1 for old, new in where_moved(content, training).values())
 
 
 @dataclass
-class _Form:
-    """A snapshot on its way into another form."""
-
-    old: Snapshot
-    training: Training
-    now: Figures
-    model: Model
-    owners: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-    arrays: dict[str, Any] = field(default_factory=dict[str, Any])
-    left_out: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
-    """What is left out, in words -> of which layers."""
-
-    def __post_init__(self) -> None:
-        content = self.old.content
-        leaves = (*content.params, *content.opt_state, *content.state, *content.untrained)
-        self.arrays.update({leaf.buffer: self.old.arrays[leaf.buffer] for leaf in leaves})
-
-    def of(self, owner: str) -> Buffers | None:
-        """The buffers of an owner of the snapshot."""
-        names = self.old.content.owners.get(owner)
-        return None if names is None else {name: self.old.arrays[f"{owner}/{name}"] for name in names}
-
-    def give(self, owner: str, buffers: Mapping[str, Any]) -> None:
-        self.owners[owner] = tuple(buffers)
-        self.arrays.update({f"{owner}/{name}": array for name, array in buffers.items()})
-
-    def leave_out(self, what: str, layer: str) -> None:
-        found = self.left_out.setdefault(what, [])
-        if layer not in found:
-            found.append(layer)
-
-    def in_unit(self, store: StoreSpec, what: str, buffers: Buffers) -> Buffers | None:
-        """Sums of gradients, or what filters remember of them, for the microbatches of this fit. None if they have no
-        such form: gradients with weights are sums of another unit."""
-        before, now = self.old.content.figures.microbatches, self.now.microbatches
-        if before == now or not buffers or (what == "filters" and not _filters_sums(store)):
-            return buffers
-        weights = [int(array) for name, array in buffers.items() if is_weight(name)]
-        others = any(name.split("/")[-1] != filters.RESIDUAL for name in buffers) if what == "filters" else False
-        if store.applies.weighted or others or any(weight * now % before for weight in weights):
-            return None
-        return {name: times(array, now, before) for name, array in buffers.items()}
-
-    def give_state(self) -> None:
-        """The state of the model, as its rules have joined that of all replicas. What is added up begins at one."""
-        joined = [self.old.arrays[leaf.buffer] for leaf in self.old.content.state]
-        first = self.training.live[0]
-        for r in self.training.live if joined else ():
-            triples = zip(self.model.rules, joined, self.model.replicas[r], strict=True)
-            leaves = [begun if rule == "sum" and r != first else j for rule, j, begun in triples]
-            for stage in dict.fromkeys(leaf.stage for leaf in self.training.state):
-                mine = [leaves[i] for i, leaf in enumerate(self.training.state) if leaf.stage == stage]
-                self.give(f"replica/{r}/stage/{stage}/model/state", {f"leaf/{i}": a for i, a in enumerate(mine)})
-
-    def made(self, stopped: wire.Stopped, ledger: Any) -> Reshaped:
-        content = msgspec.structs.replace(
-            self.old.content,
-            figures=self.now,
-            layers=tuple(map(Layer.of, self.training.stores)),
-            stopped=stopped,
-            ledger=ledger,
-            owners=self.owners,
-            state_stages=tuple(leaf.stage for leaf in self.training.state),
-        )
-        told = tuple(f"{what} of {named(layers)}" for what, layers in self.left_out.items())
-        return Reshaped(replace(self.old, content=content, arrays=self.arrays), told)
-
-
-class _Moved(_Form):
-    """The replicas and stores are the same, and some are elsewhere."""
-
-    def result(self, terms: Terms) -> Reshaped:
-        content, where = self.old.content, _where(self.old.content, self.training)
-        readers = {*map(worker_of, (d for store in self.training.stores for d in store.readers))}
-        moves = _state_moves(content, self.training)
-        stays = _readers_stay(content, self.training)
-        for owner in content.owners:
-            kind = owner.split("/")
-            if kind[0] != "replica":
-                if kind[0] != "reader" or (stays and kind[1] in readers):
-                    self.give(owner, self.of(owner) or {})
-            elif owner.endswith("/model/state"):
-                if not moves:
-                    self.give(owner, self.of(owner) or {})
-            elif kind[-1] != "read":
-                self._move(owner, where)
-        self._give_read()
-        if moves:
-            self.give_state()
-        stages = [self._stage(terms, r, s) for r in self.training.live for s in range(terms.stages)]
-        return self.made(msgspec.structs.replace(content.stopped, stages=tuple(stages)), content.ledger)
-
-    def _move(self, owner: str, where: Mapping[str, tuple[frozenset[int], frozenset[int]]]) -> None:
-        _, r, _, stage, *rest = owner.split("/")
-        layer, what = "/".join(rest[:-1]), rest[-1]
-        buffers = self.of(owner) or {}
-        if what in _IN_SUMS:
-            (store,) = (store for store in self.training.stores if store.name == layer)
-            found = self.in_unit(store, what, buffers)
-            if found is None:
-                self.leave_out(_IN_SUMS[what], layer)
-                return
-            buffers = found
-        to = min(where[layer][1]) if layer in where else int(stage)
-        self.give(of_stage(int(r), to, layer, what), buffers)
-
-    def _give_read(self) -> None:
-        """What replicas have read of stores, at the stages that read them now."""
-        count = len(self.training.replicas)
-        for store in self.training.stores:
-            for r in self.training.live:
-                prefix, tail = f"replica/{r}/", f"/{store.name}/read"
-                old = [o for o in self.old.content.owners if o.startswith(prefix) and o.endswith(tail)]
-                found = next((b for b in map(self.of, old) if b), None)
-                for device in store.read_by(r, count) if found else ():
-                    stage = self.training.replicas[r].index(device)
-                    self.give(of_stage(r, stage, store.name, "read"), found or {})
-
-    def _stage(self, terms: Terms, replica: int, stage: int) -> wire.StageState:
-        """Where a stage stands: where all stages of its replica do, with what concerns its stores."""
-        old = [s for s in self.old.content.stopped.stages if s.replica == replica]
-        pushes = {n for n, s in enumerate(terms.stores) if stage in s.stages}
-        device, count = self.training.replicas[replica][stage], len(self.training.replicas)
-        reads = {n for n, s in enumerate(self.training.stores) if device in s.read_by(replica, count)}
-        return wire.StageState(
-            replica,
-            stage,
-            old[0].begun,
-            old[0].committed,
-            tuple(sorted({p for s in old for p in s.pushed if p[0] in pushes})),
-            tuple(sorted({a for s in old for a in s.applied if a[0] in pushes | reads})),
-            tuple(sorted({t for s in old for t in s.taken if t[0] in reads})),
-            next(s for s in old if s.stage == 0).unsettled if stage == 0 else (),
-        )
-
-
-class _Anew(_Form):
+class _Anew(Form):
     """Replicas or stores are others: every machine begins at one clock."""
+
+    _regrouped: set[str] = field(default_factory=set[str])
+    """Layers whose sums of gradients go on in others, and those."""
 
     def result(self, terms: Terms) -> Reshaped:
         figures, content = self.old.content.figures, self.old.content
@@ -284,7 +125,7 @@ class _Anew(_Form):
         counted = {(r, u.clock) for r, u in unsettled if max(u.counted, default=-1) >= 0 or not u.open}
 
         def lost(replica: int, clock: int) -> bool:
-            left = not self.left_out.keys().isdisjoint((_SUMS, _STEPS)) or (replica, clock) in waits
+            left = not self.left_out.keys().isdisjoint((SUMS, STEPS)) or (replica, clock) in waits
             return left and (replica, clock) not in counted
 
         clock = rows
@@ -293,8 +134,8 @@ class _Anew(_Form):
         self._live = sorted({s.replica for s in content.stopped.stages}) or list(range(figures.replicas))
         for store in self.training.stores:
             self._give(store, clock, aligned=terms.aligned)
-        ledger = recounted(self._settled(terms, before), before, work, rows, lost)
         self._note_what_is_left()
+        ledger = recounted(self._settled(terms, before), before, work, rows, lost)
         self.give_state()
         return self.made(self._stopped(terms, clock), ledger)
 
@@ -306,7 +147,7 @@ class _Anew(_Form):
         same = [layer.name for layer in content.layers] == [store.name for store in stores]
         if not same or any(len(committed) != len(terms.groups) for committed in firsts):
             return content.ledger
-        left = {layer for what in (_SUMS, _STEPS) for layer in self.left_out.get(what, ())}
+        left = {layer for what in (SUMS, STEPS) for layer in self.left_out.get(what, ())}
         replicas = range(content.figures.replicas)
         return closed(content.ledger, work, terms, content.stopped, replicas, lambda n: stores[n].name not in left)
 
@@ -339,17 +180,38 @@ class _Anew(_Form):
         if store.local is not None:
             self._give_own(store, clock, aligned=aligned)
         mine = {r: {o: b for o, b in self._of_replica(r, store.name).items() if b} for r in self._live}
-        for what, words in _IN_SUMS.items():
+        if store.name not in self._layers():
+            self._regroup(store, mine)
+        for what, words in IN_SUMS.items():
             kept = {r: self.in_unit(store, what, one[what]) for r, one in mine.items() if what in one}
             if kept and not self._give_kept(store, what, kept):
                 self.leave_out(words, store.name)
+
+    def _regroup(self, store: StoreSpec, mine: Mapping[int, dict[str, Buffers]]) -> None:
+        """Have the sums of gradients among what replicas keep, if layers of other names had the parameters."""
+        places = [self._place(leaf) for leaf in store.leaves]
+        layers = list(dict.fromkeys(layer for layer, _ in places))
+        where = [(layers.index(layer), number) for layer, number in places]
+        shapes = [self.old.arrays[self.old.content.params[leaf].buffer].shape for leaf in store.leaves]
+        for r, kept in mine.items():
+            sums = [self._of_replica(r, layer).get("sums", {}) for layer in layers]
+            if not any(sums):
+                continue
+            found = regrouped_sums(sums, where, shapes)
+            if found is None:
+                self.leave_out(SUMS, store.name)
+                kept.pop("sums", None)
+            else:
+                kept["sums"] = found
+                self._regrouped.update((store.name, *layers))
 
     def _give_kept(self, store: StoreSpec, what: str, kept: Mapping[int, Buffers | None]) -> bool:
         """Give replicas what those before have `kept` of a store. Returns whether it has such a form."""
         adds, stages = _adds_up(store), {part.stage for part in store.parts}
         found = [one for one in kept.values() if one is not None]
         whole = len(found) == (len(kept) if adds else len(self._live))
-        if not whole or len(stages) != 1 or store.name not in self._layers():
+        known = self._regrouped if what == "sums" else ()
+        if not whole or len(stages) != 1 or (store.name not in self._layers() and store.name not in known):
             return False
         if len(self._live) == len(self.training.live):
             each = [kept.get(r) or {} for r in self._live]
@@ -402,7 +264,7 @@ class _Anew(_Form):
         whole = [one for one in found if one is not None]
         if len(whole) < len(found) or not whole:
             if any("own" in self._of_replica(r, layer.name) for r in self._live for layer in self.old.content.layers):
-                self.leave_out(_STEPS, store.name)
+                self.leave_out(STEPS, store.name)
             return
         keeps = len(whole) == len(self.training.live) and not store.policy.filters
         joined = {name: mean([one[name] for one in whole]) for name in whole[0]}
@@ -421,7 +283,7 @@ class _Anew(_Form):
                 buffers = buffers | {name: np.asarray(value, np.int64) for name, value in numbers.items()}
             self.give(of_stage(r, store.parts[0].stage, store.name, "own"), buffers)
             if any("rhythm" in self._of_replica(r, store.name) for r in self._live):  # simulated replicas go by this
-                rhythm = {name: buffers[name] for name in _NUMBERS}
+                rhythm = {name: buffers[name] for name in NUMBERS}
                 self.give(of_stage(r, store.parts[0].stage, store.name, "rhythm"), rhythm)
 
     def _own(self, store: StoreSpec, replica: int) -> Buffers | None:
@@ -448,7 +310,7 @@ class _Anew(_Form):
             name = f"{owner}/own/state/{rest}" if rest else buffer
             found[f"state/{place}"] = self.old.arrays.get(name, self.old.arrays[buffer])
         numbers = (first or {}) | self._of_replica(replica, store.name).get("rhythm", {})
-        return found | {name: numbers[name] for name in (*_NUMBERS, "weights") if name in numbers}
+        return found | {name: numbers[name] for name in (*NUMBERS, "weights") if name in numbers}
 
     def _place(self, leaf: int) -> tuple[str, int]:
         """The layer that had a parameter, and its number there."""
@@ -466,8 +328,9 @@ class _Anew(_Form):
         for owner, names in self.old.content.owners.items():
             kind = owner.split("/")
             layer = "/".join(kind[4:-1])
-            if kind[0] == "replica" and names and layer not in here and kind[-1] in _IN_SUMS:
-                self.leave_out(_IN_SUMS[kind[-1]], layer)
+            known = kind[-1] == "sums" and layer in self._regrouped
+            if kind[0] == "replica" and names and layer not in here and kind[-1] in IN_SUMS and not known:
+                self.leave_out(IN_SUMS[kind[-1]], layer)
             elif kind[0] == "replica" and names and kind[-1] == "mirror":
                 self.leave_out("copies of neighbours and changes that were not sent", layer)
         for part in self.old.content.stopped.waiting:
@@ -492,8 +355,3 @@ def _decided(terms: Terms, group: Group, clock: int) -> int:
 def _adds_up(store: StoreSpec) -> bool:
     """Whether the contributions of replicas add up, because their kind does, or each is applied on arrival."""
     return not (store.policy.clocked and store.policy.apply.averages)
-
-
-def _filters_sums(store: StoreSpec) -> bool:
-    """Whether the filters of a store get sums of gradients: neither changes nor parameters, nor means."""
-    return not store.policy.local and all(part.finish is None for part in store.parts)
