@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -250,12 +251,13 @@ def test_residuals_go_on_with_other_microbatches(threads_cluster: fm.Cluster, tm
 def test_without_common_clocks_the_items_are_counted_anew(
     threads_cluster: fm.Cluster, tmp_path: Path, name: str
 ) -> None:
-    steps, policies = 96, ASYNCHRONOUS[name]  # many, as the disk may be slow
+    steps, policies = 96, ASYNCHRONOUS[name]
     checkpoint = fm.Checkpoint(tmp_path, every_steps=4)
 
     def stop(_: dict[str, Any]) -> None:
         if checkpoints.snapshots(tmp_path):
             raise Stopped
+        threading.Event().wait(0.02)  # the disk may be slow, and the replicas wait for their next items
 
     with pytest.raises(Stopped):
         fit(threads_cluster, FIRST, policies, steps=steps, checkpoint=checkpoint, callbacks=[stop])
@@ -266,3 +268,32 @@ def test_without_common_clocks_the_items_are_counted_anew(
     assert ledger.outstanding == 0
     assert ledger.used + ledger.dropped + ledger.folded + ledger.unseen == 4 * steps
     assert found.history[-1]["loss"] < 0.8
+
+
+def test_items_whose_gradients_are_left_out_are_dropped(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    """Sums of weighted gradients have no form for other microbatches."""
+    examples = 4 * STEPS
+    source = {"x": np.eye(examples, dtype=np.float32), "mask": np.ones(examples, np.float32)}
+
+    def loss(params: Any, batch: Any) -> Any:
+        return -jnp.sum(batch["x"] @ params["w"] * batch["mask"]) / jnp.sum(batch["mask"])
+
+    def masked(path: Path, microbatches: int, **more: Any) -> fm.TrainingResult:
+        about: dict[str, Any] = {"replicas": 2, "microbatches": microbatches, "policies": fm.policies.every(3)}
+        weight = {"weight": lambda batch: jnp.sum(batch["mask"])}  # pyright: ignore[reportUnknownLambdaType]
+        trainer = fm.Trainer(loss, optax.sgd(1.0), cluster=threads_cluster, **about, **weight)
+        checkpoint = fm.Checkpoint(path, every_steps=STOP)
+        options: dict[str, Any] = {"batch_size": 4, "steps": STEPS, "progress": False, "checkpoint": checkpoint}
+        return trainer.fit({"w": np.zeros(examples, np.float32)}, source, **options, **more)
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] >= STOP:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        masked(tmp_path, 2, callbacks=[stop])
+    with pytest.warns(fm.FlowmlWarning, match="without gradients that waited for the next push of w"):
+        found = masked(tmp_path, 1, resume="auto")
+    applied = np.count_nonzero(found.params["w"])
+    assert applied == 4 * (STEPS - STOP % 3)
+    assert (found.ledger.used * 2, found.ledger.dropped * 2) == (applied, examples - applied)

@@ -80,8 +80,13 @@ def reshaped(snapshot: Snapshot, training: Training, total: int, now: Figures, m
             f"the checkpoint is of {content.figures.replicas} replicas that take portions of a batch, and "
             f"{now.replicas} replicas cut it into others; give as many replicas, or begin from fm.restore(path)"
         )
-    made = Moved(snapshot, training, now, model) if same else _Anew(snapshot, training, now, model)
-    return made.result(Terms.of(training, total))
+    terms = Terms.of(training, total)
+    if same:
+        moved = Moved(snapshot, training, now, model)
+        found = moved.result(terms)
+        if SUMS not in moved.left_out:  # else the items of these are dropped
+            return found
+    return _Anew(snapshot, training, now, model).result(terms)
 
 
 def with_shares(snapshot: Snapshot, params: Any) -> Snapshot:
