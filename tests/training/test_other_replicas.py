@@ -297,3 +297,27 @@ def test_items_whose_gradients_are_left_out_are_dropped(threads_cluster: fm.Clus
     applied = np.count_nonzero(found.params["w"])
     assert applied == 4 * (STEPS - STOP % 3)
     assert (found.ledger.used * 2, found.ledger.dropped * 2) == (applied, examples - applied)
+
+
+@pytest.mark.parametrize("policies", [fm.policies.asynchronous(every=7, apply="sum"), fm.policies.downpour(7, 7)])
+def test_near_the_end_what_waits_is_pushed_or_dropped(tmp_path: Path, policies: fm.Policy) -> None:
+    """A replica pushes with its last item what it had gathered before, so each gets one, if there are as many."""
+    steps, replicas = 24, 4
+
+    def simulated(path: Path, **more: Any) -> fm.TrainingResult:
+        cluster = fm.SimulatedCluster(replicas, fm.sim.Constant(0.01), fm.sim.Network(1e-3, 1e9))
+        delays = {"worker:1": 0.03, "worker:2": 0.015}
+        return count(cluster, path, (replicas, 1, 1), policies, 1, replicas * steps, delays, **more)
+
+    whole = simulated(tmp_path / "all")
+    assert whole.params["w"].sum() == whole.ledger.used == replicas * steps
+    dropped: dict[int, int] = {}
+    for step in range(steps // 2, steps):
+        name = f"step-{step:012d}"
+        if (tmp_path / "all" / name).exists():
+            shutil.copytree(tmp_path / "all" / name, tmp_path / f"{step}" / name)
+            found = simulated(tmp_path / f"{step}", resume="auto")
+            assert found.params["w"].sum() == found.ledger.used
+            dropped[step] = replicas * steps - found.ledger.used
+    assert dropped[steps - 1] > 0, "fewer items are left than replicas"
+    assert not any(dropped[step] for step in dropped if step < steps - 1)

@@ -32,6 +32,19 @@ def test_a_lost_replica_needs_no_item() -> None:
     assert [len(grant.items) for grant in grants] == [2, 1]
 
 
+def test_a_run_that_goes_on_leaves_an_item_for_each_replica() -> None:
+    """It pushes with that one what it had gathered before."""
+    work = Work(3, 12, 1, 4, aligned=False)
+    before = Ledger(work)
+    for clock in range(3):
+        for replica in range(3):
+            before.step(Asked(replica, (clock,)))
+    ledger = Ledger(work)
+    ledger.restore(before.kept((3, 3, 3)), (3, 3, 3))
+    grants = [grant for replica in range(3) for grant in ledger.step(Asked(replica, (3, 4)))]
+    assert [len(grant.items) for grant in grants] == [1, 1, 1]
+
+
 def test_a_short_asynchronous_fit_is_even() -> None:
     cluster = fm.SimulatedCluster(4, fm.sim.Constant(0.1), fm.sim.Network(1e-4, 1e9), arithmetic=False)
     policy = fm.policies.asynchronous()

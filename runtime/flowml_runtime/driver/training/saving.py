@@ -102,6 +102,7 @@ class Saving:
         """The replicas that take no part in the run that begins there."""
         self._aligned = False
         """Whether replicas share clocks."""
+        self._machine: TrainingDriver | None = None
         self._withdrawn = False
         """Whether a snapshot was withdrawn, so that the next one is not due at a clock."""
 
@@ -183,7 +184,7 @@ class Saving:
         """What the driver's machine is to hear of, after `step` steps of the whole fit."""
         if self._unshown is not None:
             self._unshown.wait(now)
-        known = machine.snapshots
+        self._machine, known = machine, machine.snapshots
         offer = None if self._writer is None else self._writer.offer(known.offer)
         if offer is not None:
             yield offer
@@ -201,11 +202,17 @@ class Saving:
             return True
         if partial:
             return self._is_old(step, now)
-        if self.regroups():
+        if self._may_end():
             return True
         if self._checkpoint is not None and self._checkpoint.every_s is not None and self._is_old(step, now):
             return True
         return (self._withdrawn or not aligned) and (self._is_old(step, now) or self._is_unmeasured(step))
+
+    def _may_end(self) -> bool:
+        """Whether the run is to end for another one, in which each replica has an item: it pushes with its last one
+        what it has gathered before."""
+        machine = self._machine
+        return self.regroups() and (machine is None or machine.aligned or machine.ledger.has_one_each)
 
     def until(self, step: int, now: float, heard: int) -> float:
         """The time at which to withdraw the snapshot for which replicas stand, after `step` steps of the whole fit."""
@@ -215,7 +222,7 @@ class Saving:
 
     def push_within(self, step: int, now: float) -> int:
         """After how many steps at most the next push must be, so that a run that is to end ends after it."""
-        if self._measured is None or not self.waits_for_push or not self.regroups():
+        if self._measured is None or not self.waits_for_push or not self._may_end():
             return 0
         if not self._aligned and not self.leaving():
             return 0  # those that stay need no push before others join
@@ -224,7 +231,7 @@ class Saving:
 
     def _ends_here(self, training: Training, step: int, now: float, *, pushed: bool) -> bool:
         """Whether the run is to end with a snapshot after so many steps, which is one after a push if `pushed`."""
-        if not self.regroups():
+        if not self._may_end():
             return False
         if not self._aligned:
             return pushed or self.push_within(step, now) == 0

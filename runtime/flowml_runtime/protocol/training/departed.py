@@ -90,10 +90,15 @@ class Departed:
         self._again: set[int] = set()
         """The numbers of items that go back to the queue, of steps that were reported."""
         self._waiting: list[wire.Ask] = []
+        self._stopped: wire.Stopped | None = None
+        """Where the run began, if it goes on."""
 
-    def restore(self, state: LedgerState, lost: Collection[int], stopped: wire.Stopped | None) -> None:
+    def restore(self, state: LedgerState | None, lost: Collection[int], stopped: wire.Stopped | None) -> None:
         """A run begins at a snapshot without these replicas, where stores stood as `stopped` says. Others do again what
         no store has of them."""
+        if state is None:
+            return
+        self._stopped = stopped
         for replica, clock, item in state.unsent if self._keeps else ():
             self._used.setdefault(replica, {})[clock] = item
             self._reported.setdefault(replica, set()).add(clock)
@@ -178,6 +183,22 @@ class Departed:
         waiting = [] if self._reached else self._waiting
         self._waiting = [] if waiting else self._waiting
         return (ask for ask in waiting if ask.replica not in self._over)
+
+    def close(self) -> None:
+        """The run is over. A replica that has had no item in it, because there were fewer than replicas, has not pushed
+        what it had gathered before."""
+        for replica, used in self._used.items() if self._stopped else ():
+            assert self._stopped is not None
+            if replica in self._over or not used or max(used) >= self._stopped.clocks[replica]:
+                continue
+            reached = _had(self._stopped, replica)
+            for clock, item in used.items():
+                here = sum(clock < known for known in reached)
+                if not here:
+                    self._ledger.take_back(replica, clock, item)
+                    self._ledger.step(Settled(replica, ((item, "dropped"),)))
+                elif here < len(reached):
+                    self._ledger.note_partly(store for store, known in enumerate(reached) if clock >= known)
 
     def _settle(self, replica: int, reached: Sequence[int], cause: int) -> NoteLeftOut:
         self._over.add(replica)

@@ -232,8 +232,7 @@ class TrainingDriver:
         for replica in places.lost:
             self.ledger.step(ReplicaLost(replica))
         self._departed = Departed(terms, self.ledger, saves=rhythm is not None, outlives=outlives)
-        if ledger is not None:
-            self._departed.restore(ledger, places.lost, start.stopped)
+        self._departed.restore(ledger, places.lost, start.stopped)
         self._sharded = work.sharded
         self._sated: set[int] = set()
         """The replicas that know that there are no more items for them."""
@@ -488,6 +487,7 @@ class TrainingDriver:
             return []
         self._closed = True
         noted = [action for replica in self.ledger.lost for action in self._settle(replica)]
+        self._departed.close()
         self.ledger.close()
         return [*noted, Over(self.number)]
 

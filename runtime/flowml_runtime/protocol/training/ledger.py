@@ -154,8 +154,9 @@ class Ledger:
         """Sequence number -> the number of examples at the end of a used item that were left out."""
         self._over = ItemsOver()
         self._newest = [-1] * work.replicas
-        self._unasked = work.replicas
-        """The number of replicas that are not lost and have not asked for an item yet."""
+        self._unasked = set(range(work.replicas))
+        """The replicas that are not lost and have not asked for an item in this run. An item is left for each: one that
+        goes on pushes with its last step what it had gathered before."""
         self._lost: set[int] = set()
         self.partly = 0
         """The used items that only some stores have, because what others had of them was lost or left out."""
@@ -185,7 +186,7 @@ class Ledger:
         if self._portions is not None:
             self._portions.restore(max(clocks))
             self._newest = [-1] * len(clocks)  # requests are numbered, and not for clocks
-        self._unasked = sum(newest < 0 for newest in self._newest)
+        self._unasked = set(range(len(clocks)))
         for replica, clock, item in state.outstanding:
             self._outstanding[_at(item.sequence, item.copy)] = replica, clock, item
         self._epochs.update((e, Account.of(account)) for e, account in state.epochs.items())
@@ -228,8 +229,8 @@ class Ledger:
             return []
         if list(clocks) != sorted(set(clocks)) or clocks[0] <= self._newest[replica]:
             raise ProtocolError(f"replica {replica} asks for clocks {clocks} after clock {self._newest[replica]}")
-        first = self._newest[replica] < 0
-        self._unasked -= first
+        first = replica in self._unasked
+        self._unasked.discard(replica)
         self._newest[replica] = clocks[-1]
         items: list[tuple[int, wire.Item]] = []
         coded, free, outstanding = self._work.coded, self._leaves_none, self._outstanding
@@ -251,7 +252,12 @@ class Ledger:
     def has_more_than(self, number: int, replica: int) -> bool:
         """Whether more than so many items are left for a replica that has asked before, in a run that is not
         aligned."""
-        return self._queue.has_more_than(number + self._unasked * (not self._work.sharded), replica)
+        return self._queue.has_more_than(number + len(self._unasked) * (not self._work.sharded), replica)
+
+    @property
+    def has_one_each(self) -> bool:
+        """Whether an item is left for each replica that is not lost, in a run that is not aligned."""
+        return self._queue.has_more_than(self._work.replicas - len(self._lost) - 1, 0)
 
     def clock_of(self, item: wire.Item) -> int:
         """The clock for which an item that is outstanding was granted; -1 if it is not."""
@@ -276,7 +282,7 @@ class Ledger:
 
     def _is_free(self, replica: int) -> bool:
         """Whether the next item need not be left for a replica that has not asked yet."""
-        return not self._unasked or self._queue.has_more_than(self._unasked, replica)
+        return not self._unasked or self._queue.has_more_than(len(self._unasked), replica)
 
     def _next(self, replica: int, clock: int, copy: int | None) -> wire.Item | None:
         if self._portions is None:
@@ -393,7 +399,7 @@ class Ledger:
             self._queue.leave(replica)
         else:
             self._portions.leave(replica)  # which grants them again; `close` settles them
-        self._unasked -= replica not in self._lost and self._newest[replica] < 0
+        self._unasked.discard(replica)
         self._lost.add(replica)
 
     def summary(self, order: Callable[[int], Sequence[int]] | None = None) -> Summary:
