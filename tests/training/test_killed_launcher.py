@@ -89,7 +89,7 @@ def launched(folder: Path) -> Generator[tuple[subprocess.Popen[str], str]]:
         yield process, found[1]
 
 
-def train(cluster: fm.Cluster, policy: str, path: Path, **options: Any) -> fm.TrainingResult:
+def train(cluster: fm.Cluster, policy: str, path: Path | None, **options: Any) -> fm.TrainingResult:
     return (fit if policy in EXACT else count)(cluster, policy, path, on_loss="replace", **options)
 
 
@@ -215,3 +215,38 @@ def test_a_kill_of_the_coordinator_while_a_worker_is_replaced(
     assert [loss.workers for loss in found.losses] == [(VICTIM,)]
     check(found, policy, tmp_path, whole)
     assert len(connected.devices) == REPLICAS
+
+
+@pytest.mark.parametrize("policy", EVERY_POLICY if ALL else EVERY_POLICY[:1])
+def test_a_kill_of_the_process_that_starts_workers(
+    with_spare: LaunchedCluster, connected: fm.Cluster, whole: dict[str, fm.TrainingResult], policy: str, tmp_path: Path
+) -> None:
+    """All workers, the spare and the coordinator end with it, and the launcher starts them again."""
+    children = psutil.Process().children
+    zygotes = [process for process in children() if process.name() == "flowml:zygote"]
+    (zygote,) = [z for z in zygotes if with_spare.processes.coordinator in (child.pid for child in z.children())]
+    killed: list[psutil.Process] = []
+
+    def kill(record: dict[str, Any]) -> None:
+        if record["step"] == STEPS // 3:
+            killed.extend(zygote.children(recursive=True))
+            zygote.kill()
+
+    found = train(connected, policy, tmp_path, callbacks=[kill], delays=SLOW)
+    assert psutil.wait_procs(killed, 10)[1] == [], "all processes end with the one that has started them"
+    assert len(found.losses) >= 1
+    check(found, policy, tmp_path, whole)
+    wait_until(lambda: connected.spares == 1, "a spare is ready again", 30)
+    assert len(connected.devices) == REPLICAS
+
+
+def test_a_local_cluster_goes_on_without_the_process_that_started_its_workers() -> None:
+    with fm.Cluster.local(workers=2) as cluster:
+        parents = {psutil.Process(pid).ppid() for pid in cluster.pids.values()}
+        (zygote,) = map(psutil.Process, parents)
+        zygote.kill()
+        wait_until(lambda: len(cluster.lost) == 2, "all workers have ended with it")
+        cluster.bring_back(cluster.lost)
+        wait_until(lambda: len(cluster.devices) == 2, "they are there again", 30)
+        assert len(train(cluster, "synchronous", None, replicas=2).history) == STEPS
+        assert {psutil.Process(pid).ppid() for pid in cluster.pids.values()}.isdisjoint(parents)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from msgspec import structs
 
 from flowml.errors import ClusterError, FlowmlError
-from flowml_runtime import service, wire
+from flowml_runtime import wire
 from flowml_runtime.environment.processes import machine
 from flowml_runtime.launch.local import LocalWorkers
 from flowml_runtime.membership.etcd import is_etcd
@@ -143,9 +143,11 @@ class CoordinatorProcess:
         if self._in_vain == MOST_IN_VAIN:
             self._on_failure(f"it could not be started again: {reason}")
             return
-        with service.going_on("the coordinator could not be started again"):
+        try:
             self._keep_port(self.address)
             self._start(time.monotonic() + START_S)
+        except (OSError, FlowmlError) as error:
+            self._on_failure(f"it could not be started again: {error}")
 
     def end_with(self, ending: Ending | None) -> None:
         """For tests: the process that is started next ends at a point, and those after it do not."""

@@ -2,6 +2,7 @@
 
 A zygote forks them (see `launch.zygote`). The workers inherit the socket to it: if this process is killed, the kernel
 closes its end of the socket, and all of them end. A thread watches the socket, so that a worker's end is known at once.
+If the zygote is killed, its workers end too, and another one starts those that are needed again.
 """
 
 from __future__ import annotations
@@ -98,16 +99,23 @@ class LocalWorkers:
         open_standard_streams()
         self._folder = _log_folder()
         try:
-            self._control, theirs = socket.socketpair()
-            self._control.settimeout(None)
-            with theirs:
-                self._zygote = _start_zygote(self._folder, theirs)
-            self._handle = os.pidfd_open(self._zygote.pid)
-            """Becomes readable when the zygote has ended."""
-        except OSError as error:  # a zygote that has started sees its socket close, and ends
+            self._control, self._zygote, self._handle = self._begin()
+        except OSError as error:
             self._remove_logs()
             raise ClusterError(f"cannot start workers: {error}") from None
         self._watcher = service.start("flowml-workers", self._watch, self._lose_all)
+
+    def _begin(self) -> tuple[socket.socket, subprocess.Popen[bytes], int]:
+        """Start a zygote: our end of its socket, its process, and a pidfd, which becomes readable when it has ended."""
+        control, theirs = socket.socketpair()
+        control.settimeout(None)
+        with theirs:
+            zygote = _start_zygote(self._folder, theirs)
+        try:
+            return control, zygote, os.pidfd_open(zygote.pid)
+        except OSError:
+            control.close()  # the zygote sees that, and ends
+            raise
 
     def wait_ready(self, deadline_s: float) -> None:
         """Wait until workers can be started. Starting Python takes a second. `deadline_s` is of the monotonic clock.
@@ -123,8 +131,11 @@ class LocalWorkers:
     def start(self, config: Config, deadline_s: float) -> None:
         """Start one more worker. The coordinator sees whether it joins. `deadline_s` is as in `wait_ready`.
 
-        Raises ClusterError if the zygote is too busy with earlier workers to read the request in time.
+        Raises ClusterError if the zygote is too busy with earlier workers to read the request in time, or has ended
+        and cannot be started again.
         """
+        if self._gone:
+            raise ClusterError(f"{_STARTER} has ended{_quoted(_log_file(self._folder, 'zygote'))}")
         with self._changed:
             self._save_s = max(self._save_s, save_s_of(config))
             self._expected.add(config.name)
@@ -238,7 +249,37 @@ class LocalWorkers:
             return  # shut down already
 
     def _watch(self) -> None:
-        """Read the zygote's reports. A pidfd shows its end, because the workers keep its end of the socket open."""
+        """Read the zygote's reports. If it ends, all that it has started end with it, and another takes its place."""
+        while True:
+            self._hear()
+            reason = f"{_STARTER} has ended{_quoted(_log_file(self._folder, 'zygote'))}"
+            os.close(self._handle)
+            if self._closing or not self._ready or not self._begin_again():
+                break
+            self._lose(reason)
+        self._lose_all(reason)
+
+    def _begin_again(self) -> bool:
+        """Start another zygote in place of one that has ended."""
+        try:
+            control, zygote, handle = self._begin()
+        except (OSError, ClusterError):
+            return False
+        self._hang_up()
+        self._zygote.wait()  # no deadline: it has ended
+        with self._lock, self._changed:
+            if not self._closing:
+                self._control.close()
+                self._control, self._zygote, self._handle, self._ready = control, zygote, handle, False
+                return True
+        control.close()
+        os.close(handle)
+        zygote.kill()
+        zygote.wait()  # no deadline: it was killed
+        return False
+
+    def _hear(self) -> None:
+        """Read reports until the zygote ends. A pidfd shows that, because the workers keep its end of the socket open."""
         zygote = self._handle
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
@@ -252,16 +293,19 @@ class LocalWorkers:
                 with service.going_on("a report of the process that starts workers could not be processed"):
                     self._take(_reports.decode(line))
             if not received:
-                break
-        self._lose_all(f"{_STARTER} has ended{_quoted(_log_file(self._folder, 'zygote'))}")
+                return
 
     def _lose_all(self, reason: str) -> None:
         """No more reports will come: shut the socket down, which ends the workers, and report the end of each."""
-        os.close(self._handle)
         self._hang_up()
         with self._changed:
             self._gone = True
             self._changed.notify_all()
+        self._lose(reason)
+
+    def _lose(self, reason: str) -> None:
+        """The workers have ended, with the socket to their zygote."""
+        self._displaced.clear()
         for worker in sorted(self._expected):
             self._ended(worker, reason)
 
