@@ -13,7 +13,7 @@ from flowml_runtime.protocol.training.driver import Pause, TrainingDriver
 from flowml_runtime.protocol.training.items import NO_HOLD, Items
 from flowml_runtime.protocol.training.snapshot import Save
 from flowml_runtime.protocol.training.terms import ReplicaLost
-from tests.protocol.test_withdrawn_snapshots import ASYNC, CLOCKS, IDS, WORKERS, ask, holds, machine
+from tests.protocol.test_withdrawn_snapshots import ASYNC, CLOCKS, IDS, WORKERS, ask, holds, machine, paused
 
 WITHIN = 5
 
@@ -64,6 +64,23 @@ def test_the_others_do_not_wait_for_one_that_is_late() -> None:
     ask(driver, 0, 2 + 2 * WITHIN)
     assert holds(driver.step(Pause(WITHIN, (1,)))) == [(0, 2)]
     assert stands(driver, 1, 3, 1) == [], "of the earlier hold"
+
+
+def test_the_last_snapshot_is_taken_when_all_have_come_to_the_end_meanwhile() -> None:
+    """The run stood still when those that were to leave said later that they had stopped for that."""
+    driver = machine(ASYNC, every=0)
+    for replica in (0, 1):
+        paused(driver, replica, 5, 0)
+    assert [hold.replica for hold in told(driver.step(Pause(WITHIN, (1, 2))))] == [1, 2]
+    asked = paused(driver, 2, 5, 0)
+    assert any(isinstance(action.message, wire.Export) for action in asked)
+    assert stands(driver, 1, 5, 1) == stands(driver, 2, 5, 2) == []
+    done = list[Any]()
+    for worker in WORKERS:
+        done += driver.step(Received(worker, wire.Exported(**IDS, stages=(), stores=(), buffers=0)))
+    (save,) = [action for action in done if isinstance(action, Save)]
+    assert save.last
+    assert holds(done) == [(NO_HOLD, 3)]
 
 
 @pytest.mark.parametrize("leaving", [(), (1,)])

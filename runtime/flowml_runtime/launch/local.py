@@ -279,7 +279,7 @@ class LocalWorkers:
         return False
 
     def _hear(self) -> None:
-        """Read reports until the zygote ends. A pidfd shows that, because the workers keep its end of the socket open."""
+        """Read reports until the zygote ends. A pidfd shows that: the workers keep its end of the socket open."""
         zygote = self._handle
         poll = select.poll()
         poll.register(self._control, select.POLLIN)

@@ -285,6 +285,7 @@ class Snapshots:
                 absent = frozenset[int]() if self._is_last else self._absent
                 if not self._live.difference(absent) <= self._paused.keys():
                     return self._release(ids, message)
+                self._stopping = {}  # all have come to the end meanwhile
                 missing = self._live.difference(self._paused)
                 self.under_way, self._without = (
                     True,
