@@ -101,7 +101,7 @@ class Cluster:
         self._give_notice: Callable[[str], None]
         self.told: dict[str, str] = {}
         """Worker -> why it is gone, as the coordinator has told."""
-        self.why_refused: Callable[[str], str] = lambda _: ""
+        self.why_refused: Callable[..., str] = lambda worker, ask=False: ""
         """For the runtime: why a worker that is lost here counts this driver as lost, or "" if it does not."""
         self.leaving: frozenset[str] = frozenset()
         """The workers that have given notice: they leave as soon as others have taken over what they do."""
@@ -189,6 +189,8 @@ class Cluster:
                 told, text = True, advice.waits(missing, timeout_s, self.session.remedy, launched=self.launchers > 0)
                 warn(text)
             for worker in missing:
+                if told and (why := self.why_refused(worker, ask=True)):  # this driver was cut off, and no longer is
+                    raise WorkerLostError(advice.lost_itself(worker, why), worker=worker)
                 self._replace(worker)
             self._wait_for_devices(lambda there: there.issuperset(workers), min(AGAIN_S, left))
 
@@ -446,8 +448,9 @@ class Cluster:
         endpoint.on_sent = driver.table.traffic.sent
         cluster._replace, cluster._give_notice = membership.replace, membership.give_notice
 
-        def why_refused(worker: str) -> str:  # the question takes time if the worker is away, and few drivers are lost
-            return endpoint.why_refused(worker) if membership.may_be_lost else ""
+        def why_refused(worker: str, ask: bool = False) -> str:
+            # The question takes time if the worker is away, and few drivers are lost.
+            return endpoint.why_refused(worker) if ask or membership.may_be_lost else ""
 
         cluster.why_refused = why_refused
         driver.adopt(cluster, membership)

@@ -192,3 +192,53 @@ def test_a_worker_that_is_cut_off_is_lost_and_comes_to_nothing(
         assert process.wait(90) == LOST_COORDINATOR, "the worker ends by itself"
     *_, said = (tmp_path / "log").read_text().splitlines()
     assert said.startswith("flowml: worker:3 ends: its coordinator was lost: ")
+
+
+DRIVER = """
+import sys
+import numpy as np, optax
+import flowml as fm
+address, token, *files = sys.argv[1:]
+with fm.Cluster.connect(address, token, tls=dict(zip(("cert", "key", "ca"), files))) as cluster:
+    def loss(w, batch):
+        return (batch @ w).sum()
+    trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, replicas=2, delays={"worker:0": 0.05})
+    show = lambda record: print(record["step"], flush=True)
+    try:
+        trainer.fit(np.zeros(4, np.float32), np.ones((8, 4), np.float32), batch_size=8, steps=4000,
+                    progress=False, callbacks=[show], on_loss="replace")
+    except fm.FlowmlError as error:
+        print(error, flush=True)
+"""
+
+
+def test_a_driver_that_was_cut_off_is_told_that_it_is_the_one_that_was_lost(
+    wire: Wire, tls: dict[str, str], tmp_path: Path
+) -> None:
+    """It waited for others in the places of its workers, which live."""
+    with ExitStack() as stack:
+        about: dict[str, Any] = {"bind": f"{HERE}:0", "tls": tls, "lost_after_s": LOST_AFTER_S}
+        launched = stack.enter_context(closing(LaunchedCluster(workers=2, **about)))
+        write_token(tmp_path / "token", launched.token)
+        command = [sys.executable, "-c", DRIVER, launched.address, str(tmp_path / "token"), *tls.values()]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        driver = stack.enter_context(
+            subprocess.Popen(
+                ["ip", "netns", "exec", wire.name, *command],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        )
+        stack.callback(driver.kill)
+        assert driver.stdout is not None
+        while driver.stdout.readline() != f"{CUT_AT}\n":
+            assert driver.poll() is None
+        with wire.cut("here", "there"):
+            time.sleep(3 * LOST_AFTER_S)  # so long it is cut off
+        found = time.monotonic()
+        *_, said = driver.stdout.read().splitlines()
+        assert time.monotonic() - found < MOST_S
+        assert "this process was suspended or cut off, and worker:" in said
+        assert said.endswith('connect to the cluster again, and call fit(resume="auto")')

@@ -129,7 +129,7 @@ class SimulatedCluster:
         """Let virtual time pass until these workers are there. Raises WorkerLostError if one does not return."""
         self._session.pass_until_there(workers)
 
-    def why_refused(self, worker: str) -> str:
+    def why_refused(self, worker: str, ask: bool = False) -> str:
         """ "": a simulated driver is never lost."""
         return ""
 
