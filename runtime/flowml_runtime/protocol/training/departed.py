@@ -187,11 +187,11 @@ class Departed:
     def close(self) -> None:
         """The run is over. A replica that has had no item in it, because there were fewer than replicas, has not pushed
         what it had gathered before."""
-        for replica, used in self._used.items() if self._stopped else ():
-            assert self._stopped is not None
-            if replica in self._over or not used or max(used) >= self._stopped.clocks[replica]:
+        began = self._stopped
+        for replica, used in self._used.items():
+            if began is None or replica in self._over or not used or max(used) >= began.clocks[replica]:
                 continue
-            reached = _had(self._stopped, replica)
+            reached = _had(began, replica)
             for clock, item in used.items():
                 here = sum(clock < known for known in reached)
                 if not here:
