@@ -32,7 +32,9 @@ from flowml_runtime.transport.security import write_token
 from flowml_runtime.worker.process import LOST_COORDINATOR
 from tests.conftest import wait_until
 
-HERE, THERE = "10.213.57.1", "10.213.57.2"
+OWN = 57 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+"""Tests run beside each other, and each needs a network of its own."""
+HERE, THERE = f"10.213.{OWN}.1", f"10.213.{OWN}.2"
 NOWHERE = "02:00:00:00:00:01"
 LOST_AFTER_S = 3.0
 MOST_S = 20.0
