@@ -28,7 +28,7 @@ from flowml.ir._jax import jit_is_off, trace_context
 from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.placement.homes import Homes
-from flowml.plan import Plan
+from flowml.plan import Plan, Training
 from flowml.policy import Policy
 from flowml.policy.published import PolicyRule
 from flowml.splits import Shuffle, dealt
@@ -269,10 +269,10 @@ class Trainer:
         everywhere, program, params = begun(begin, cluster, spec, asked.on_loss, elastic=some)
         check_items(program.training, asked)
         about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest, kind_of(cluster))
-        saving = self._saving(cluster, program, params, opt_state, model, asked, about)
-        interrupts.check()
         grows, least = asked.elastic, asked.min_replicas
         losses = Losses(cluster, program, asked.on_loss, least, elastic=grows, begins_smaller=some)
+        saving = self._saving(cluster, program, losses.training, params, opt_state, model, asked, about)
+        interrupts.check()
         looked = self._look_at_loss(program, params, data, order, batch_size)
         handle = losses.load(looked.look)
         looked.warn()
@@ -378,6 +378,7 @@ class Trainer:
         self,
         cluster: TrainingCluster,
         program: Program,
+        training: Training,
         params: Any,
         opt_state: Any,
         model: Model,
@@ -391,7 +392,7 @@ class Trainer:
         warn_of_watchers(state, self._on_nonfinite)
         if asked.checkpoint is not None:
             about = msgspec.structs.replace(about, update=program.update_name(state, params))
-        saving = saving_of(asked, program.training, (params, state, program.spec.untrained), model, about)
+        saving = saving_of(asked, training, (params, state, program.spec.untrained), model, about)
         if asked.validation is not None:
             saving.validation = self._validation(cluster, program, asked)
         saving.copies, saving.total = asked.copies, asked.total

@@ -214,3 +214,11 @@ def test_what_cannot_be(threads: fm.Cluster) -> None:
         ValueError, match=r"2 of 4 replicas have their workers, and the fit needs 3 .*worker:1, worker:2"
     ):
         fit(threads, {}, min_replicas=3)
+
+
+@pytest.mark.parametrize("where", ["threads", "processes"])
+def test_a_worker_that_is_there_is_not_started_again(where: str, request: pytest.FixtureRequest) -> None:
+    cluster: fm.Cluster = request.getfixturevalue(where)
+    found = fit(cluster, {20: lambda: cluster.start_worker("worker:1")}, steps=60)
+    assert (found.losses, found.changes) == ((), ())
+    assert found.ledger.used == 60 * REPLICAS

@@ -321,3 +321,29 @@ def test_near_the_end_what_waits_is_pushed_or_dropped(tmp_path: Path, policies: 
             dropped[step] = replicas * steps - found.ledger.used
     assert dropped[steps - 1] > 0, "fewer items are left than replicas"
     assert not any(dropped[step] for step in dropped if step < steps - 1)
+
+
+@pytest.mark.parametrize("name", ADDING)
+def test_a_fit_that_has_gone_on_without_a_replica_goes_on_so(
+    threads_cluster: fm.Cluster, tmp_path: Path, name: str
+) -> None:
+    """What the others had gathered was divided among all, and the share of the one that is not there was lost."""
+    steps, lost = 40, "worker:3"
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] == 4:
+            threads_cluster.end_worker(lost)
+        if record["replicas"] == 3 and fm.restore(tmp_path).step % 3:
+            raise Stopped
+
+    options: dict[str, Any] = {"replicas": "elastic"}
+    about: Any = (threads_cluster, tmp_path, (4, 1, 1), ADDING[name], 1, 4 * steps, {"worker:0": 0.01})
+    try:
+        with pytest.raises(Stopped), pytest.warns(fm.FlowmlWarning, match=f"{lost} was lost"):
+            count(*about, callbacks=[stop], **options)
+        found = count(*about, resume="auto", **options)
+    finally:
+        threads_cluster.bring_back(threads_cluster.lost)
+    rows = [tally.used for tally in found.ledger.groups.values()] or [found.ledger.used]
+    assert found.params["w"].sum() == pytest.approx(rows[0])
+    assert found.ledger.dropped <= 3, "what the lost one had gathered"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -27,15 +28,19 @@ class ThreadWorkers:
         self._cache = ExecutableCache()
         self._running: dict[str, tuple[Worker, Endpoint]] = {}
         self._departures: list[Departure] = []
+        self._lock = threading.Lock()
+        """Held while a worker is started: two threads may ask for one."""
 
     def start(self, name: str) -> Worker:
-        """Start a worker. One that has this name already is closed first."""
-        self.end(name)
-        endpoint = self._hub.endpoint(name)
-        worker = Worker(name, self._devices[name], endpoint, python=True, cache=self._cache)
-        endpoint.start(worker.on_message, worker.on_lost)
-        self._running[name] = worker, endpoint
-        return worker
+        """Start a worker, unless one that has this name is there."""
+        with self._lock:
+            if name in self._running:
+                return self._running[name][0]
+            endpoint = self._hub.endpoint(name)
+            worker = Worker(name, self._devices[name], endpoint, python=True, cache=self._cache)
+            endpoint.start(worker.on_message, worker.on_lost)
+            self._running[name] = worker, endpoint
+            return worker
 
     def end(self, name: str) -> bool:
         """Close a worker, which the others lose. Returns whether there was one."""

@@ -55,13 +55,15 @@ def _is_of_stage(owner: str) -> bool:
 
 
 def readers_stay(content: Content, training: Training) -> bool:
-    """Whether each layer whose readers remember something is read by the same workers."""
+    """Whether each layer whose readers remember something is read by the same workers, of those that are not lost."""
+    live = {worker_of(device) for r in training.live for device in training.replicas[r]}
     there: dict[str, set[str]] = {}
     for owner in content.owners:
         if owner.startswith("reader/"):
             _, worker, layer = owner.split("/", 2)
             there.setdefault(layer, set()).add(worker)
-    return all({*map(worker_of, s.readers)} == there[s.name] for s in training.stores if s.name in there)
+    readers = {s.name: live.intersection(map(worker_of, s.readers)) for s in training.stores}
+    return all(readers[name] == there[name] for name in readers.keys() & there.keys())
 
 
 def state_moves(content: Content, training: Training) -> bool:

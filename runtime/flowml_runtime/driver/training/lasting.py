@@ -33,10 +33,10 @@ from flowml.callers import warn
 from flowml.devices import Device
 from flowml.errors import FlowmlError, PlacementError, PolicyError, WorkerLostError
 from flowml.placement import Pipeline
-from flowml.plan import Plan
+from flowml.plan import Plan, Training
 from flowml.render.units import listed
 from flowml.training.spec import TrainingSpec
-from flowml.training.without import check_met, check_shrinks, too_few
+from flowml.training.without import check_met, check_shrinks, too_few, without
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Asked, Callback, OnLoss
@@ -172,6 +172,13 @@ class Losses:
         if self.gone and not elastic:
             which, were = listed(tuple(self.gone)), "was" if len(self.gone) == 1 else "were"
             warn(f"{which} {were} lost before this fit has begun, which goes on without the replicas that were there")
+
+    @property
+    def training(self) -> Training:
+        """The training without the replicas that were lost before."""
+        training = without(self.program.compiled.plan, self.gone).training if self.gone else self.program.training
+        assert training is not None
+        return training
 
     def load(self, meanwhile: Callable[[], None]) -> LoadedPlan:
         """Load the plan of the fit. Calls `meanwhile` while workers compile it."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from flowml.callers import warn
 from flowml.devices import Device, worker_of
-from flowml.errors import WorkerLostError
+from flowml.errors import ClusterError, WorkerLostError
 from flowml.placement import Pipeline, Placement
 from flowml.placement.homes import homes_only
 from flowml.placement.links import Links
@@ -124,6 +124,10 @@ class Regrouping:
             with self._lock:  # it has left again, and `ready` looks again when the devices change
                 self._wanted = None if turn == self._turn else self._wanted
             return
+        except ClusterError:
+            if turn == self._turn:
+                raise
+            return  # the cluster was closed after the end of the fit
         with self._lock:
             if turn == self._turn:
                 self._loaded = handle

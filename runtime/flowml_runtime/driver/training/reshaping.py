@@ -103,9 +103,10 @@ def with_shares(snapshot: Snapshot, params: Any) -> Snapshot:
 
 def _same_stores(content: Content, training: Training) -> bool:
     """Whether replicas and stores are the same, and each store that is on other stages is on one there and here. A fit
-    that has gone on without lost replicas has fewer than it began with."""
+    that has gone on without lost replicas has fewer than it began with. Those that this one begins without are left out
+    later (`Snapshot.of_live`)."""
     live = {stage.replica for stage in content.stopped.stages}
-    if content.figures.replicas != len(training.replicas) or (live and len(live) < len(training.replicas)):
+    if content.figures.replicas != len(training.replicas) or (live and not live.issuperset(training.live)):
         return False
     if content.layers != tuple(map(Layer.of, training.stores)):
         return False
