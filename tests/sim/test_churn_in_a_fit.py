@@ -41,3 +41,26 @@ def test_a_fit_that_ends_before_the_departure_does_not_notice_it() -> None:
 def test_only_the_first_departure_of_each_worker_that_exists_counts() -> None:
     churn = fm.sim.Churn([(1.0, 0, False), (2.0, 0, True), (3.0, 0, False), (2.5, 5, False)])
     assert churn.crashes(workers=3) == (fm.sim.Crash(0, 1.0),)
+
+
+@pytest.mark.filterwarnings("ignore:worker.+ was lost")
+@pytest.mark.parametrize("policy", [fm.policies.asynchronous(every=50, apply="sum"), fm.policies.downpour(50, 50)])
+def test_what_waits_for_a_push_outlives_a_newcomer_that_is_lost_again(policy: fm.Policy) -> None:
+    """It got a share of what the others had gathered, and was lost with it."""
+    down, up = False, True
+    changes = [(0.5, 1, down), (0.9, 3, down), (2.9, 2, down), (4.9, 3, up), (6.9, 3, down)]
+    models = fm.sim.LogNormal(0.1, 0.3), fm.sim.Network(1e-3, 1e8)
+    cluster = fm.SimulatedCluster(4, *models, seed=71, faults=[fm.sim.Churn(changes, notice_s=0.3)])
+    trainer = fm.Trainer(
+        lambda params, batch: -jnp.mean(batch @ params["w"]),
+        optax.sgd(1.0),
+        cluster=cluster,
+        replicas=4,
+        policies=policy,
+    )
+    items = 4 * 60
+    params, source = {"w": np.zeros(items, np.float32)}, np.eye(items, dtype=np.float32)
+    found = trainer.fit(params, source, batch_size=4, epochs=1, progress=False, replicas="elastic")
+    assert len(found.changes) + len(found.losses) == len(changes)
+    np.testing.assert_array_equal(found.params["w"], 1.0)
+    assert found.ledger.used == items

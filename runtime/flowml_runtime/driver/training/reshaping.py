@@ -9,7 +9,8 @@ Parameters, optimizer state and the clocks say the same in every form. Two cases
   residuals, each of which is a share of a mean over replicas. What else belongs to one replica, or waits for a later
   clock, is dropped, and the caller is told.
 
-Where the contributions of replicas are added up, and not averaged, what waits in all of them stays as much in all.
+Where the contributions of replicas are added up, and not averaged, what waits in all of them stays as much in all: each
+keeps its own, and newcomers have none, so that nothing of it is lost if they are lost again.
 
 A step adds up the gradients of its microbatches, so with other microbatches sums of gradients, and residuals of such
 sums, are multiplied by the ratio of their numbers.
@@ -219,8 +220,8 @@ class _Anew(Form):
         known = self._regrouped if what == "sums" else ()
         if not whole or len(stages) != 1 or (store.name not in self._layers() and store.name not in known):
             return False
-        if len(self._live) == len(self.training.live):
-            each = [kept.get(r) or {} for r in self._live]
+        if len(self._live) == len(self.training.live) or (adds and len(self._live) < len(self.training.live)):
+            each = [{} if r is None else kept.get(r) or {} for r in self._heirs()]
         else:
             joined = joined_sums(found, adds=adds) if what == "sums" else joined_residuals(found)
             if joined is None:
@@ -234,6 +235,13 @@ class _Anew(Form):
                 continue
             self.give(of_stage(r, min(stages), store.name, what), buffers)
         return True
+
+    def _heirs(self) -> list[int | None]:
+        """For each replica the one of the snapshot whose work it goes on with: the same, or one that is not there any
+        more. None for a newcomer."""
+        there = self.training.live
+        others = iter([r for r in self._live if r not in there])
+        return [r if r in self._live else next(others, None) for r in there]
 
     def _give_values(self, store: StoreSpec) -> None:
         """Give a home its values. Several stores may have a leaf of optimizer state, such as a count of their updates:
@@ -272,15 +280,19 @@ class _Anew(Form):
             if any("own" in self._of_replica(r, layer.name) for r in self._live for layer in self.old.content.layers):
                 self.leave_out(STEPS, store.name)
             return
-        keeps = len(whole) == len(self.training.live) and not store.policy.filters
-        joined = {name: mean([one[name] for one in whole]) for name in whole[0]}
         adds = _adds_up(store) and isinstance(store.policy.payload, Delta)
+        keeps = len(whole) == len(self.training.live) or (adds and len(whole) < len(self.training.live))
+        keeps = keeps and not store.policy.filters
+        joined = {name: mean([one[name] for one in whole]) for name in whole[0]}
+        at_home = {f"params/{i}": joined[f"started/{i}"] for i in range(len(store.leaves))}
+        newcomer = joined | at_home | {"steps": np.asarray(0, np.int64)}
+        each = [newcomer if r is None else whole[self._live.index(r)] for r in self._heirs()] if keeps else []
         if adds:
             ratio = len(whole), len(self.training.live)
             for name, began in [(f"params/{i}", joined[f"started/{i}"]) for i in range(len(store.leaves))]:
                 joined[name] = began + times(joined[name] - began, *ratio)
         for number, r in enumerate(self.training.live):
-            buffers = whole[number] if keeps else joined
+            buffers = each[number] if keeps else joined
             if not aligned:
                 every, own = store.policy.every, [buffers] if keeps else whole
                 waits = adds and any(int(one["steps"]) for one in own)  # then none takes before its next push
