@@ -64,3 +64,35 @@ def test_what_waits_for_a_push_outlives_a_newcomer_that_is_lost_again(policy: fm
     assert len(found.changes) + len(found.losses) == len(changes)
     np.testing.assert_array_equal(found.params["w"], 1.0)
     assert found.ledger.used == items
+
+
+@pytest.mark.filterwarnings("ignore:worker.+ was lost")
+def test_the_ledger_is_exact_after_losses_and_joins_at_once(rng: np.random.Generator) -> None:
+    """Layers with two rhythms. What a lost replica had not pushed was `used`, if another joined at the same time."""
+    mix = {"a": fm.policies.asynchronous(every=7, apply="sum"), "b": fm.policies.asynchronous(every=3, apply="sum")}
+    items = 4 * 60
+    for _ in range(6):
+        times = np.cumsum(rng.exponential(0.7, 8))
+        changes: list[tuple[float, int, bool]] = []
+        up = [True] * 4
+        for at in times:
+            worker = int(rng.integers(1, 4))
+            up[worker] = not up[worker]
+            changes.append((float(at), worker, up[worker]))
+        models = fm.sim.LogNormal(0.1, 0.3), fm.sim.Network(1e-3, 1e8)
+        cluster = fm.SimulatedCluster(4, *models, seed=71, faults=[fm.sim.Churn(changes)])
+        trainer = fm.Trainer(
+            lambda params, batch: -jnp.mean(batch @ params["a"]) - jnp.mean(batch @ params["b"]),
+            optax.sgd(1.0),
+            cluster=cluster,
+            replicas=4,
+            policies=mix,
+        )
+        params = {layer: np.zeros(items, np.float32) for layer in "ab"}
+        about: dict[str, Any] = {"batch_size": 4, "epochs": 1, "progress": False, "replicas": "elastic"}
+        found = trainer.fit(params, np.eye(items, dtype=np.float32), **about)
+        a, b = (np.asarray(found.params[layer]) for layer in "ab")
+        for applied in (a, b):
+            np.testing.assert_array_equal(np.unique(applied[applied != 0]), 1.0, str(changes))
+        assert np.count_nonzero(a + b) == found.ledger.used, changes
+        assert np.count_nonzero(a != b) == found.ledger.partly, changes

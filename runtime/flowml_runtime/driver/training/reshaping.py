@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 
 from flowml.errors import CheckpointError
@@ -56,7 +57,8 @@ from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.snapshots import Content, Figures, Layer, Snapshot, key_of, values_of
 from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.closing import closed
-from flowml_runtime.protocol.training.ledger import LedgerState
+from flowml_runtime.protocol.training.departed import Departed, applies_alone
+from flowml_runtime.protocol.training.ledger import Ledger, LedgerState
 from flowml_runtime.protocol.training.recounting import recounted
 from flowml_runtime.protocol.training.terms import Group, Terms
 from flowml_runtime.protocol.training.work import Work
@@ -127,6 +129,8 @@ class _Anew(Form):
         work = work_of(self.training, terms, *source, figures.shuffle)
         rows = max(content.stopped.clocks) if terms.aligned else 0
         before = with_replicas(work, figures.replicas, figures.microbatches, *source)
+        self._live = sorted({s.replica for s in content.stopped.stages}) or list(range(figures.replicas))
+        content = self._without_lost(terms, before)
         waits = {(w.replica, w.clock) for w in content.stopped.waiting}
         unsettled = ((s.replica, u) for s in content.stopped.stages for u in s.unsettled)
         counted = {(r, u.clock) for r, u in unsettled if max(u.counted, default=-1) >= 0 or not u.open}
@@ -138,21 +142,58 @@ class _Anew(Form):
         clock = rows
         if not terms.aligned:
             clock = -(-recounted(content.ledger, before, work, rows, lost).granted // terms.replicas)
-        self._live = sorted({s.replica for s in content.stopped.stages}) or list(range(figures.replicas))
+            clock = max(clock, *(content.stopped.clocks[r] - c for r, c, _ in content.ledger.unsent), 0)
         for store in self.training.stores:
             self._give(store, clock, aligned=terms.aligned)
         self._note_what_is_left()
         ledger = recounted(self._settled(terms, before), before, work, rows, lost)
         self.give_state()
-        return self.made(self._stopped(terms, clock), ledger)
+        shifts = self._shifts(terms, clock) if before == work else {}
+        ledger = msgspec.structs.replace(ledger, unsent=self._unsent(shifts))
+        return self.made(self._stopped(terms, clock, shifts), ledger)
+
+    def _without_lost(self, terms: Terms, work: Work) -> Content:
+        """What the snapshot says when the items of replicas that are not there have fates, if each contribution is
+        applied on arrival."""
+        content = self.old.content
+        lost = frozenset(range(content.figures.replicas)).difference(self._live)
+        if terms.aligned or not lost or not self._same_layers:
+            return content
+        ledger = Ledger(work)
+        ledger.restore(content.ledger, content.stopped.clocks)
+        departed = Departed(terms, ledger, saves=True, outlives=True)
+        departed.restore(content.ledger, lost, content.stopped)
+        state = msgspec.structs.replace(ledger.kept(content.stopped.clocks), unsent=departed.unsent())
+        self.old = replace(self.old, content=msgspec.structs.replace(content, ledger=state))
+        return self.old.content
+
+    @property
+    def _same_layers(self) -> bool:
+        return [layer.name for layer in self.old.content.layers] == [store.name for store in self.training.stores]
+
+    def _shifts(self, terms: Terms, clock: int) -> dict[int, tuple[int, int]]:
+        """Replica -> the one of the snapshot whose work it goes on with, and by how much its clocks are later now. Only
+        where a home takes each contribution alone, and so knows what it has of a replica."""
+        content, found = self.old.content, dict[int, tuple[int, int]]()
+        if self.left_out or not self._same_layers or not applies_alone(terms):
+            return found
+        for r, old in zip(self.training.live, self._heirs(), strict=True):
+            if old is not None:
+                found[r] = old, clock - content.stopped.clocks[old]
+        return found
+
+    def _unsent(self, shifts: Mapping[int, tuple[int, int]]) -> tuple[tuple[int, int, wire.Item], ...]:
+        """The items that replicas have done and not pushed yet, at the clocks that these have now."""
+        unsent = self.old.content.ledger.unsent
+        pairs = shifts.items()
+        return tuple((r, c + shift, item) for r, (old, shift) in pairs for one, c, item in unsent if one == old)
 
     def _settled(self, terms: Terms, work: Work) -> LedgerState:
         """The ledger of the snapshot, with the fates of items that were unsettled, if the groups of layers are the
         same."""
         content, stores = self.old.content, self.training.stores
         firsts = [stage.committed for stage in content.stopped.stages if stage.stage == 0]
-        same = [layer.name for layer in content.layers] == [store.name for store in stores]
-        if not same or any(len(committed) != len(terms.groups) for committed in firsts):
+        if not self._same_layers or any(len(committed) != len(terms.groups) for committed in firsts):
             return content.ledger
         left = {layer for what in (SUMS, STEPS) for layer in self.left_out.get(what, ())}
         replicas = range(content.figures.replicas)
@@ -165,14 +206,17 @@ class _Anew(Form):
         versions = {f"home/{layer.name}": s.version for layer, s in _pairs(content)}
         return max((versions[home] for home in homes if home in versions), default=0)
 
-    def _stopped(self, terms: Terms, clock: int) -> wire.Stopped:
+    def _stopped(self, terms: Terms, clock: int, shifts: Mapping[int, tuple[int, int]]) -> wire.Stopped:
         committed = tuple(committed_before(terms, group, clock) for group in terms.groups)
         stages = [wire.StageState(r, s, clock - 1, committed) for r in self.training.live for s in range(terms.stages)]
         stores: list[wire.StoreState] = []
         for number, store in enumerate(terms.stores):
             floor = contained(terms, store.policy.every, clock)
             version = self._version(number)
-            stores.append(wire.StoreState(number, version, floor, floor - 1, (floor,) * terms.replicas))
+            clocks = [floor] * terms.replicas
+            for r, (old, shift) in shifts.items():
+                clocks[r] = max(0, min(clock, self.old.content.stopped.stores[number].clocks[old] + shift))
+            stores.append(wire.StoreState(number, version, min(clocks), floor - 1, tuple(clocks)))
         sites = [
             wire.SiteState(group.number, number, _decided(terms, group, clock))
             for group in terms.groups
