@@ -45,6 +45,16 @@ def test_a_run_that_goes_on_leaves_an_item_for_each_replica() -> None:
     assert [len(grant.items) for grant in grants] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_whether_a_run_that_goes_on_would_have_an_item_for_each(sharded: bool) -> None:
+    ledger = Ledger(Work(3, 6, 1, 2, aligned=False, sharded=sharded))
+    for clock in range(2):
+        assert ledger.has_one_each
+        for replica in range(3):
+            ledger.step(Asked(replica, (clock,)))
+    assert ledger.has_one_each == sharded
+
+
 def test_a_short_asynchronous_fit_is_even() -> None:
     cluster = fm.SimulatedCluster(4, fm.sim.Constant(0.1), fm.sim.Network(1e-4, 1e9), arithmetic=False)
     policy = fm.policies.asynchronous()

@@ -256,8 +256,9 @@ class Ledger:
 
     @property
     def has_one_each(self) -> bool:
-        """Whether an item is left for each replica that is not lost, in a run that is not aligned."""
-        return self._queue.has_more_than(self._work.replicas - len(self._lost) - 1, 0)
+        """Whether an item is left for each replica that is not lost, in a run that is not aligned. With shards one that
+        has none left knew its last one, and has pushed."""
+        return self._work.sharded or self._queue.has_more_than(self._work.replicas - len(self._lost) - 1, 0)
 
     def clock_of(self, item: wire.Item) -> int:
         """The clock for which an item that is outstanding was granted; -1 if it is not."""
