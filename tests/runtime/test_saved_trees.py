@@ -288,6 +288,7 @@ def test_a_damaged_file_is_found_also_where_workers_read(
     data = where / damaged
     data.write_bytes(data.read_bytes()[:-1] + b"x")
     held = threads_cluster.session.held
+    gc.collect()  # values of earlier tests that were in cycles may be freed at any time, also below
     before = sum(held.on(device.name) for device in threads_cluster.devices)
     with pytest.warns(fm.FlowmlWarning, match=r"changed or is damaged.* Loaded is step-0+1"):
         loaded = fm.load(tmp_path, threads_cluster, like=tree)
@@ -295,7 +296,7 @@ def test_a_damaged_file_is_found_also_where_workers_read(
     assert_equal(jax.tree.map(lambda x: x.fetch(), loaded["params"]), tree["params"])
     del loaded
     gc.collect()
-    wait_until(lambda: sum(held.on(d.name) for d in threads_cluster.devices) == before, "the values are freed", 10)
+    wait_until(lambda: sum(held.on(d.name) for d in threads_cluster.devices) <= before, "the values are freed", 10)
 
 
 def test_a_worker_reads_only_what_its_driver_knows(tmp_path: Path) -> None:
