@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Self
 
@@ -180,7 +181,7 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         if self._end_worker is not None:
             self._end_those_there(workers, timeout_s)
-        told = False
+        told, asked = False, cycle(workers)
         while missing := set(workers) - {d.worker for d in self.devices}:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -189,10 +190,11 @@ class Cluster:
                 told, text = True, advice.waits(missing, timeout_s, self.session.remedy, launched=self.launchers > 0)
                 warn(text)
             for worker in missing:
-                if told and (why := self.why_refused(worker, ask=True)):  # this driver was cut off, and no longer is
-                    raise WorkerLostError(advice.lost_itself(worker, why), worker=worker)
                 self._replace(worker)
-            self._wait_for_devices(lambda there: there.issuperset(workers), min(AGAIN_S, left))
+            if not self._wait_for_devices(lambda there: there.issuperset(workers), min(AGAIN_S, left)) and told:
+                worker = next(asked)  # one at a time: an answer takes seconds if its machine is away
+                if why := self.why_refused(worker, ask=True):  # this driver was cut off, and no longer is
+                    raise WorkerLostError(advice.lost_itself(worker, why), worker=worker)
 
     def _end_those_there(self, workers: Sequence[str], timeout_s: float) -> None:
         """End the processes of those of the workers that are there: they may be suspended, or out of reach.

@@ -27,6 +27,7 @@ WORKERS = "workers"
 """Who has a lock, in place of a driver: workers that complete a last checkpoint. They have it for a moment."""
 PATIENCE_S = 10.0
 TURN_S = 600.0
+"""How long others may save a tree before who waits for them gives up."""
 AGAIN_S = 0.02
 
 
@@ -116,6 +117,8 @@ def turn(directory: Path) -> Generator[None]:
             threading.Event().wait(AGAIN_S)
         yield
     finally:
+        with suppress(OSError):  # a fork of this process has the descriptor too, and would keep the lock
+            fcntl.flock(number, fcntl.LOCK_UN)
         os.close(number)
 
 

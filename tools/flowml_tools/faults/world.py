@@ -179,8 +179,9 @@ class World:
     outlives: bool = False
     """Whether the driver's machine goes on for good without a lost replica, where it can."""
     pauses: Sequence[float] = ()
-    pause: driver.Pause = STOP_AT_ONCE
     """When snapshots are asked for, beside those of the rhythm."""
+    pause: driver.Pause = STOP_AT_ONCE
+    """How they are asked for."""
     patience_s: float | None = None
     """How long replicas stand for a snapshot before it is withdrawn; None: until all have stopped."""
 
