@@ -16,7 +16,7 @@ from flowml.policy import Policy, named
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.departed import Departed, alone_on, waits_for_none
-from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled
+from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Owed, Settled
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.protocol.training.store_terms import StoreTerms
 from flowml_runtime.protocol.training.terms import Terms
@@ -191,3 +191,45 @@ def test_a_run_that_begins_without_a_replica_does_again_what_no_store_has(outliv
         assert (found.used, found.partly, found.outstanding) == (used, int(first_too), 0)
         rows = {name: (tally.used, tally.dropped) for name, tally in found.groups.items()}
         assert rows == ({"layer 1": (7, 1), "layer 2": (7, 1)} if first_too else {}), "it is done again, or lost there"
+
+
+def test_a_replica_owes_items_of_a_run_before_until_its_first_push() -> None:
+    """Both stores lack an item of replica 1, and one lacks another item, which the other store has lost. The second run
+    stands at clocks that say nothing about the first."""
+    policies = named.asynchronous(every=7), named.asynchronous(every=3, staleness=9)
+    terms = Terms(2, 1, 1, tuple(StoreTerms((0,), policy) for policy in policies), 100)
+    work = Work(2, 64, 4, 100, aligned=False, ungrouped=tuple((n, f"layer {n}") for n in range(2)))
+    before = Ledger(work)
+    for replica, clock in ((0, 0), (1, 0), (1, 1), (1, 2)):
+        ((_, item),) = before.step(Asked(replica, (clock,)))[0].items
+        before.step(Settled(replica, ((item, "used"),)))
+    none, other = work.item(1), work.item(2)
+    before.note_partly((0,))
+    state = before.kept((5, 5))
+    owed = Owed(1, none, (0, 1)), Owed(1, other, (1,), lost=(0,))
+    state = msgspec.structs.replace(state, owed=owed)
+
+    def after(*reached: int, without: bool = True) -> tuple[int, int, dict[str, tuple[int, int]], tuple[Owed, ...]]:
+        """Used items, those in part, the rows of layers, and what is owed if a snapshot finds the stores there."""
+        ledger = Ledger(work)
+        ledger.restore(state, (5, 5))
+        machine = Departed(terms, ledger, saves=True, outlives=True)
+        machine.restore(state, [], wire.Stopped((5, 5), (), stores(0, 3)))
+        taken = wire.Stopped((9, 9), (), stores(*reached))
+        kept = machine.without(work, taken, [1]) if without else None
+        machine.saved(taken, without=[1] if without else ())
+        found = Ledger(work)
+        found.restore(kept or ledger.kept((9, 9)), (9, 9))
+        summary = found.summary()
+        rows = {name: (tally.used, tally.dropped) for name, tally in summary.groups.items()}
+        return summary.used, summary.partly, rows, machine.owed()
+
+    def stores(*reached: int) -> tuple[wire.StoreState, ...]:
+        return tuple(wire.StoreState(n, 1, clock, clocks=(clock, clock)) for n, clock in enumerate(reached))
+
+    assert after(0, 3) == (2, 0, {}, owed), "both items are done again"
+    assert after(7, 3)[:3] == (3, 1, {"layer 1": (2, 1)}), "one has what the other one lacks; the other item is lost"
+    assert after(0, 6)[:3] == (4, 2, {"layer 0": (2, 2)})
+    assert after(7, 6)[:3] == (4, 1, {"layer 0": (3, 1)}), "all has arrived that was not lost before"
+    assert after(0, 6, without=False)[3] == (Owed(1, none, (0,)),)
+    assert after(7, 6, without=False)[3] == ()

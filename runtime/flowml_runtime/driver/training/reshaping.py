@@ -18,7 +18,7 @@ sums, are multiplied by the ratio of their numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,8 +57,8 @@ from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.snapshots import Content, Figures, Layer, Snapshot, key_of, values_of
 from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.closing import closed
-from flowml_runtime.protocol.training.departed import Departed, applies_alone
-from flowml_runtime.protocol.training.ledger import Ledger, LedgerState
+from flowml_runtime.protocol.training.departed import Departed
+from flowml_runtime.protocol.training.ledger import Ledger, LedgerState, Owed
 from flowml_runtime.protocol.training.recounting import recounted
 from flowml_runtime.protocol.training.terms import Group, Terms
 from flowml_runtime.protocol.training.work import Work
@@ -142,15 +142,14 @@ class _Anew(Form):
         clock = rows
         if not terms.aligned:
             clock = -(-recounted(content.ledger, before, work, rows, lost).granted // terms.replicas)
-            clock = max(clock, *(content.stopped.clocks[r] - c for r, c, _ in content.ledger.unsent), 0)
         for store in self.training.stores:
             self._give(store, clock, aligned=terms.aligned)
         self._note_what_is_left()
-        ledger = recounted(self._settled(terms, before), before, work, rows, lost)
+        settled = self._settled(terms, before)
+        ledger = recounted(settled, before, work, rows, lost)
         self.give_state()
-        shifts = self._shifts(terms, clock) if before == work else {}
-        ledger = msgspec.structs.replace(ledger, unsent=self._unsent(shifts))
-        return self.made(self._stopped(terms, clock, shifts), ledger)
+        ledger = msgspec.structs.replace(ledger, owed=tuple(self._owed(settled)) if before == work else ())
+        return self.made(self._stopped(terms, clock), ledger)
 
     def _without_lost(self, terms: Terms, work: Work) -> Content:
         """What the snapshot says when the items of replicas that are not there have fates, if each contribution is
@@ -163,7 +162,8 @@ class _Anew(Form):
         ledger.restore(content.ledger, content.stopped.clocks)
         departed = Departed(terms, ledger, saves=True, outlives=True)
         departed.restore(content.ledger, lost, content.stopped)
-        state = msgspec.structs.replace(ledger.kept(content.stopped.clocks), unsent=departed.unsent())
+        kept = ledger.kept(content.stopped.clocks)
+        state = msgspec.structs.replace(kept, unsent=departed.unsent(), owed=departed.owed())
         self.old = replace(self.old, content=msgspec.structs.replace(content, ledger=state))
         return self.old.content
 
@@ -171,22 +171,12 @@ class _Anew(Form):
     def _same_layers(self) -> bool:
         return [layer.name for layer in self.old.content.layers] == [store.name for store in self.training.stores]
 
-    def _shifts(self, terms: Terms, clock: int) -> dict[int, tuple[int, int]]:
-        """Replica -> the one of the snapshot whose work it goes on with, and by how much its clocks are later now. Only
-        where a home takes each contribution alone, and so knows what it has of a replica."""
-        content, found = self.old.content, dict[int, tuple[int, int]]()
-        if self.left_out or not self._same_layers or not applies_alone(terms):
-            return found
-        for r, old in zip(self.training.live, self._heirs(), strict=True):
-            if old is not None:
-                found[r] = old, clock - content.stopped.clocks[old]
-        return found
-
-    def _unsent(self, shifts: Mapping[int, tuple[int, int]]) -> tuple[tuple[int, int, wire.Item], ...]:
-        """The items that replicas have done and not pushed yet, at the clocks that these have now."""
-        unsent = self.old.content.ledger.unsent
-        pairs = shifts.items()
-        return tuple((r, c + shift, item) for r, (old, shift) in pairs for one, c, item in unsent if one == old)
+    def _owed(self, settled: LedgerState) -> Iterator[Owed]:
+        """The items that replicas have done and not pushed to all stores, by the replicas that go on with them."""
+        pairs = zip(self.training.live, self._heirs(), strict=True) if self._same_layers else ()
+        heirs = {old: replica for replica, old in pairs if old is not None}
+        mine = (one for one in settled.owed if one.replica in heirs)
+        return (msgspec.structs.replace(one, replica=heirs[one.replica]) for one in mine)
 
     def _settled(self, terms: Terms, work: Work) -> LedgerState:
         """The ledger of the snapshot, with the fates of items that were unsettled, if the groups of layers are the
@@ -206,17 +196,14 @@ class _Anew(Form):
         versions = {f"home/{layer.name}": s.version for layer, s in _pairs(content)}
         return max((versions[home] for home in homes if home in versions), default=0)
 
-    def _stopped(self, terms: Terms, clock: int, shifts: Mapping[int, tuple[int, int]]) -> wire.Stopped:
+    def _stopped(self, terms: Terms, clock: int) -> wire.Stopped:
         committed = tuple(committed_before(terms, group, clock) for group in terms.groups)
         stages = [wire.StageState(r, s, clock - 1, committed) for r in self.training.live for s in range(terms.stages)]
         stores: list[wire.StoreState] = []
         for number, store in enumerate(terms.stores):
             floor = contained(terms, store.policy.every, clock)
             version = self._version(number)
-            clocks = [floor] * terms.replicas
-            for r, (old, shift) in shifts.items():
-                clocks[r] = max(0, min(clock, self.old.content.stopped.stores[number].clocks[old] + shift))
-            stores.append(wire.StoreState(number, version, min(clocks), floor - 1, tuple(clocks)))
+            stores.append(wire.StoreState(number, version, floor, floor - 1, (floor,) * terms.replicas))
         sites = [
             wire.SiteState(group.number, number, _decided(terms, group, clock))
             for group in terms.groups

@@ -22,7 +22,8 @@ from msgspec.structs import replace
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.accounts import Accounts, Settle, joined
 from flowml_runtime.protocol.training.clocks import contained
-from flowml_runtime.protocol.training.ledger import Ledger, LedgerState, Settled
+from flowml_runtime.protocol.training.departed import lose
+from flowml_runtime.protocol.training.ledger import Ledger, LedgerState, Owed, Settled
 from flowml_runtime.protocol.training.terms import RETIRED, Terms
 from flowml_runtime.protocol.training.work import Work
 
@@ -41,14 +42,15 @@ def closed(
     """The ledger of a snapshot when all items of these replicas have fates. `goes_on` says of a store whether what the
     replicas had gathered for it goes on in the next run.
 
-    Without common clocks items are settled before stores have them, and `unsent` says which. The ledger is the same
-    with a code and with portions, where others do what a replica has not sent.
+    Without common clocks items are settled before stores have them, and `unsent` and `owed` say which. The ledger is
+    the same with a code and with portions, where others do what a replica has not sent.
     """
     if work.coded or work.copies is not None:
         return state
     unsettled = {stage.replica: stage.unsettled for stage in stopped.stages if stage.stage == 0}
     ledger = Ledger(work)
     ledger.restore(state, stopped.clocks)
+    owed = [one for one in state.owed if one.replica not in replicas]
     for replica in replicas:
         held = {(clock, item) for _, clock, item in ledger.held(replica)}
         known = [u for u in unsettled.get(replica, ()) if (u.clock, u.item) in held]
@@ -61,15 +63,14 @@ def closed(
                 ledger.note_partly(fate.partly[told.item.sequence])
         for _, _, item in ledger.held(replica) if terms.aligned else ():  # it is not known what these steps left out
             ledger.step(Settled(replica, ((item, "dropped"),)))
-        for clock, item in ((clock, item) for r, clock, item in state.unsent if r == replica):
-            lacking = fate.lacking(clock)
-            if len(lacking) == len(terms.stores):
-                ledger.take_back(replica, clock, item)
-                ledger.step(Settled(replica, ((item, "dropped"),)))
-            elif lacking:
-                ledger.note_partly(lacking)
+        sent = [(Owed(replica, i, fate.behind(c)), fate.lacking(c)) for r, c, i in state.unsent if r == replica]
+        before = [(one, fate.left(one.lacking)) for one in state.owed if one.replica == replica]
+        for one, left in (*before, *sent):
+            lose(ledger, replace(one, lacking=left), len(terms.stores))
+            rest = tuple(store for store in one.lacking if store not in left)
+            owed += [replace(one, lacking=rest, lost=(*one.lost, *left))] if rest else []
     unsent = tuple(one for one in state.unsent if one[0] not in replicas)
-    return replace(ledger.kept(stopped.clocks), unsent=unsent)
+    return replace(ledger.kept(stopped.clocks), unsent=unsent, owed=tuple(owed))
 
 
 class _Fates:
@@ -103,6 +104,15 @@ class _Fates:
         """The stores without decisions that do not have the step of `clock`, and do not get it any more."""
         return tuple(store for store in self._undecided if not self._has(store, clock))
 
+    def behind(self, clock: int) -> tuple[int, ...]:
+        """The stores without decisions that do not have the step of `clock` yet."""
+        return tuple(store for store in self._undecided if clock >= self._known_at(store))
+
+    def left(self, stores: Iterable[int]) -> tuple[int, ...]:
+        """Those of these stores that do not get what the replica had gathered before its first push in this run."""
+        waits = {store for store, _ in self._waiting}
+        return tuple(store for store in stores if store in waits or not self._goes_on(store))
+
     def _stays(self, store: int, clock: int) -> bool:
         """Whether what is gathered of the step of `clock` goes on, and is no push that waits."""
         push = self._terms.stores[store].policy.every.next_due(clock, self._terms.last_clock)
@@ -110,12 +120,16 @@ class _Fates:
 
     def _has(self, store: int, clock: int) -> bool:
         """The same of a store without decisions, which may have the push."""
+        if clock < self._known_at(store):
+            return True
+        waits = any(number == store and clock <= push for number, push in self._waiting)  # no replica leaves one out
+        return self._goes_on(store) and not waits
+
+    def _known_at(self, store: int) -> int:
+        """The next clock of the replica at a store."""
         terms, stopped = self._terms, self._stopped
         clocks = next((state.clocks for state in stopped.stores if state.store == store), ())
         known = clocks[self._me] if clocks else RETIRED
         if known == RETIRED:  # one that sends nothing itself is in sums
             known = contained(terms, terms.stores[store].policy.every, stopped.clocks[self._me])
-        if clock < known:
-            return True
-        waits = any(number == store and clock <= push for number, push in self._waiting)  # no replica leaves one out
-        return self._goes_on(store) and not waits
+        return known

@@ -15,7 +15,9 @@ once: the report that came first counts. Of a step that counts, and that its rep
 history is told.
 
 So items are remembered that are settled as used, and that stores may lack. Snapshots have them too (`unsent`): in a run
-that begins without a lost replica they have the same fates, by what the stores of the snapshot have.
+that begins without a lost replica they have the same fates, by what the stores of the snapshot have. In a run with
+other members replicas have other clocks than their items of before, which are `owed` there: a store has them when the
+first push of the replica in this run has come.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import msgspec
 from flowml.policy import UNBOUNDED, Consensus, Gossip
 from flowml.policy.apply import base_of
 from flowml_runtime import wire
-from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled
+from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Owed, Settled
 from flowml_runtime.protocol.training.notes import NoteLeftOut
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.store_terms import StoreTerms
@@ -36,6 +38,9 @@ from flowml_runtime.protocol.training.work import Work
 
 Unsent = tuple[int, int, wire.Item]
 """(replica, clock, item)"""
+
+_BEFORE = -1
+"""In place of the clock of an item that is owed."""
 
 
 def waits_for_none(terms: Terms) -> bool:
@@ -81,6 +86,8 @@ class Departed:
         self._terms, self._ledger = terms, ledger
         self._used: dict[int, dict[int, wire.Item]] = {}
         """Replica -> clock -> an item that is settled as used, and that some store may lack."""
+        self._owed: dict[int, tuple[Owed, ...]] = {}
+        """Replica -> its items of earlier runs that some store lacks."""
         self._reported: dict[int, set[int]] = {}
         """Replica -> the clocks that it has reported since the newest snapshot."""
         self._reached: dict[int, dict[int, int]] = {}
@@ -102,12 +109,18 @@ class Departed:
         for replica, clock, item in state.unsent if self._keeps else ():
             self._used.setdefault(replica, {})[clock] = item
             self._reported.setdefault(replica, set()).add(clock)
+        for one in state.owed if self._keeps else ():
+            self._owed[one.replica] = (*self._owed.get(one.replica, ()), one)
         for replica in lost if self._keeps else ():
             self._settle(replica, _had(stopped, replica) if stopped else (0,) * len(self._terms.stores), 0)
 
     def unsent(self) -> tuple[Unsent, ...]:
         """For a snapshot: the items that are used, and that their replicas have not sent to all stores."""
         return tuple((r, clock, item) for r, found in sorted(self._used.items()) for clock, item in found.items())
+
+    def owed(self) -> tuple[Owed, ...]:
+        """For a snapshot: the items of earlier runs that some store lacks."""
+        return tuple(one for _, found in sorted(self._owed.items()) for one in found)
 
     def without(self, work: Work, taken: wire.Stopped, replicas: Collection[int]) -> LedgerState | None:
         """The accounts at a snapshot without these replicas, whose items have the fates that stores say. None if it is
@@ -119,14 +132,17 @@ class Departed:
         ledger = Ledger(work)
         ledger.restore(self._ledger.kept(all_held), taken.clocks)
         then = Departed(self._terms, ledger, saves=True, outlives=True)
+        then._stopped, then._owed = self._stopped, dict(self._owed)
         then._used = {replica: dict(found) for replica, found in self._used.items()}
         for replica in replicas:
             then._settle(replica, _had(taken, replica), 0)
         ledger.validate()
-        return msgspec.structs.replace(ledger.kept(taken.clocks), unsent=then.unsent())
+        return msgspec.structs.replace(ledger.kept(taken.clocks), unsent=then.unsent(), owed=then.owed())
 
     def saved(self, taken: wire.Stopped, without: Collection[int] = ()) -> None:
         """A snapshot was taken, which says what the stores have."""
+        for replica in self._owed.keys() - set(without):
+            self._owed[replica] = self._still(replica, _had(taken, replica))
         for known in (self._used, self._reported):
             for replica, found in known.items():
                 if replica in without:
@@ -188,39 +204,67 @@ class Departed:
         """The run is over. A replica that has had no item in it, because there were fewer than replicas, has not pushed
         what it had gathered before."""
         began = self._stopped
-        for replica, used in self._used.items():
-            if began is None or replica in self._over or not used or max(used) >= began.clocks[replica]:
+        if began is None:
+            return
+        for replica in self._used.keys() | self._owed.keys():
+            used = self._used.get(replica, {})
+            if replica in self._over or max(used, default=-1) >= began.clocks[replica]:
                 continue
             reached = _had(began, replica)
-            for clock, item in used.items():
-                here = sum(clock < known for known in reached)
-                if not here:
-                    self._ledger.take_back(replica, clock, item)
-                    self._ledger.step(Settled(replica, ((item, "dropped"),)))
-                elif here < len(reached):
-                    self._ledger.note_partly(store for store, known in enumerate(reached) if clock >= known)
+            since = (Owed(replica, item, lacking(clock, reached)) for clock, item in used.items())
+            for one in (*self._owed.get(replica, ()), *since):
+                lose(self._ledger, one, len(reached))
+
+    def _still(self, replica: int, reached: Sequence[int]) -> tuple[Owed, ...]:
+        """What a replica still owes to stores that have so much of it: one that has more than at the beginning has a
+        push."""
+        if self._stopped is None:
+            return ()
+        began = _had(self._stopped, replica)
+        found = (
+            msgspec.structs.replace(one, lacking=tuple(n for n in one.lacking if reached[n] <= began[n]))
+            for one in self._owed.get(replica, ())
+        )
+        return tuple(one for one in found if one.lacking)
 
     def _settle(self, replica: int, reached: Sequence[int], cause: int) -> NoteLeftOut:
         self._over.add(replica)
         used, reported = self._used.pop(replica, {}), self._reported.pop(replica, set[int]())
         granted = {clock: item for _, clock, item in self._ledger.held(replica)} if self._keeps else {}
+        before = [(_BEFORE, one) for one in self._still(replica, reached)]
+        since = [(c, Owed(replica, i, lacking(c, reached))) for c, i in sorted({**used, **granted}.items())]
+        self._owed.pop(replica, None)
         returned: list[wire.Item] = []
         missed: list[wire.Item] = []
-        for clock, item in sorted({**used, **granted}.items()):
-            here = sum(clock < known for known in reached)
-            if not here:
-                if clock in used:
-                    self._ledger.take_back(replica, clock, item)
+        for clock, one in (*before, *since):
+            item, known = one.item, clock == _BEFORE or clock in reported
+            if len(one.lacking) + len(one.lost) == len(reached):
+                if clock not in granted:
+                    self._ledger.take_back(replica, clock, item, one.lost)
                 self._ledger.step(Asked(replica, (), (item,)))
                 returned.append(item)
-                self._again.update((item.sequence,) if clock in reported else ())
+                self._again.update((item.sequence,) if known else ())
                 continue
             if clock in granted:
                 self._ledger.step(Settled(replica, ((item, "used"),)))
-            if here < len(reached):
-                self._ledger.note_partly(store for store, known in enumerate(reached) if clock >= known)
-            missed += [] if clock in reported or item.sequence in self._again else [item]
+            if one.lacking:
+                self._ledger.note_partly(one.lacking, one.lost)
+            missed += [] if known or item.sequence in self._again else [item]
         return NoteLeftOut(replica, tuple(reached), tuple(returned), tuple(missed), cause)
+
+
+def lose(ledger: Ledger, owed: Owed, stores: int) -> None:
+    """Of so many stores those that lack an item do not get it any more. One that none has is dropped."""
+    if len(owed.lacking) + len(owed.lost) == stores:
+        ledger.take_back(owed.replica, _BEFORE, owed.item, owed.lost)
+        ledger.step(Settled(owed.replica, ((owed.item, "dropped"),)))
+    elif owed.lacking:
+        ledger.note_partly(owed.lacking, owed.lost)
+
+
+def lacking(clock: int, reached: Sequence[int]) -> tuple[int, ...]:
+    """The stores that do not have a step of a replica of which they have so much."""
+    return tuple(store for store, known in enumerate(reached) if clock >= known)
 
 
 def _had(stopped: wire.Stopped, replica: int) -> tuple[int, ...]:

@@ -360,7 +360,7 @@ class TrainingDriver:
         state = self.ledger.kept(clocks)
         if taken.without:
             return silent.without(state, self._work, clocks, taken.without, self._untold)
-        return msgspec.structs.replace(state, unsent=self._departed.unsent())
+        return msgspec.structs.replace(state, unsent=self._departed.unsent(), owed=self._departed.owed())
 
     def final_order(self) -> list[int]:
         """The stores in the order in which their values are taken.

@@ -110,6 +110,16 @@ class Grant(msgspec.Struct, frozen=True):
 Event = Asked | Settled | ReplicaLost
 
 
+class Owed(msgspec.Struct, frozen=True):
+    """A used item of an earlier run, which had other members. The replica has it in what it has gathered, and sends it
+    with its next push to the stores that lack it, but for those that have lost it: it is noted as in part there."""
+
+    replica: int
+    item: wire.Item
+    lacking: tuple[int, ...]
+    lost: tuple[int, ...] = ()
+
+
 class LedgerState(msgspec.Struct, frozen=True):
     """All accounts at a snapshot. `over` has runs of items with one fate, as (first, number, fate), and `outstanding`
     those that replicas have begun, as (replica, clock, item)."""
@@ -128,6 +138,8 @@ class LedgerState(msgspec.Struct, frozen=True):
     """As in `Summary`."""
     lacks: dict[int, int] = {}
     """Store without decisions -> the used items that it does not have."""
+    owed: tuple[Owed, ...] = ()
+    """What replicas had not sent when the run of the snapshot began, and have not sent since."""
 
     @property
     def used(self) -> int:
@@ -264,8 +276,9 @@ class Ledger:
         """The clock for which an item that is outstanding was granted; -1 if it is not."""
         return self._outstanding.get(_at(item.sequence, item.copy), _NONE)[1]
 
-    def take_back(self, replica: int, clock: int, item: wire.Item) -> None:
-        """An item that was settled as used was lost with its replica: it is outstanding as before."""
+    def take_back(self, replica: int, clock: int, item: wire.Item, lost: Sequence[int] = ()) -> None:
+        """An item that was settled as used was lost with its replica: it is outstanding as before. It is noted that
+        `lost` lack it."""
         if self._over.get(item.sequence) != "used" or item.sequence in self._cut:
             raise ProtocolError(
                 f"item {item.sequence} of replica {replica} is taken back, but does not count as a whole"
@@ -274,11 +287,13 @@ class Ledger:
             account.fates["used"] -= 1
         del self._over[item.sequence]
         self._outstanding[_at(item.sequence, item.copy)] = replica, clock, item
+        self.partly -= bool(lost)
+        self._lacks.subtract(lost)
 
-    def note_partly(self, lacking: Iterable[int]) -> None:
+    def note_partly(self, lacking: Iterable[int], lost: Sequence[int] = ()) -> None:
         """Some stores have a used item, and others do not: of those without decisions these. Those with decisions have
-        accounts of their own."""
-        self.partly += 1
+        accounts of their own. It was noted before that `lost` lack it."""
+        self.partly += not lost
         self._lacks.update(lacking)
 
     def _is_free(self, replica: int) -> bool:

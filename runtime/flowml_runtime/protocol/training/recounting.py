@@ -99,6 +99,9 @@ def _fates(state: LedgerState, work: Work, rows: int, lost: Callable[[int, int],
     for replica, clock, item in state.unsent:
         if lost(replica, clock):
             note(item.sequence, "dropped")
+    for one in state.owed:
+        if lost(one.replica, -1):
+            note(one.item.sequence, "dropped")
     for item in state.queue.requeued:
         note(item.sequence, "requeued")
     for _, item in _computed_by_others(state, work, rows):
@@ -196,6 +199,9 @@ def _with_outstanding(
     for replica, clock, _ in state.unsent:
         if lost(replica, clock):
             fates[replica].update(used=-1, dropped=1)
+    for one in state.owed:
+        if lost(one.replica, -1):
+            fates[one.replica].update(used=-1, dropped=1)
     for replica, _ in _computed_by_others(state, work, rows):
         fates[replica]["used"] += 1
     return tuple(
