@@ -16,7 +16,8 @@ from flowml.policy import Policy, named
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.departed import Departed, alone_on, waits_for_none
-from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Owed, Settled
+from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled
+from flowml_runtime.protocol.training.owed import Owed
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.protocol.training.store_terms import StoreTerms
 from flowml_runtime.protocol.training.terms import Terms
@@ -206,7 +207,7 @@ def test_a_replica_owes_items_of_a_run_before_until_its_first_push() -> None:
     none, other = work.item(1), work.item(2)
     before.note_partly((0,))
     state = before.kept((5, 5))
-    owed = Owed(1, none, (0, 1)), Owed(1, other, (1,), lost=(0,))
+    owed = Owed(1, 1, none, (0, 1)), Owed(1, 1, other, (1,), lost=(0,))
     state = msgspec.structs.replace(state, owed=owed)
 
     def after(*reached: int, without: bool = True) -> tuple[int, int, dict[str, tuple[int, int]], tuple[Owed, ...]]:
@@ -231,5 +232,5 @@ def test_a_replica_owes_items_of_a_run_before_until_its_first_push() -> None:
     assert after(7, 3)[:3] == (3, 1, {"layer 1": (2, 1)}), "one has what the other one lacks; the other item is lost"
     assert after(0, 6)[:3] == (4, 2, {"layer 0": (2, 2)})
     assert after(7, 6)[:3] == (4, 1, {"layer 0": (3, 1)}), "all has arrived that was not lost before"
-    assert after(0, 6, without=False)[3] == (Owed(1, none, (0,)),)
+    assert after(0, 6, without=False)[3] == (Owed(1, 1, none, (0,)),)
     assert after(7, 6, without=False)[3] == ()

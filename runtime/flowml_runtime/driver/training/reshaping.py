@@ -58,7 +58,8 @@ from flowml_runtime.driver.training.snapshots import Content, Figures, Layer, Sn
 from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.closing import closed
 from flowml_runtime.protocol.training.departed import Departed
-from flowml_runtime.protocol.training.ledger import Ledger, LedgerState, Owed
+from flowml_runtime.protocol.training.ledger import Ledger, LedgerState
+from flowml_runtime.protocol.training.owed import Owed
 from flowml_runtime.protocol.training.recounting import recounted
 from flowml_runtime.protocol.training.terms import Group, Terms
 from flowml_runtime.protocol.training.work import Work

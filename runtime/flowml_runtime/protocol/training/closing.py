@@ -23,7 +23,8 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.training.accounts import Accounts, Settle, joined
 from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.departed import lose
-from flowml_runtime.protocol.training.ledger import Ledger, LedgerState, Owed, Settled
+from flowml_runtime.protocol.training.ledger import Ledger, LedgerState, Settled
+from flowml_runtime.protocol.training.owed import Owed
 from flowml_runtime.protocol.training.terms import RETIRED, Terms
 from flowml_runtime.protocol.training.work import Work
 
@@ -63,7 +64,9 @@ def closed(
                 ledger.note_partly(fate.partly[told.item.sequence])
         for _, _, item in ledger.held(replica) if terms.aligned else ():  # it is not known what these steps left out
             ledger.step(Settled(replica, ((item, "dropped"),)))
-        sent = [(Owed(replica, i, fate.behind(c)), fate.lacking(c)) for r, c, i in state.unsent if r == replica]
+        sent = [
+            (Owed(replica, replica, i, fate.behind(c)), fate.lacking(c)) for r, c, i in state.unsent if r == replica
+        ]
         before = [(one, fate.left(one.lacking)) for one in state.owed if one.replica == replica]
         for one, left in (*before, *sent):
             lose(ledger, replace(one, lacking=left), len(terms.stores))

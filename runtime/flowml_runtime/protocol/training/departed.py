@@ -29,8 +29,9 @@ import msgspec
 from flowml.policy import UNBOUNDED, Consensus, Gossip
 from flowml.policy.apply import base_of
 from flowml_runtime import wire
-from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Owed, Settled
+from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled
 from flowml_runtime.protocol.training.notes import NoteLeftOut
+from flowml_runtime.protocol.training.owed import Owed, lacking
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.store_terms import StoreTerms
 from flowml_runtime.protocol.training.terms import RETIRED, Terms
@@ -211,7 +212,7 @@ class Departed:
             if replica in self._over or max(used, default=-1) >= began.clocks[replica]:
                 continue
             reached = _had(began, replica)
-            since = (Owed(replica, item, lacking(clock, reached)) for clock, item in used.items())
+            since = (Owed(replica, replica, item, lacking(clock, reached)) for clock, item in used.items())
             for one in (*self._owed.get(replica, ()), *since):
                 lose(self._ledger, one, len(reached))
 
@@ -232,7 +233,7 @@ class Departed:
         used, reported = self._used.pop(replica, {}), self._reported.pop(replica, set[int]())
         granted = {clock: item for _, clock, item in self._ledger.held(replica)} if self._keeps else {}
         before = [(_BEFORE, one) for one in self._still(replica, reached)]
-        since = [(c, Owed(replica, i, lacking(c, reached))) for c, i in sorted({**used, **granted}.items())]
+        since = [(c, Owed(replica, replica, i, lacking(c, reached))) for c, i in sorted({**used, **granted}.items())]
         self._owed.pop(replica, None)
         returned: list[wire.Item] = []
         missed: list[wire.Item] = []
@@ -240,8 +241,8 @@ class Departed:
             item, known = one.item, clock == _BEFORE or clock in reported
             if len(one.lacking) + len(one.lost) == len(reached):
                 if clock not in granted:
-                    self._ledger.take_back(replica, clock, item, one.lost)
-                self._ledger.step(Asked(replica, (), (item,)))
+                    self._ledger.take_back(one.done_by, clock, item, one.lost)
+                self._ledger.step(Asked(one.done_by, (), (item,)))
                 returned.append(item)
                 self._again.update((item.sequence,) if known else ())
                 continue
@@ -256,15 +257,10 @@ class Departed:
 def lose(ledger: Ledger, owed: Owed, stores: int) -> None:
     """Of so many stores those that lack an item do not get it any more. One that none has is dropped."""
     if len(owed.lacking) + len(owed.lost) == stores:
-        ledger.take_back(owed.replica, _BEFORE, owed.item, owed.lost)
-        ledger.step(Settled(owed.replica, ((owed.item, "dropped"),)))
+        ledger.take_back(owed.done_by, _BEFORE, owed.item, owed.lost)
+        ledger.step(Settled(owed.done_by, ((owed.item, "dropped"),)))
     elif owed.lacking:
         ledger.note_partly(owed.lacking, owed.lost)
-
-
-def lacking(clock: int, reached: Sequence[int]) -> tuple[int, ...]:
-    """The stores that do not have a step of a replica of which they have so much."""
-    return tuple(store for store, known in enumerate(reached) if clock >= known)
 
 
 def _had(stopped: wire.Stopped, replica: int) -> tuple[int, ...]:

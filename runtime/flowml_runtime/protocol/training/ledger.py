@@ -39,6 +39,7 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.fates import Account, AccountState, Fate
 from flowml_runtime.protocol.training.over import ItemsOver, State
+from flowml_runtime.protocol.training.owed import Owed
 from flowml_runtime.protocol.training.shards import ShardQueue
 from flowml_runtime.protocol.training.speculation import PortionQueue
 from flowml_runtime.protocol.training.summary import Summary
@@ -108,16 +109,6 @@ class Grant(msgspec.Struct, frozen=True):
 
 
 Event = Asked | Settled | ReplicaLost
-
-
-class Owed(msgspec.Struct, frozen=True):
-    """A used item of an earlier run, which had other members. The replica has it in what it has gathered, and sends it
-    with its next push to the stores that lack it, but for those that have lost it: it is noted as in part there."""
-
-    replica: int
-    item: wire.Item
-    lacking: tuple[int, ...]
-    lost: tuple[int, ...] = ()
 
 
 class LedgerState(msgspec.Struct, frozen=True):

@@ -201,7 +201,7 @@ def _with_outstanding(
             fates[replica].update(used=-1, dropped=1)
     for one in state.owed:
         if lost(one.replica, -1):
-            fates[one.replica].update(used=-1, dropped=1)
+            fates[one.done_by].update(used=-1, dropped=1)
     for replica, _ in _computed_by_others(state, work, rows):
         fates[replica]["used"] += 1
     return tuple(
