@@ -68,7 +68,7 @@ def test_what_waits_for_a_push_outlives_a_newcomer_that_is_lost_again(policy: fm
     assert found.ledger.used == items
 
 
-@pytest.mark.filterwarnings("ignore:worker.+ was lost", "ignore:the checkpoint is of other")
+@pytest.mark.filterwarnings("ignore::flowml.FlowmlWarning")
 @settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 1_000_000))
 def test_the_ledger_is_exact_after_losses_joins_and_leaves(seed: int) -> None:
