@@ -63,7 +63,10 @@ def write(folder: Path, name: str, text: str, mode: int = 0o644) -> Path:
         (["run", "--on", "127.0.0.1:1", "--token-file", "none", "x.py"], "cannot read the token file none"),
         (["run", "--on", "127.0.0.1:1", "--token-file", "open", "x.py"], "chmod 600 open"),
         (["run", "--on", "127.0.0.1:1", "--token-file", "empty", "x.py"], "token file empty is empty"),
+        (["run", "--on", "127.0.0.1:1", "--token-file", ".", "x.py"], "the token file . is a folder"),
         (["run", "--token-file", "open", "x.py"], "--token-file goes with --on"),
+        (["run"], "arguments are required: FILE.py"),
+        (["launch", "--orphan", "-1"], "give 0, or seconds above 0"),
         (["launch", "--tls-cert", "open"], "--tls-cert, --tls-key and --tls-ca belong together"),
         (["launch", "--tls-cert", "open", "--tls-key", "open", "--tls-ca", "none"], "--tls-ca 'none' is not a file"),
         (["worker", "127.0.0.1:1"], "--token-file F names one"),
@@ -94,6 +97,30 @@ def test_a_wrong_call_is_one_readable_line(
     last = capsys.readouterr().err.splitlines()[-1]
     assert "error: " in last
     assert says in last
+    assert "ARGS" not in last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["launch", "--token-file", "no/token"], "cannot write the token file no/token"),
+        (["coordinator", "--state", "open"], "name a folder that is there or can be made"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_one_readable_line(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(tmp_path, "open", "token\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("flowml: error: ")
+    assert "Error:" not in line
+    assert says in line
 
 
 def test_traceback_shows_the_rest(flowml) -> None:

@@ -83,7 +83,19 @@ def lost_after(text: str) -> float:
 
 def seconds_or_none(text: str) -> float:
     """An argparse type for times, of which 0 is one."""
-    return 0.0 if text == "0" else seconds(text)
+    try:
+        if float(text) == 0:
+            return 0.0
+        return seconds(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text} is not a valid time; give 0, or seconds above 0") from None
+
+
+def add_script(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
+    """Add arguments for a script and its own arguments."""
+    parser.add_argument("file", nargs=None if needed else "?", metavar="FILE.py", help="the script")
+    rest = parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    rest.required = False  # argparse would name them where the script is missing
 
 
 def address(text: str) -> str:

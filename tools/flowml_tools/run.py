@@ -12,6 +12,7 @@ from flowml_tools.command import (
     CommandError,
     add_connection,
     add_offer,
+    add_script,
     add_transport,
     address,
     connect,
@@ -40,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto",),
         help="auto: run jax.jit functions of the script on the cluster where that is faster, and report what ran where",
     )
-    parser.add_argument("file", metavar="FILE.py", help="the script")
-    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    add_script(parser)
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:

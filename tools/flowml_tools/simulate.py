@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flowml_tools.command import CommandError, Parser, counted, natural, positive
+from flowml_tools.command import CommandError, Parser, add_script, counted, natural, positive
 from flowml_tools.run import run_script
 from flowml_tools.script import script
 
@@ -50,8 +50,7 @@ OPTIONS = ("--workers", "--compute", "--stragglers", "--network", "--seed", "--j
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_options(parser)
-    parser.add_argument("file", metavar="FILE.py", help="the script")
-    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    add_script(parser)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowml_tools.command import CommandError
+from flowml_tools.command import CommandError, add_script
 from flowml_tools.run import add_cluster, cluster, entered, run_script
 from flowml_tools.script import script
 
@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--story", type=Path, metavar="OUT.json", help="tell a recorded run; runs nothing")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.json", help="where to write what is recorded")
     add_cluster(parser)
-    parser.add_argument("file", nargs="?", metavar="FILE.py", help="the script")
-    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    add_script(parser, needed=False)
 
 
 def main(arguments: argparse.Namespace) -> int:

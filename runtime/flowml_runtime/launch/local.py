@@ -423,4 +423,4 @@ def _quoted(log: Path) -> str:
     if not lines:
         return ""
     before = "".join(f"\n    {line}" for line in lines[-LOG_LINES:-1])
-    return f"; its log ends with {lines[-1].strip()!r}{', after' if before else ''}{before}"
+    return f"; its log ends with {lines[-1].strip()!r}" + (before and f"\n  The lines before:{before}")

@@ -151,4 +151,5 @@ class RosterLog:
                 "workers again"
             ) from None
         except OSError as error:
-            raise ClusterError(f"the coordinator's log {self._path} cannot be used: {error.strerror}") from None
+            why = f"the coordinator's log {self._path} cannot be used: {error.strerror}"
+            raise ClusterError(f"{why}; name a folder that is there or can be made") from None

@@ -91,7 +91,8 @@ def token_in(folder: Path) -> Path:
         if not path.exists():
             write_token(path, new_token())
     except OSError as error:
-        raise ClusterError(f"the coordinator's state cannot be in {folder}: {error.strerror}") from None
+        why = f"the coordinator's state cannot be in {folder}: {error.strerror}"
+        raise ClusterError(f"{why}; name a folder that is there or can be made") from None
     return path
 
 

@@ -87,11 +87,15 @@ def same_token(a: str, b: str) -> bool:
 
 
 def write_token(path: Path, token: str) -> None:
-    """Write a token into a new file that only its owner can read. Raises ClusterError if it exists already."""
+    """Write a token into a new file that only its owner can read. Raises ClusterError if it exists already, or cannot
+    be written."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise ClusterError(f"token file {path} exists already; remove it or use the token in it") from None
+    except OSError as error:
+        why = f"cannot write the token file {path}: {error.strerror}"
+        raise ClusterError(f"{why}; name one in a folder that is there and can be written") from None
     with os.fdopen(descriptor, "w") as file:
         file.write(token + "\n")
 
@@ -116,7 +120,10 @@ def find_token(token: object) -> str:
 
 def _read_token(path: Path) -> str:
     try:
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ClusterError(f"the token file {path} is a folder; name the file in it")
+        if stat.S_IMODE(mode) & 0o077:
             raise ClusterError(f"token file {path} can be read by others: chmod 600 {path}")
         token = path.read_text().strip()
     except OSError as error:
