@@ -32,7 +32,7 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "runtime", "tools", "examples")),
     "FLOWML_LINKS": "assume",  # what pages show is not what some machine has measured
 }
-COMMAND = [sys.executable, "-c", "import sys; from flowml_tools.main import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from flowml_tools.entry import main; sys.exit(main())"]
 ADDRESS = "127.0.0.1:7070"
 """Where the pages say that a launched cluster listens. The tests let the system choose a port."""
 

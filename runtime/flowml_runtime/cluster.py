@@ -36,6 +36,7 @@ from flowml_runtime.current import blocks
 from flowml_runtime.driver.member import DriverEvents
 from flowml_runtime.environment.forks import check_owner, check_startable, is_foreign, this_process
 from flowml_runtime.environment.machine import cores, memory_bytes
+from flowml_runtime.interrupts import heeding_interrupts
 from flowml_runtime.launch.launched import LaunchedCluster, TLSFiles, shares_memory, worker_names
 from flowml_runtime.launch.options import MAX_THREAD_WORKERS, counts, refusing
 from flowml_runtime.links.prober import Prober
@@ -275,6 +276,7 @@ class Cluster:
             yield
 
     @classmethod
+    @heeding_interrupts()
     def local(
         cls,
         workers: int = 2,

@@ -36,6 +36,7 @@ from flowml_runtime.driver.session import Session
 from flowml_runtime.driver.steps import UnloadedError
 from flowml_runtime.driver.trial import Trial, trial_of
 from flowml_runtime.execution.future import Future
+from flowml_runtime.interrupts import heeding_interrupts
 from flowml_runtime.keep import EVERYTHING, Keep, described, donated_inputs, reads_there, stay_of
 from flowml_runtime.mixtures import Caller
 from flowml_runtime.recent import Recent, kind_of
@@ -346,14 +347,13 @@ class Dataflow(Generic[P, R]):
                 found.forget = partial(_forget, weakref.ref(self), weakref.ref(cluster))
             return found
 
+    @heeding_interrupts()
     def _compile(self, cluster: ClusterLike, placement: Any, given: _Arguments) -> _Program:
         from flowml.compiler import compile_call
 
         call, held, keep = given.call, given.held, given.keep or self._keep
-        if held:
-            call = replace(call, args=described(call.args), kwargs=described(call.kwargs))
+        call = replace(call, args=described(call.args), kwargs=described(call.kwargs)) if held else call
         donated = donated_inputs(call, self._static, self._donate, given.positional)
-
         try:
             with shown(lambda: f"compiling {self._name}"):
                 compiled = compile_call(

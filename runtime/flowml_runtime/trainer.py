@@ -43,7 +43,6 @@ from flowml_runtime.cluster import Cluster
 from flowml_runtime.current import blocks
 from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.collector import paused_collector
-from flowml_runtime.driver.interrupts import Interrupts, heeding_interrupts
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import shown
 from flowml_runtime.driver.training.delays import Delays, delays_of, rows_of, workers_of
@@ -64,6 +63,7 @@ from flowml_runtime.driver.training.structs import check_state, check_values, st
 from flowml_runtime.driver.training.training_session import TrainingCluster
 from flowml_runtime.driver.training.validation import Validation, joined, loss_metrics, parts
 from flowml_runtime.evaluation import Evaluation
+from flowml_runtime.interrupts import heeding_interrupts
 from flowml_runtime.sim.cluster import SimulatedCluster, kind_of
 
 MAX_PROGRAMS = 2 * MAX_SHAPES + 8
@@ -247,16 +247,14 @@ class Trainer:
         lost = on_loss, min_replicas, replicate, replicas
         asked = Asked.of(source, size, callbacks, progress, (validation, validate_every), (checkpoint, resume), lost)
         cluster = self._here()
-        with self._alone(), writing(asked, cluster) as asked, heeding_interrupts() as interrupts:
-            runs = self._begin(cluster, asked, params, opt_state, state, interrupts)
+        with self._alone(), writing(asked, cluster) as asked, heeding_interrupts():
+            runs = self._begin(cluster, asked, params, opt_state, state)
             outcome = runs.run(asked.callbacks)
         saving = runs.fit.saving
         result = result_of(saving.trees, outcome, with_shapes(runs.plan, runs.fit.shapes), saving.model, runs.first)
         return self._told(cluster, result, asked, params, state)
 
-    def _begin(
-        self, cluster: TrainingCluster, asked: Asked, params: Any, opt_state: Any, state: Any, interrupts: Interrupts
-    ) -> Runs:
+    def _begin(self, cluster: TrainingCluster, asked: Asked, params: Any, opt_state: Any, state: Any) -> Runs:
         """Compile and load what a fit needs."""
         homes, some = prepare(cluster, self._spec, asked)
         workers_of(cluster.devices, self._delays, homes, elastic=some, lost=cluster.lost)  # raises before it compiles
@@ -272,7 +270,6 @@ class Trainer:
         grows, least = asked.elastic, asked.min_replicas
         losses = Losses(cluster, program, asked.on_loss, least, elastic=grows, begins_smaller=some)
         saving = self._saving(cluster, program, losses.training, params, opt_state, model, asked, about)
-        interrupts.check()
         looked = self._look_at_loss(program, params, data, order, batch_size)
         handle = losses.load(looked.look)
         looked.warn()
@@ -281,9 +278,9 @@ class Trainer:
         options = self._options(cluster, program, asked)
 
         def make(handle: LoadedPlan, run: int, saving: Saving) -> Fit:
-            now, own = replace(options, run=run), (variant, interrupts)
+            now = replace(options, run=run)
             with paused_collector(len(cluster.devices)):
-                return Fit(cluster.session, handle, data, now, program.compiled, *own, saving, model.replicas)
+                return Fit(cluster.session, handle, data, now, program.compiled, variant, saving, model.replicas)
 
         return Runs(program, make, make(handle, options.run, saving), losses)
 

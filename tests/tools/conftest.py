@@ -19,7 +19,7 @@ class Flowml(Protocol):
     def __call__(self, *arguments: str | Path, check: bool = False) -> subprocess.CompletedProcess[str]: ...
 
 
-COMMAND = (sys.executable, "-c", "import sys; from flowml_tools.main import main; sys.exit(main())")
+COMMAND = (sys.executable, "-c", "import sys; from flowml_tools.entry import main; sys.exit(main())")
 
 
 @pytest.fixture

@@ -94,3 +94,17 @@ def test_an_interrupt_ends_all_processes_of_a_campaign_without_a_traceback(tmp_p
         assert process.returncode == 128 + signal.SIGINT
         assert "Traceback" not in said
         assert psutil.wait_procs(children, timeout=10)[1] == []
+
+
+def interrupt_early() -> None:
+    """A Ctrl-C comes before the command's modules are imported."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a parent may ignore it; Python takes its own then
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_ctrl_c_before_the_command_begins_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    with start(tmp_path, "launch", "-n", "1", prepare=interrupt_early) as process:
+        said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == ("", "")

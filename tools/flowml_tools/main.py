@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import importlib
 import io
 import os
 import signal
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from flowml_runtime.environment.streams import open_standard_streams
+from flowml_runtime.interrupts import Terminated, heeding_interrupts
 from flowml_tools import bench, coordinator, doctor, faults, launch, reproduce, run, simulate, trace, viz, worker
 from flowml_tools.command import CommandError, Parser
 
@@ -27,12 +29,14 @@ DESCRIPTION = "Run JAX functions as dataflow programs on many devices and machin
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status: 0, 1 (failed), 2 (wrong call), 130 (Ctrl-C)."""
     open_standard_streams()
-    _heed_signals()
     arguments = _parser().parse_args(argv)
     if arguments.command not in (run.main, simulate.main):  # a script chooses its own encoding
         _print_anywhere()
+    importlib.import_module("jax")  # before signals are heeded: one that comes while its libraries load crashes them
     try:
-        return arguments.command(arguments)
+        with heeding_interrupts():
+            _heed_signals()
+            return arguments.command(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -45,11 +49,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     """Turn a signal into SystemExit, so that `with` blocks close their clusters."""
-    raise SystemExit(128 + signum)
+    raise Terminated(signum)
 
 
 def _heed_signals() -> None:
-    """Let SIGTERM and SIGHUP close clusters, also if the parent blocked them. Signals that `nohup` ignores stay so."""
+    """Let SIGTERM and SIGHUP close clusters, also if `entry` or the parent blocked them. Signals that `nohup` ignores
+    stay so."""
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, _terminate)

@@ -432,7 +432,7 @@ class SimulatedSession:
 
     def _idle_until(self, until: float, clock: Clock, inbox: queue.SimpleQueue[Any]) -> Callable[[], bool]:
         """Whether a fit has no message and the time `until` has not come, which is an event of its own."""
-        end = until - self._passed
+        end = since(self._passed, until)
         if self._until != until:
             self._until = until
             clock.at(max(end, clock.now), _TIMER, lambda: None)
@@ -440,6 +440,13 @@ class SimulatedSession:
 
     def simulated(self) -> Simulated | None:
         return self._simulated
+
+
+def since(passed: float, until: float) -> float:
+    """How long after `passed` seconds the time `until` has come. A sum of this and `passed` is not less, as the rounded
+    difference may be: a fit would wait for ever for the last bit."""
+    rest = until - passed
+    return rest if passed + rest >= until else rest + math.ulp(until)
 
 
 def _both(first: str, second: str) -> str:

@@ -27,7 +27,6 @@ from flowml.training.pieces import pieces
 from flowml.training.step import Metrics
 from flowml.training.without import left_out
 from flowml_runtime import wire
-from flowml_runtime.driver.interrupts import Interrupts
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import Progress
 from flowml_runtime.driver.training.amount import work_of
@@ -60,7 +59,6 @@ class Fit:
         options: FitOptions,
         compiled: TrainingCompiled,
         variant: Callable[[Any], LoadedPlan],
-        interrupts: Interrupts,
         saving: Saving,
         model: Sequence[Sequence[Any]] = (),
     ) -> None:
@@ -71,7 +69,6 @@ class Fit:
             raise FlowmlError(f"plan {handle.plan.name!r} is not a training plan")
         self._session = session
         self._time = session.time
-        self._interrupts = interrupts
         self._handle = handle
         self._training: Training = training
         self._source = source
@@ -184,7 +181,6 @@ class Fit:
         """The next message. Raises ClusterError if no more can arrive."""
         asked: float | None = None
         while True:
-            self._interrupts.check()
             gone = self._handle.steps.stopped
             until, heard = math.inf, 0 if self._patient else self._machine.heard
             if heard:
