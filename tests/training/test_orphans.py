@@ -277,6 +277,29 @@ def test_workers_that_must_end_write_the_last_checkpoint(
     assert_fates(found, "synchronous", whole["synchronous"])
 
 
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.filterwarnings("ignore:.*are damaged|.*cannot be read|.*is damaged")
+def test_what_workers_keep_counts_where_the_disk_is_damaged(
+    launched: LaunchedCluster, whole: dict[str, fm.TrainingResult], tmp_path: Path, older: bool
+) -> None:
+    """The newest checkpoint cannot be read, and its step is no older than that of the workers."""
+    if older:
+        with fm.Cluster.connect(launched.address, launched.token) as cluster:
+            train(cluster, "synchronous", tmp_path, steps=2)
+    lose_driver(launched, "synchronous", tmp_path)
+    damaged = tmp_path / f"step-{STEPS - 1:012d}"
+    damaged.mkdir()
+    (damaged / "manifest.json").write_bytes(b"{")
+    with (
+        fm.Cluster.connect(launched.address, launched.token) as cluster,
+        pytest.warns(fm.FlowmlWarning, match="goes on from the snapshot of step [0-9]+ that the workers keep"),
+    ):
+        found = train(cluster, "synchronous", tmp_path, resume="auto")
+    assert found.resumed_at > 2
+    assert_fates(found, "synchronous", whole["synchronous"])
+    assert fm.restore(tmp_path).step == STEPS
+
+
 def test_a_driver_takes_what_one_worker_has_written_and_others_keep(
     whole: dict[str, fm.TrainingResult], tmp_path: Path
 ) -> None:

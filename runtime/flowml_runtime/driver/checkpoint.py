@@ -62,32 +62,48 @@ def newest(
     directory: Path, read: Callable[[Path], T] = Snapshot.read, what: str = "The fit goes on from"
 ) -> tuple[Path, T] | None:
     """The newest snapshot of a directory that is complete; None if there is none. Warns of each that is damaged.
-    Another process may write there meanwhile.
 
     Raises CheckpointError if there are some, and all are damaged, or the newest is of another version of flowml.
     """
-    there = checkpoints.snapshots(directory)
-    errors: list[CheckpointError] = []
-    for path in there:
-        try:
-            found = path, read(path)
-        except checkpoints.FormatError:
-            raise
-        except CheckpointError as error:
-            if checkpoints.snapshots(directory)[:1] != there[:1]:  # it was removed, as a newer one is complete
-                return newest(directory, read, what)
-            errors.append(error)
-            continue
-        for error in errors:
-            warn(f"{error}. {what} {path.name}")
-        return found
-    if errors:
+    return told(directory, *readable(directory, read), what)
+
+
+def told(
+    directory: Path, found: tuple[Path, T] | None, errors: list[CheckpointError], what: str = "The fit goes on from"
+) -> tuple[Path, T] | None:
+    """What `readable` has found. Warns of damaged snapshots; raises CheckpointError if there are no others."""
+    if found is None and errors:
         why = str(errors[0]).removesuffix(f"; {checkpoints.OLDER}")
         raise CheckpointError(
             f"none of the {len(errors)} checkpoints in {directory} can be read; remove them to begin anew. The newest: "
             f"{why}"
         )
-    return None
+    if found is not None:
+        for error in errors:
+            warn(f"{error}. {what} {found[0].name}")
+    return found
+
+
+def readable(
+    directory: Path, read: Callable[[Path], T] = Snapshot.read
+) -> tuple[tuple[Path, T] | None, list[CheckpointError]]:
+    """The newest snapshot of a directory that is complete, or None, and why newer ones cannot be read. Another process
+    may write there meanwhile.
+
+    Raises CheckpointError if the newest is of another version of flowml.
+    """
+    there = checkpoints.snapshots(directory)
+    errors: list[CheckpointError] = []
+    for path in there:
+        try:
+            return (path, read(path)), errors
+        except checkpoints.FormatError:
+            raise
+        except CheckpointError as error:
+            if checkpoints.snapshots(directory)[:1] != there[:1]:  # it was removed, as a newer one is complete
+                return readable(directory, read)
+            errors.append(error)
+    return None, errors
 
 
 @dataclass(frozen=True)

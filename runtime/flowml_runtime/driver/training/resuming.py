@@ -11,7 +11,7 @@ from typing import Any
 from flowml.callers import warn
 from flowml.errors import CheckpointError, InUseError
 from flowml.plan import Training
-from flowml_runtime.driver.checkpoint import Checkpoint, newest
+from flowml_runtime.driver.checkpoint import Checkpoint, readable, told
 from flowml_runtime.driver.training.copied import copying
 from flowml_runtime.driver.training.differing import check
 from flowml_runtime.driver.training.fingerprint import differ
@@ -131,17 +131,26 @@ def saving_of(asked: Asked, training: Training, trees: Trees, model: Model, now:
 
 
 def _newest(checkpoint: Checkpoint, kept: KeptFit | None, trees: Trees) -> tuple[Path | str, Snapshot] | None:
-    """The newest snapshot, and where it is: on the disk, or on the workers if they keep a newer one, which is written
-    first, because they keep it only until the next."""
-    written = checkpoints.snapshots(checkpoint.directory)
-    held = None if kept is None else kept.newest(checkpoints.step_of(written[0]) if written else 0)
+    """The newest snapshot, and where it is: on the disk, or on the workers if they keep a newer one, or one that cannot
+    be read from the disk. That is written first, because they keep it only until the next."""
+    directory = checkpoint.directory
+    written = checkpoints.snapshots(directory)
+    named = checkpoints.step_of(written[0]) if written else 0
+    held = None if kept is None else kept.newest(named)
     if held is None:
-        found = newest(checkpoint.directory)
-        if kept is not None:
-            _tell_incomplete(kept, found)
-        if found is not None:
-            checkpoints.set_aside(checkpoint.directory, checkpoints.step_of(found[0]))
-        return found
+        found, errors = readable(directory)
+        steps = 0 if found is None else found[1].content.steps
+        held = kept.newest(steps) if kept is not None and errors else None
+        if held is None:
+            told(directory, found, errors)
+            if kept is not None:
+                _tell_incomplete(kept, found)
+            if found is not None:
+                checkpoints.set_aside(directory, steps)
+            return found
+        for error in errors:
+            warn(f"{error}. The fit goes on from the snapshot of step {held.content.steps} that the workers keep")
+        checkpoints.set_aside(directory, steps)
     snapshot, where = with_untrained(held, trees[2]), f"of step {held.content.steps} that the workers keep"
     try:
         snapshot.write(checkpoint.directory, checkpoint.keep)

@@ -138,8 +138,8 @@ class Among:
         return self._reached is not None
 
     def reported(self, report: wire.Report, now: float) -> list[tuple[int, Waits]]:
-        """What the clocks waited for that are over for all replicas. A report of a clock that went on without it comes too
-        late to be charged."""
+        """What the clocks waited for that are over for all replicas. A report of a clock that went on without it comes
+        too late to be charged."""
         if report.clock >= self._clock:
             self._reports.setdefault(report.clock, {})[report.replica] = now, report.seconds
         if self._reached is not None:
