@@ -372,9 +372,27 @@ def _keys(path: Iterable[Key]) -> list[str | int]:
 def _leaf(path: Sequence[Any], value: Any) -> Leaf:
     try:
         shape, dtype, _ = signature(value)
-    except (TypeError, ValueError, OverflowError):
+        if isinstance(value, np.ndarray | np.generic | float) and not _fits(np.asarray(value), dtype):
+            raise OverflowError
+    except (TypeError, ValueError):
         raise TypeError(f"save: leaf {path_name(path)!r} {why_no_array(value)}") from None
+    except OverflowError:
+        raise OverflowError(
+            f"save: leaf {path_name(path)!r} has numbers that 32 bits cannot hold, in which it would be saved; turn 64 "
+            "bits on with jax_enable_x64, or scale them"
+        ) from None
     return Leaf(tuple(map(key_of, path)), str(dtype), tuple(shape), value.device if type(value) is Remote else "")
+
+
+def _fits(value: np.ndarray[Any, Any], dtype: Any) -> bool:
+    """Whether numbers stay the same in the dtype that JAX gives them, but for their last bits."""
+    if value.dtype == dtype or not np.issubdtype(value.dtype, np.number):
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = value.astype(dtype)
+    if np.issubdtype(dtype, np.integer):
+        return bool(np.all(found == value))
+    return bool(np.all(np.isfinite(found) == np.isfinite(value)))
 
 
 def _written(folder: Path, values: Sequence[Any]) -> list[checkpoints.Entry]:

@@ -361,3 +361,20 @@ def test_who_waits_too_long_for_a_turn_is_told(tmp_path: Path, monkeypatch: pyte
     with locks.turn(tmp_path), pytest.raises(fm.CheckpointError, match="another process has written there"):
         fm.save({"w": 2.0}, tmp_path)
     assert fm.load(tmp_path) == {"w": 1.0}
+
+
+@pytest.mark.parametrize("value", [np.int64(2**40), np.array([1, -(2**40)]), np.float64(1e300), 2**40, 1e300])
+def test_numbers_that_would_be_others_are_refused(value: Any, tmp_path: Path) -> None:
+    """JAX gives them 32 bits. A count of 2**40 examples came back as 0."""
+    with pytest.raises(OverflowError, match=r"leaf 'x' has numbers that 32 bits cannot hold.*jax_enable_x64"):
+        fm.save({"x": value}, tmp_path / "tree")
+    assert not list((tmp_path / "tree").glob("step*"))
+    with jax.enable_x64(True):
+        fm.save({"x": value}, tmp_path / "tree")
+        np.testing.assert_array_equal(fm.load(tmp_path / "tree")["x"], value)
+
+
+@pytest.mark.parametrize("value", [np.int64(2**31 - 1), np.array([0.1, np.inf, np.nan]), np.zeros(0), np.array([True])])
+def test_numbers_that_fit_are_saved_in_32_bits(value: Any, tmp_path: Path) -> None:
+    fm.save({"x": value}, tmp_path / "tree")
+    np.testing.assert_array_equal(fm.load(tmp_path / "tree")["x"], jnp.asarray(value))

@@ -68,6 +68,32 @@ def test_what_waits_for_a_push_outlives_a_newcomer_that_is_lost_again(policy: fm
     assert found.ledger.used == items
 
 
+@pytest.mark.filterwarnings("ignore:worker.+ w(as|ere) lost")
+@pytest.mark.parametrize("on_loss", ["replace", "shrink"])
+@pytest.mark.parametrize("away_s", [0.3, 0.95, 1.05])
+def test_a_worker_may_return_before_its_loss_is_noticed(on_loss: Any, away_s: float) -> None:
+    churn = fm.sim.Churn([(0.8, 0, False), (0.8 + away_s, 0, True)])
+    models = fm.sim.Constant(0.1), fm.sim.Network(1e-3, 1e8)
+    cluster = fm.SimulatedCluster(2, *models, arithmetic=False, faults=[churn])
+    trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, replicas=2)
+    about: dict[str, Any] = {"batch_size": 8, "steps": 40, "progress": False}
+    found = trainer.fit({"w": jnp.ones((4, 2))}, SOURCE, on_loss=on_loss, **about)
+    assert [lost.workers for lost in found.losses] == [("worker:0",)]
+    assert [record["step"] for record in found.history] == list(range(40))
+
+
+@pytest.mark.filterwarnings("ignore:worker.+ w(as|ere) lost")
+def test_the_error_of_a_fit_that_has_lost_all_does_not_advise_what_was_given() -> None:
+    models = fm.sim.Constant(0.1), fm.sim.Network(1e-3, 1e8)
+    churn = fm.sim.Churn([(0.5, 0, False), (0.55, 1, False)])
+    cluster = fm.SimulatedCluster(2, *models, arithmetic=False, faults=[churn])
+    trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, replicas=2)
+    about: dict[str, Any] = {"batch_size": 8, "steps": 40, "progress": False}
+    with pytest.raises(fm.WorkerLostError, match="0 of 2 replicas are left") as error:
+        trainer.fit({"w": jnp.ones((4, 2))}, SOURCE, on_loss="shrink", **about)
+    assert "lets a fit go on" not in str(error.value)
+
+
 @pytest.mark.filterwarnings("ignore::flowml.FlowmlWarning")
 @settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 1_000_000))

@@ -12,6 +12,9 @@ from flowml_runtime.transport.security import TLS, TOKEN_FILE_VARIABLE
 START_ANOTHER = "start it again with cluster.bring_back(cluster.lost), or start another cluster"
 """What to do about a lost worker if the cluster started its workers itself."""
 
+LEAVE_OUT = "leave out the fault that ended the worker"
+"""What to do about a lost worker that is simulated."""
+
 FIT_AGAIN = (
     ', and fit again: on_loss="replace" or "shrink" lets a fit go on by itself, and checkpoint= lets the next one go '
     'on with resume="auto"'
@@ -25,7 +28,7 @@ _BACK = "have what is lost again with cluster.bring_back(cluster.lost)"
 
 _REMEDY = re.compile(
     rf"; (?:{re.escape(_BACK)}[^;]*, or )?"
-    rf"({BEGIN_AGAIN}|{re.escape(START_ANOTHER)}|start another with `[^`]*`)({re.escape(FIT_AGAIN)})?$"
+    rf"({BEGIN_AGAIN}|{re.escape(START_ANOTHER)}|{LEAVE_OUT}|start another with `[^`]*`)({re.escape(FIT_AGAIN)})?$"
 )
 
 LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"

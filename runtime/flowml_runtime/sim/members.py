@@ -65,7 +65,8 @@ def absences(faults: Iterable[Fault | Churn], workers: int) -> tuple[Absence, ..
 
 
 def _absences(churn: Churn, workers: int) -> Iterator[Absence]:
-    """The absences in a churn. A worker that goes again before it takes part was away all the time."""
+    """The absences in a churn. A worker that goes again before it takes part was away all the time. One that is there
+    again before others notice that it was away is noticed then: it is another life."""
     times: dict[int, list[float]] = {}
     for time_s, worker, _ in churn.changes:
         if worker < workers:
@@ -81,7 +82,7 @@ def _absences(churn: Churn, workers: int) -> Iterator[Absence]:
             if churn.notice_s:
                 yield Absence(down_s, worker, max(here, down_s - churn.notice_s), down_s, up_s)
             else:
-                yield Absence(down_s, worker, math.inf, down_s + NOTICED_S if down_s else 0.0, up_s)
+                yield Absence(down_s, worker, math.inf, min(down_s + NOTICED_S, up_s) if down_s else 0.0, up_s)
             here = up_s
 
 

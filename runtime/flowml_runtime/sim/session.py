@@ -28,6 +28,7 @@ from flowml_runtime.driver.session import PlanHandler
 from flowml_runtime.driver.training.training_session import Simulated
 from flowml_runtime.execution.programs import ExecutableCache
 from flowml_runtime.execution.recorder import Recorder
+from flowml_runtime.membership.advice import LEAVE_OUT
 from flowml_runtime.protocol.training.driver import TrainingDriver
 from flowml_runtime.sim.arithmetic import Compiled
 from flowml_runtime.sim.copies import SimulatedCopies
@@ -105,7 +106,7 @@ class SimulatedSession:
 
     def __init__(self, models: Models, *, arithmetic: bool) -> None:
         self.name = DRIVER
-        self.remedy = "leave out the fault that ended the worker"
+        self.remedy = LEAVE_OUT
         self.recorder = Recorder()
         self.arithmetic = arithmetic
         self.deadline_s = wire.DEADLINE_S
