@@ -223,7 +223,7 @@ def test_a_replica_owes_items_of_a_run_before_until_its_first_push() -> None:
         found.restore(kept or ledger.kept((9, 9)), (9, 9))
         summary = found.summary()
         rows = {name: (tally.used, tally.dropped) for name, tally in summary.groups.items()}
-        return summary.used, summary.partly, rows, machine.owed()
+        return summary.used, summary.partly, rows, machine.owed(taken)
 
     def stores(*reached: int) -> tuple[wire.StoreState, ...]:
         return tuple(wire.StoreState(n, 1, clock, clocks=(clock, clock)) for n, clock in enumerate(reached))

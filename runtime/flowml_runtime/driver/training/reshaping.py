@@ -146,10 +146,10 @@ class _Anew(Form):
         for store in self.training.stores:
             self._give(store, clock, aligned=terms.aligned)
         self._note_what_is_left()
-        settled = self._settled(terms, before)
+        settled, owed = self._settled(terms, before)
         ledger = recounted(settled, before, work, rows, lost)
         self.give_state()
-        ledger = msgspec.structs.replace(ledger, owed=tuple(self._owed(settled)) if before == work else ())
+        ledger = msgspec.structs.replace(ledger, owed=owed if before == work else ())
         return self.made(self._stopped(terms, clock), ledger)
 
     def _without_lost(self, terms: Terms, work: Work) -> Content:
@@ -164,7 +164,7 @@ class _Anew(Form):
         departed = Departed(terms, ledger, saves=True, outlives=True)
         departed.restore(content.ledger, lost, content.stopped)
         kept = ledger.kept(content.stopped.clocks)
-        state = msgspec.structs.replace(kept, unsent=departed.unsent(), owed=departed.owed())
+        state = msgspec.structs.replace(kept, unsent=departed.unsent(), owed=departed.owed(content.stopped))
         self.old = replace(self.old, content=msgspec.structs.replace(content, ledger=state))
         return self.old.content
 
@@ -172,23 +172,33 @@ class _Anew(Form):
     def _same_layers(self) -> bool:
         return [layer.name for layer in self.old.content.layers] == [store.name for store in self.training.stores]
 
-    def _owed(self, settled: LedgerState) -> Iterator[Owed]:
-        """The items that replicas have done and not pushed to all stores, by the replicas that go on with them."""
-        pairs = zip(self.training.live, self._heirs(), strict=True) if self._same_layers else ()
-        heirs = {old: replica for replica, old in pairs if old is not None}
-        mine = (one for one in settled.owed if one.replica in heirs)
-        return (msgspec.structs.replace(one, replica=heirs[one.replica]) for one in mine)
-
-    def _settled(self, terms: Terms, work: Work) -> LedgerState:
+    def _settled(self, terms: Terms, work: Work) -> tuple[LedgerState, tuple[Owed, ...]]:
         """The ledger of the snapshot, with the fates of items that were unsettled, if the groups of layers are the
-        same."""
+        same. And what replicas have done and not pushed to all stores, by those that go on with it."""
         content, stores = self.old.content, self.training.stores
         firsts = [stage.committed for stage in content.stopped.stages if stage.stage == 0]
         if not self._same_layers or any(len(committed) != len(terms.groups) for committed in firsts):
-            return content.ledger
+            return content.ledger, ()
         left = {layer for what in (SUMS, STEPS) for layer in self.left_out.get(what, ())}
         replicas = range(content.figures.replicas)
-        return closed(content.ledger, work, terms, content.stopped, replicas, lambda n: stores[n].name not in left)
+        found = closed(content.ledger, work, terms, content.stopped, replicas, lambda n: stores[n].name not in left)
+        return msgspec.structs.replace(found, owed=()), tuple(self._inherited(found.owed))
+
+    def _inherited(self, owed: Iterable[Owed]) -> Iterator[Owed]:
+        """What replicas owe to stores for which one alone has it: in shares of all it is not lost with one of them."""
+        pairs = zip(self.training.live, self._heirs(), strict=True)
+        heirs = {old: replica for replica, old in pairs if old is not None}
+        joined = [s.local is not None and bool(s.policy.filters) for s in self.training.stores]
+        stores = {n for n, s in enumerate(self.training.stores) if self._each_goes_on(s) and not joined[n]}
+        for one in owed:
+            lacking = tuple(n for n in one.lacking if n in stores)
+            if one.replica in heirs and lacking:
+                yield msgspec.structs.replace(one, replica=heirs[one.replica], lacking=lacking)
+
+    def _each_goes_on(self, store: StoreSpec) -> bool:
+        """Whether each replica goes on with what one has gathered for a store, and not with its share of all."""
+        before, now = len(self._live), len(self.training.live)
+        return before == now or (_adds_up(store) and before < now)
 
     def _version(self, number: int) -> int:
         """The version of a store: the newest of those that had its parameters."""
@@ -252,7 +262,7 @@ class _Anew(Form):
         known = self._regrouped if what == "sums" else ()
         if not whole or len(stages) != 1 or (store.name not in self._layers() and store.name not in known):
             return False
-        if len(self._live) == len(self.training.live) or (adds and len(self._live) < len(self.training.live)):
+        if self._each_goes_on(store):
             each = [{} if r is None else kept.get(r) or {} for r in self._heirs()]
         else:
             joined = joined_sums(found, adds=adds) if what == "sums" else joined_residuals(found)
@@ -312,9 +322,8 @@ class _Anew(Form):
             if any("own" in self._of_replica(r, layer.name) for r in self._live for layer in self.old.content.layers):
                 self.leave_out(STEPS, store.name)
             return
-        adds = _adds_up(store) and isinstance(store.policy.payload, Delta)
-        keeps = len(whole) == len(self.training.live) or (adds and len(whole) < len(self.training.live))
-        keeps = keeps and not store.policy.filters
+        adds = _adds_up(store)
+        keeps = self._each_goes_on(store) and not store.policy.filters
         joined = {name: mean([one[name] for one in whole]) for name in whole[0]}
         at_home = {f"params/{i}": joined[f"started/{i}"] for i in range(len(store.leaves))}
         newcomer = joined | at_home | {"steps": np.asarray(0, np.int64)}
@@ -403,5 +412,7 @@ def _decided(terms: Terms, group: Group, clock: int) -> int:
 
 
 def _adds_up(store: StoreSpec) -> bool:
-    """Whether the contributions of replicas add up, because their kind does, or each is applied on arrival."""
-    return not (store.policy.clocked and store.policy.apply.averages)
+    """Whether the contributions of replicas add up, because their kind does, or each is applied on arrival. Parameters
+    do not."""
+    policy = store.policy
+    return not (policy.clocked and policy.apply.averages) and (store.local is None or isinstance(policy.payload, Delta))

@@ -160,7 +160,8 @@ class Snapshot:
         left.update(o for o in content.owners if o.startswith("reader/") and o.split("/")[1] not in there)
         ledger = content.ledger
         terms, f = Terms.of(training, total), content.figures
-        if terms.aligned and any(replica in lost for replica, _, _ in ledger.outstanding):
+        open_of = {*(replica for replica, _, _ in ledger.outstanding), *(one.replica for one in ledger.owed)}
+        if terms.aligned and not open_of.isdisjoint(lost):
             work = work_of(training, terms, f.examples, f.batch_size, f.rest, f.shuffle)
             ledger = closed(ledger, work, terms, stopped, lost, lambda store: False)
         stopped = msgspec.structs.replace(

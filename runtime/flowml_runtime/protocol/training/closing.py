@@ -21,11 +21,10 @@ from msgspec.structs import replace
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.accounts import Accounts, Settle, joined
-from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.departed import lose
 from flowml_runtime.protocol.training.ledger import Ledger, LedgerState, Settled
-from flowml_runtime.protocol.training.owed import Owed
-from flowml_runtime.protocol.training.terms import RETIRED, Terms
+from flowml_runtime.protocol.training.owed import Owed, reached
+from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.protocol.training.work import Work
 
 _ANYWAY = -1
@@ -43,8 +42,8 @@ def closed(
     """The ledger of a snapshot when all items of these replicas have fates. `goes_on` says of a store whether what the
     replicas had gathered for it goes on in the next run.
 
-    Without common clocks items are settled before stores have them, and `unsent` and `owed` say which. The ledger is
-    the same with a code and with portions, where others do what a replica has not sent.
+    Items are settled before stores without decisions have them, and `unsent` and `owed` say which. The ledger is the
+    same with a code and with portions, where others do what a replica has not sent.
     """
     if work.coded or work.copies is not None:
         return state
@@ -59,9 +58,9 @@ def closed(
         settled = fate.of(known) if terms.aligned else []
         for (missing, left_out, late), fates in joined(settled):
             ledger.step(Settled(replica, tuple(fates), missing, left_out, late))
-        for told in settled if fate.partly else ():
-            if told.fate == "used" and told.item.sequence in fate.partly:
-                ledger.note_partly(fate.partly[told.item.sequence])
+        clocks = {one.item.sequence: one.clock for one in known}
+        for told in settled:
+            owed += fate.note(ledger, told.item, clocks[told.item.sequence]) if told.fate == "used" else []
         for _, _, item in ledger.held(replica) if terms.aligned else ():  # it is not known what these steps left out
             ledger.step(Settled(replica, ((item, "dropped"),)))
         sent = [
@@ -69,7 +68,7 @@ def closed(
         ]
         before = [(one, fate.left(one.lacking)) for one in state.owed if one.replica == replica]
         for one, left in (*before, *sent):
-            lose(ledger, replace(one, lacking=left), len(terms.stores))
+            lose(ledger, replace(one, lacking=left), terms)
             rest = tuple(store for store in one.lacking if store not in left)
             owed += [replace(one, lacking=rest, lost=(*one.lost, *left))] if rest else []
     unsent = tuple(one for one in state.unsent if one[0] not in replicas)
@@ -82,9 +81,11 @@ class _Fates:
     def __init__(self, terms: Terms, stopped: wire.Stopped, replica: int, goes_on: Callable[[int], bool]) -> None:
         self._terms, self._stopped, self._me, self._goes_on = terms, stopped, replica, goes_on
         self._waiting = [(w.store, w.clock) for w in stopped.waiting if w.replica == replica]
+        self._reached = reached(terms, stopped, replica)
         self._undecided = [number for number in range(len(terms.stores)) if number not in terms.group_of]
-        self.partly: dict[int, tuple[int, ...]] = {}
-        """The number of an item that some layer loses -> the stores without decisions that do not have it."""
+        self._partly: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        """The number of an item that some layer loses -> the stores without decisions, and with them, that do not have
+        it."""
 
     def of(self, unsettled: Iterable[wire.Unsettled]) -> list[Settle]:
         accounts = Accounts(self._terms, self._me)
@@ -100,8 +101,16 @@ class _Fates:
             counted.discard(_ANYWAY)
         lost = {*account.open} - kept
         if lacking or lost:
-            self.partly[account.item.sequence] = lacking
+            self._partly[account.item.sequence] = lacking, tuple(s for g in sorted(lost) for s in groups[g].stores)
         return replace(account, open=tuple(lost), counted=tuple(counted))
+
+    def note(self, ledger: Ledger, item: wire.Item, clock: int) -> list[Owed]:
+        """Note that some layers lose a used item. Returns what the replica owes to others of it."""
+        lacking, decided = self._partly.get(item.sequence, ((), ()))
+        if lacking or decided:
+            ledger.note_partly(lacking)
+        rest = tuple(store for store in self.behind(clock) if store not in lacking)
+        return [Owed(self._me, self._me, item, rest, (*lacking, *decided))] if rest else []
 
     def lacking(self, clock: int) -> tuple[int, ...]:
         """The stores without decisions that do not have the step of `clock`, and do not get it any more."""
@@ -109,7 +118,7 @@ class _Fates:
 
     def behind(self, clock: int) -> tuple[int, ...]:
         """The stores without decisions that do not have the step of `clock` yet."""
-        return tuple(store for store in self._undecided if clock >= self._known_at(store))
+        return tuple(store for store in self._undecided if clock >= self._reached[store])
 
     def left(self, stores: Iterable[int]) -> tuple[int, ...]:
         """Those of these stores that do not get what the replica had gathered before its first push in this run."""
@@ -123,16 +132,7 @@ class _Fates:
 
     def _has(self, store: int, clock: int) -> bool:
         """The same of a store without decisions, which may have the push."""
-        if clock < self._known_at(store):
+        if clock < self._reached[store]:
             return True
         waits = any(number == store and clock <= push for number, push in self._waiting)  # no replica leaves one out
         return self._goes_on(store) and not waits
-
-    def _known_at(self, store: int) -> int:
-        """The next clock of the replica at a store."""
-        terms, stopped = self._terms, self._stopped
-        clocks = next((state.clocks for state in stopped.stores if state.store == store), ())
-        known = clocks[self._me] if clocks else RETIRED
-        if known == RETIRED:  # one that sends nothing itself is in sums
-            known = contained(terms, terms.stores[store].policy.every, stopped.clocks[self._me])
-        return known

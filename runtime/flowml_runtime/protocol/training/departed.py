@@ -31,7 +31,7 @@ from flowml.policy.apply import base_of
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled
 from flowml_runtime.protocol.training.notes import NoteLeftOut
-from flowml_runtime.protocol.training.owed import Owed, lacking
+from flowml_runtime.protocol.training.owed import Owed, lacking, reached
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.store_terms import StoreTerms
 from flowml_runtime.protocol.training.terms import RETIRED, Terms
@@ -79,7 +79,7 @@ class Departed:
     def __init__(self, terms: Terms, ledger: Ledger, *, saves: bool, outlives: bool) -> None:
         """`saves`: the run takes snapshots. `outlives`: the fit goes on after a loss."""
         self.goes_on = saves and outlives and waits_for_none(terms)
-        self._keeps = saves and not terms.aligned
+        self._saves, self._keeps = saves, saves and not terms.aligned
         pushes = (s.every * max(1, s.policy.quorum.need(terms.replicas)) for s in terms.stores if self._keeps)
         self._most = None if outlives else max(pushes, default=0)
         """The number of a replica's newest items of which a snapshot may lack some. None: all since the last one, as
@@ -89,6 +89,8 @@ class Departed:
         """Replica -> clock -> an item that is settled as used, and that some store may lack."""
         self._owed: dict[int, tuple[Owed, ...]] = {}
         """Replica -> its items of earlier runs that some store lacks."""
+        self._acted: set[int] = set()
+        """The replicas that have used an item in this run."""
         self._reported: dict[int, set[int]] = {}
         """Replica -> the clocks that it has reported since the newest snapshot."""
         self._reached: dict[int, dict[int, int]] = {}
@@ -110,18 +112,19 @@ class Departed:
         for replica, clock, item in state.unsent if self._keeps else ():
             self._used.setdefault(replica, {})[clock] = item
             self._reported.setdefault(replica, set()).add(clock)
-        for one in state.owed if self._keeps else ():
+        for one in state.owed if self._saves else ():
             self._owed[one.replica] = (*self._owed.get(one.replica, ()), one)
         for replica in lost if self._keeps else ():
-            self._settle(replica, _had(stopped, replica) if stopped else (0,) * len(self._terms.stores), 0)
+            nothing = (0,) * len(self._terms.stores)
+            self._settle(replica, nothing if stopped is None else reached(self._terms, stopped, replica), 0)
 
     def unsent(self) -> tuple[Unsent, ...]:
         """For a snapshot: the items that are used, and that their replicas have not sent to all stores."""
         return tuple((r, clock, item) for r, found in sorted(self._used.items()) for clock, item in found.items())
 
-    def owed(self) -> tuple[Owed, ...]:
-        """For a snapshot: the items of earlier runs that some store lacks."""
-        return tuple(one for _, found in sorted(self._owed.items()) for one in found)
+    def owed(self, taken: wire.Stopped) -> tuple[Owed, ...]:
+        """The items of earlier runs that some store of a snapshot lacks."""
+        return tuple(o for r in sorted(self._owed) for o in self._still(r, reached(self._terms, taken, r)))
 
     def without(self, work: Work, taken: wire.Stopped, replicas: Collection[int]) -> LedgerState | None:
         """The accounts at a snapshot without these replicas, whose items have the fates that stores say. None if it is
@@ -136,19 +139,17 @@ class Departed:
         then._stopped, then._owed = self._stopped, dict(self._owed)
         then._used = {replica: dict(found) for replica, found in self._used.items()}
         for replica in replicas:
-            then._settle(replica, _had(taken, replica), 0)
+            then._settle(replica, reached(self._terms, taken, replica), 0)
         ledger.validate()
-        return msgspec.structs.replace(ledger.kept(taken.clocks), unsent=then.unsent(), owed=then.owed())
+        return msgspec.structs.replace(ledger.kept(taken.clocks), unsent=then.unsent(), owed=then.owed(taken))
 
     def saved(self, taken: wire.Stopped, without: Collection[int] = ()) -> None:
         """A snapshot was taken, which says what the stores have."""
-        for replica in self._owed.keys() - set(without):
-            self._owed[replica] = self._still(replica, _had(taken, replica))
         for known in (self._used, self._reported):
             for replica, found in known.items():
                 if replica in without:
                     continue
-                sent = min(_had(taken, replica))
+                sent = min(reached(self._terms, taken, replica))
                 for clock in [clock for clock in found if clock < sent]:
                     found.pop(clock) if isinstance(found, dict) else found.discard(clock)
 
@@ -161,6 +162,7 @@ class Departed:
                 used = [(self._ledger.clock_of(item), item) for item, fate in message.fates if fate == "used"]
                 known = self._used.setdefault(message.replica, {})
                 known.update(used)
+                self._acted.update((message.replica,) if used else ())
                 for clock in sorted(known)[: -self._most] if self._most and len(known) > self._most else ():
                     del known[clock]
             return False
@@ -186,14 +188,14 @@ class Departed:
 
     def answered(self, told: wire.LeftOut, cause: int) -> list[NoteLeftOut]:
         """A worker says what its homes have of a lost replica. After the last one its items are settled."""
-        reached = self._reached.get(told.replica)
-        if reached is None:
+        found = self._reached.get(told.replica)
+        if found is None:
             return []
-        reached.update(told.stores)
-        if len(reached) < len(self._terms.stores):
+        found.update(told.stores)
+        if len(found) < len(self._terms.stores):
             return []
         del self._reached[told.replica]
-        return [self._settle(told.replica, tuple(reached[store] for store in sorted(reached)), cause)]
+        return [self._settle(told.replica, tuple(found[store] for store in sorted(found)), cause)]
 
     def take_waiting(self) -> Iterator[wire.Ask]:
         """What was asked for meanwhile, once all homes have answered."""
@@ -208,38 +210,39 @@ class Departed:
         if began is None:
             return
         for replica in self._used.keys() | self._owed.keys():
-            used = self._used.get(replica, {})
-            if replica in self._over or max(used, default=-1) >= began.clocks[replica]:
+            aligned = self._terms.aligned
+            pushed = began.clocks[replica] <= self._terms.last_clock if aligned else replica in self._acted
+            if pushed or replica in self._over:
                 continue
-            reached = _had(began, replica)
-            since = (Owed(replica, replica, item, lacking(clock, reached)) for clock, item in used.items())
+            used, known = self._used.get(replica, {}), reached(self._terms, began, replica)
+            since = (Owed(replica, replica, item, lacking(clock, known)) for clock, item in used.items())
             for one in (*self._owed.get(replica, ()), *since):
-                lose(self._ledger, one, len(reached))
+                lose(self._ledger, one, self._terms)
 
-    def _still(self, replica: int, reached: Sequence[int]) -> tuple[Owed, ...]:
+    def _still(self, replica: int, there: Sequence[int]) -> tuple[Owed, ...]:
         """What a replica still owes to stores that have so much of it: one that has more than at the beginning has a
         push."""
         if self._stopped is None:
             return ()
-        began = _had(self._stopped, replica)
+        began = reached(self._terms, self._stopped, replica)
         found = (
-            msgspec.structs.replace(one, lacking=tuple(n for n in one.lacking if reached[n] <= began[n]))
+            msgspec.structs.replace(one, lacking=tuple(n for n in one.lacking if there[n] <= began[n]))
             for one in self._owed.get(replica, ())
         )
         return tuple(one for one in found if one.lacking)
 
-    def _settle(self, replica: int, reached: Sequence[int], cause: int) -> NoteLeftOut:
+    def _settle(self, replica: int, there: Sequence[int], cause: int) -> NoteLeftOut:
         self._over.add(replica)
         used, reported = self._used.pop(replica, {}), self._reported.pop(replica, set[int]())
         granted = {clock: item for _, clock, item in self._ledger.held(replica)} if self._keeps else {}
-        before = [(_BEFORE, one) for one in self._still(replica, reached)]
-        since = [(c, Owed(replica, replica, i, lacking(c, reached))) for c, i in sorted({**used, **granted}.items())]
+        before = [(_BEFORE, one) for one in self._still(replica, there)]
+        since = [(c, Owed(replica, replica, i, lacking(c, there))) for c, i in sorted({**used, **granted}.items())]
         self._owed.pop(replica, None)
         returned: list[wire.Item] = []
         missed: list[wire.Item] = []
         for clock, one in (*before, *since):
             item, known = one.item, clock == _BEFORE or clock in reported
-            if len(one.lacking) + len(one.lost) == len(reached):
+            if len(one.lacking) + len(one.lost) == len(there):
                 if clock not in granted:
                     self._ledger.take_back(one.done_by, clock, item, one.lost)
                 self._ledger.step(Asked(one.done_by, (), (item,)))
@@ -251,18 +254,14 @@ class Departed:
             if one.lacking:
                 self._ledger.note_partly(one.lacking, one.lost)
             missed += [] if known or item.sequence in self._again else [item]
-        return NoteLeftOut(replica, tuple(reached), tuple(returned), tuple(missed), cause)
+        return NoteLeftOut(replica, tuple(there), tuple(returned), tuple(missed), cause)
 
 
-def lose(ledger: Ledger, owed: Owed, stores: int) -> None:
-    """Of so many stores those that lack an item do not get it any more. One that none has is dropped."""
-    if len(owed.lacking) + len(owed.lost) == stores:
+def lose(ledger: Ledger, owed: Owed, terms: Terms) -> None:
+    """The stores that lack an item do not get it any more. One that none has is dropped; with common clocks stores with
+    decisions have it."""
+    if not terms.aligned and len(owed.lacking) + len(owed.lost) == len(terms.stores):
         ledger.take_back(owed.done_by, _BEFORE, owed.item, owed.lost)
         ledger.step(Settled(owed.done_by, ((owed.item, "dropped"),)))
     elif owed.lacking:
         ledger.note_partly(owed.lacking, owed.lost)
-
-
-def _had(stopped: wire.Stopped, replica: int) -> tuple[int, ...]:
-    """The next clock of a replica at each store of a snapshot."""
-    return tuple(store.clocks[replica] for store in stopped.stores)

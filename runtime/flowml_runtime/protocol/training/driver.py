@@ -357,10 +357,9 @@ class TrainingDriver:
         clocks = taken.stopped.clocks
         if taken.without and not self._terms.aligned:
             return self._departed.without(self._work, taken.stopped, taken.without)
-        state = self.ledger.kept(clocks)
-        if taken.without:
-            return silent.without(state, self._work, clocks, taken.without, self._untold)
-        return msgspec.structs.replace(state, unsent=self._departed.unsent(), owed=self._departed.owed())
+        unsent, owed = self._departed.unsent(), self._departed.owed(taken.stopped)
+        state = msgspec.structs.replace(self.ledger.kept(clocks), unsent=unsent, owed=owed)
+        return silent.without(state, self._work, clocks, taken.without, self._untold) if taken.without else state
 
     def final_order(self) -> list[int]:
         """The stores in the order in which their values are taken.

@@ -2,6 +2,7 @@
 
 A run with other members begins at one clock, so clocks do not say what of earlier work stores have. Each item that some
 store lacks is written down instead, and with it those stores, until the first push of its replica has come to them.
+With common clocks these are stores without decisions beside others.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 import msgspec
 
 from flowml_runtime import wire
+from flowml_runtime.protocol.training.clocks import contained
+from flowml_runtime.protocol.training.terms import RETIRED, Terms
 
 
 class Owed(msgspec.Struct, frozen=True):
@@ -28,3 +31,16 @@ class Owed(msgspec.Struct, frozen=True):
 def lacking(clock: int, reached: Sequence[int]) -> tuple[int, ...]:
     """The stores that do not have a step of a replica of which they have so much."""
     return tuple(store for store, known in enumerate(reached) if clock >= known)
+
+
+def reached(terms: Terms, stopped: wire.Stopped, replica: int) -> tuple[int, ...]:
+    """The next clock of a replica at each store of a snapshot; RETIRED if none is to come. With common clocks a store
+    to which a replica sends nothing itself has it in sums."""
+    clocks = {state.store: state.clocks for state in stopped.stores}
+    found: list[int] = []
+    for number, store in enumerate(terms.stores):
+        known = clocks[number][replica] if clocks.get(number) else RETIRED
+        if known == RETIRED and terms.aligned:
+            known = contained(terms, store.policy.every, stopped.clocks[replica])
+        found.append(known)
+    return tuple(found)

@@ -19,7 +19,9 @@ if the workers of the silent replicas keep nothing for others (`apart`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+
+from msgspec.structs import replace
 
 from flowml.policy import Consensus, Gossip
 from flowml.policy.apply import base_of
@@ -68,7 +70,7 @@ def apart(replicas: Iterable[int], terms: Terms, places: Places) -> frozenset[in
 
 
 def without(
-    state: LedgerState, work: Work, clocks: Sequence[int], replicas: Iterable[int], known: Untold
+    state: LedgerState, work: Work, clocks: Sequence[int], replicas: Collection[int], known: Untold
 ) -> LedgerState | None:
     """The accounts at a snapshot that is taken without these replicas, as if they were lost. None if decisions do not
     say of each item whether it counts: that of a step which a replica may have skipped before a push that counts.
@@ -90,5 +92,8 @@ def without(
             ledger.step(Settled(replica, tuple(fates), missing, left_out, late))
         for _, _, item in ledger.held(replica):
             ledger.step(Settled(replica, ((item, "dropped"),)))
+    for one in state.owed:
+        if one.replica in replicas:
+            ledger.note_partly(one.lacking, one.lost)
     ledger.validate()
-    return ledger.kept(clocks)
+    return replace(ledger.kept(clocks), owed=tuple(one for one in state.owed if one.replica not in replicas))
