@@ -17,7 +17,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -213,10 +213,10 @@ class Cluster:
                 self._end_worker(worker)
             self._wait_for_devices(lambda now: now.isdisjoint(workers), min(AGAIN_S, left))
 
-    def notice(self, worker: str | None, timeout_s: float | None = NOTICE_S) -> None:
-        """For the runtime: wait until a worker with which the connection broke is known to be lost, or has left."""
+    def notice(self, worker: str | None, timeout_s: float | None = NOTICE_S, gone: Container[str | None] = ()) -> None:
+        """For the runtime: wait until a worker is lost, or has left. If it is `gone`, another may have its name."""
         with self._changed:
-            self._changed.wait_for(lambda: worker not in {d.worker for d in self.devices}, timeout_s)
+            self._changed.wait_for(lambda: worker in gone or worker not in {d.worker for d in self.devices}, timeout_s)
 
     def _wait_for_devices(self, holds: Callable[[set[str]], bool], timeout_s: float) -> bool:
         with self._changed:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import msgspec
+import numpy as np
 
 from flowml.errors import CheckpointError, UnsupportedError, one_line
 from flowml.ir._jax import path_name
@@ -74,13 +75,17 @@ def to_orbax(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Pa
         raise CheckpointError(f"{target} is there already; give the name of a new directory")
     if not jax.tree_util.tree_leaves(tree):
         raise CheckpointError(f"{source} holds no array, and Orbax writes no empty checkpoint; save arrays")
+    empty = [path_name(p) for p, value in jax.tree_util.tree_leaves_with_path(tree) if not np.size(value)]
+    if empty:
+        raise CheckpointError(
+            f"Orbax writes no empty array, and {listed(tuple(empty))} in {source} holds nothing; leave it out"
+        )
     try:
         with _orbax().StandardCheckpointer() as checkpointer:
             checkpointer.save(target, tree)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"Orbax cannot write {target}: {one_line(str(error))}; see whether the directory can be written and no "
-            "array is empty"
+            f"Orbax cannot write {target}: {one_line(str(error))}; see whether the directory can be written"
         ) from error
     return target
 

@@ -110,9 +110,9 @@ class Peer:
         return [m.worker for m in self.membership.members]
 
 
-def coordinator(folder: Path, bind: str = "127.0.0.1:0") -> CoordinatorHost:
-    log = RosterLog(folder)
-    return CoordinatorHost(bind, TOKEN, log=log, works=lambda _: False, heartbeat_s=0.1, timeout_s=1.0)
+def coordinator(folder: Path, bind: str = "127.0.0.1:0", *, beat_s: float = 0.1) -> CoordinatorHost:
+    log, times = RosterLog(folder), {"heartbeat_s": beat_s, "timeout_s": 10 * beat_s}
+    return CoordinatorHost(bind, TOKEN, log=log, works=lambda _: False, **times)
 
 
 def test_members_come_back_and_one_that_does_not_is_lost(tmp_path: Path) -> None:
@@ -139,6 +139,18 @@ def test_members_come_back_and_one_that_does_not_is_lost(tmp_path: Path) -> None
         newcomer = Peer(first.address, stack)
         assert newcomer.membership.join("", (CPU,)) == "worker:1"
         wait_until(lambda: len(one.members) == 3, "a newcomer is announced")
+
+
+def test_a_member_whose_coordinator_was_away_was_not_suspended_itself(tmp_path: Path) -> None:
+    """A driver believed of itself that it was lost, when a worker that had been suspended said so."""
+    first = coordinator(tmp_path, beat_s=0.5)
+    with ExitStack() as stack:
+        driver = Peer(first.address, stack)
+        driver.membership.join("driver")
+        first.close()
+        wait_until(lambda: driver.membership.may_be_lost, "it may be cut off while it does not reach the coordinator")
+        stack.callback(coordinator(tmp_path, first.address, beat_s=0.5).close)
+        wait_until(lambda: not driver.membership.may_be_lost, "the coordinator is back, and takes it")
 
 
 class SlowReports(GrpcEndpoint):

@@ -13,6 +13,7 @@ import pytest
 import flowml as fm
 from flowml_runtime.launch.launched import LaunchedCluster
 from flowml_runtime.transport.security import write_token
+from flowml_runtime.worker.leaving import HANDED_OVER
 from flowml_tools.main import main
 from tests.conftest import wait_until
 
@@ -67,6 +68,14 @@ def test_the_command_says_if_a_worker_ended_before_others_had_taken_over(
             assert "has left" not in out
             assert "worker:1 has ended, and its work may be lost: it left before others had taken over, 0.2 s" in err
             del kept
+
+
+def test_the_command_ends_where_a_spare_takes_the_name_at_once() -> None:
+    """Its name alone does not say that a worker has left."""
+    with fm.Cluster.threads(workers=1) as cluster:
+        cluster.told["worker:0"] = HANDED_OVER
+        cluster.notice("worker:0", None, cluster.told)
+        assert workers(cluster) == ["worker:0"]
 
 
 def test_a_worker_that_is_not_there_cannot_leave() -> None:

@@ -314,3 +314,12 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(fm.UnsupportedError, match=r"pip install 'flowml\[orbax\]'"):
         fm.from_orbax(tmp_path / "orbax")
+
+
+def test_an_empty_array_is_refused_before_orbax_begins(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Orbax would end with a traceback of a thread, and leave a part."""
+    fm.save({"a": jnp.ones(2), "b": {"c": jnp.zeros((0, 3))}}, tmp_path / "tree")
+    with pytest.raises(fm.CheckpointError, match=r"Orbax writes no empty array, and b/c in .* holds nothing"):
+        fm.to_orbax(tmp_path / "tree", tmp_path / "orbax")
+    assert not (tmp_path / "orbax").exists()
+    assert "Traceback" not in capfd.readouterr().err

@@ -70,7 +70,8 @@ class Spot:
         most = max(recorded_counts(self.path))
         if most > workers:
             raise SimulationError(
-                f"--spot: {self.path} counts up to {most} machines, and there are {workers} workers; give "
+                f"--spot: {self.path} counts up to {most} machines, and there {'is' if workers == 1 else 'are'} "
+                f"{workers} worker{'' if workers == 1 else 's'}; give "
                 f"--workers {most} or more, or a record of fewer machines"
             )
         counts = self.counts or "available"

@@ -288,12 +288,15 @@ class Membership:
                 continue
             own = self._own
             assert own is not None
-            now = time.monotonic()
-            self._longest_s, self._beaten_s = max(self._longest_s, now - self._beaten_s), now
+            self._note_silence()
             try:
                 self._beat_once(own)
             except FlowmlError as error:
                 self._lose_coordinator(str(error))
+
+    def _note_silence(self) -> None:
+        now = time.monotonic()
+        self._longest_s, self._beaten_s = max(self._longest_s, now - self._beaten_s), now
 
     def _beat_once(self, own: wire.Join) -> None:
         """Send a heartbeat with the epoch of the view that is here, and what the coordinator has not done yet."""
@@ -324,6 +327,7 @@ class Membership:
 
     def _come_back(self, away_s: float) -> None:
         """Ask a coordinator that is away to join again, until it answers. After `away_s` the membership ends."""
+        self._note_silence()
         deadline, pause = time.monotonic() + away_s, FIRST_PAUSE_S
         while not self._over.is_set():
             self._has_moved()
@@ -342,6 +346,7 @@ class Membership:
                 self._changed.wait_for(lambda: self._answered or self._away or self._over.is_set(), left)
                 answered = self._answered
             if answered:
+                self._beaten_s = time.monotonic()  # it was away, and does not count this peer as lost
                 for worker in list(self._notices):
                     self.give_notice(worker)
                 return

@@ -60,7 +60,8 @@ def closed(
             ledger.step(Settled(replica, tuple(fates), missing, left_out, late))
         clocks = {one.item.sequence: one.clock for one in known}
         for told in settled:
-            owed += fate.note(ledger, told.item, clocks[told.item.sequence]) if told.fate == "used" else []
+            counts = told.fate in ("used", "folded")
+            owed += fate.note(ledger, told.item, clocks[told.item.sequence]) if counts else []
         for _, _, item in ledger.held(replica) if terms.aligned else ():  # it is not known what these steps left out
             ledger.step(Settled(replica, ((item, "dropped"),)))
         sent = [

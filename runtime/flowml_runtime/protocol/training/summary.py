@@ -28,8 +28,9 @@ class Tally:
     copied: int = 0
 
     def lacking(self, items: int) -> Tally:
-        """The same for a layer that does not have so many of the used items."""
-        return replace(self, used=self.used - items, dropped=self.dropped + items)
+        """The same for a layer without decisions that does not have so many of the items that count. What others have
+        folded in is used there."""
+        return replace(self, used=self.used + self.folded - items, folded=0, dropped=self.dropped + items)
 
 
 @dataclass(frozen=True, slots=True)
