@@ -184,6 +184,16 @@ def test_state_that_counts_is_added_up_once(threads: fm.Cluster) -> None:
     assert int(found.state["steps"]) == sum(record["replicas"] for record in found.history)
 
 
+def test_a_lost_worker_that_the_placement_names_has_its_place_beside_enough_others(threads: fm.Cluster) -> None:
+    """Three workers are there for two replicas, and the first replica is on the one that is lost."""
+    without(threads, "worker:0")
+    back = {3: lambda: threads.bring_back("worker:0")}
+    found = fit(threads, back, placement={"*": "worker:0"}, replicas=2, steps=600)
+    assert found.history[0]["replicas"] == 1
+    assert [change.joined for change in found.changes] == [("worker:0",)]
+    assert found.history[-1]["replicas"] == 2
+
+
 def test_what_cannot_be(threads: fm.Cluster) -> None:
     with pytest.raises(ValueError, match="replicas='many': give 'elastic'"):
         fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads).fit(

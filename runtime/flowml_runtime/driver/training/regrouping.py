@@ -12,7 +12,7 @@ for any number of them, so those that are there compile nothing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
@@ -164,7 +164,8 @@ class WithPlaces:
             )
         stages = spec.placement.stages if isinstance(spec.placement, Pipeline) else 1
         computing, homes = spec.divide(cluster.devices)
-        return WithPlaces(cluster, places(computing, spec.replicas, stages, homes, spec.is_home))
+        named = _named_by(spec.placement, cluster.lost)
+        return WithPlaces(cluster, places(computing, spec.replicas, stages, homes, spec.is_home, named))
 
     @property
     def session(self) -> TrainingSession:
@@ -176,6 +177,14 @@ class WithPlaces:
 
     def links_for(self, placement: Placement, devices: int | None = None) -> Links:
         return self.cluster.links_for(placement, devices)
+
+
+def _named_by(placement: Placement, workers: Iterable[str]) -> tuple[str, ...]:
+    """Those of these workers that a placement names."""
+    names = (
+        {str(name).partition("/")[0] for name in placement.values()} if isinstance(placement, Mapping) else set[str]()
+    )
+    return tuple(worker for worker in workers if worker in names)
 
 
 def lost_replicas(training: Training, gone: Collection[str]) -> frozenset[int]:
@@ -196,20 +205,28 @@ def places(
     stages: int,
     homes: tuple[Device, ...] = (),
     is_home: Callable[[str], bool] = lambda worker: False,
+    named: Sequence[str] = (),
 ) -> tuple[Device, ...]:
     """Devices for so many replicas of at least so many stages: those that are there, and places for workers that may
     join. These have the names that a coordinator gives, and are like the first. Those of `homes` are for no replica,
-    and a worker that is to be one gets no place among them."""
+    and a worker that is to be one gets no place among them. Workers that are `named` have a place also if there are
+    enough others."""
     there = {device.worker for device in (*devices, *homes)}
     first = [device for device in devices if device.worker == devices[0].worker]
-    wanted = replicas * max(stages, len(devices) // replicas)
 
     def free(worker: str) -> bool:
         return worker not in there and not is_home(worker)
 
+    def of(worker: str) -> Iterator[Device]:
+        yield from (replace(device, name=f"{worker}/{device.name.partition('/')[2]}") for device in first)
+
     def joining() -> Iterator[Device]:
         for worker in (name for number in count() if free(name := f"worker:{number}")):
-            yield from (replace(device, name=f"{worker}/{device.name.partition('/')[2]}") for device in first)
+            yield from of(worker)
 
+    named = [*filter(free, named)]
+    devices = (*devices, *(device for worker in named for device in of(worker)))
+    there.update(named)
+    wanted = replicas * max(stages, len(devices) // replicas)
     found = (*devices, *islice(joining(), max(0, wanted - len(devices))), *homes)
     return tuple(sorted(found, key=lambda device: int(device.worker.rpartition(":")[2])))
