@@ -35,6 +35,7 @@ from flowml.errors import FlowmlError  # noqa: E402
 from flowml_runtime import service  # noqa: E402
 from flowml_runtime.environment.processes import call_process, saves  # noqa: E402
 from flowml_runtime.environment.streams import open_standard_streams  # noqa: E402
+from flowml_runtime.interrupts import Terminated, heeding_interrupts  # noqa: E402
 from flowml_runtime.launch.spawning import (  # noqa: E402
     Config,
     Exited,
@@ -207,10 +208,11 @@ def _be_worker(config: Config, log: str, control: socket.socket, inherited: list
         signal.signal(signal.SIGINT, _stop)
         heed_notice()
         service.start("flowml-lifeline", lambda: _end_with(control, kept, save_s_of(config)), service.end_process)
-        if isinstance(config, CoordinatorConfig):
-            reason = serve_coordinator(config, lambda address: _tell(control, Listening(address)))
-        else:
-            reason = serve(config, keeps=kept.append)
+        with heeding_interrupts():
+            if isinstance(config, CoordinatorConfig):
+                reason = serve_coordinator(config, lambda address: _tell(control, Listening(address)))
+            else:
+                reason = serve(config, keeps=kept.append)
         if reason:
             print(reason, file=sys.stderr)
         status = LOST_COORDINATOR if reason else 0
@@ -230,7 +232,7 @@ def _be_worker(config: Config, log: str, control: socket.socket, inherited: list
 
 
 def _stop(number: int, frame: object) -> NoReturn:
-    raise SystemExit
+    raise Terminated(number)
 
 
 def _end_with(control: socket.socket, kept: list[KeptFits], save_s: float) -> None:

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from flowml_runtime import service
+from flowml_runtime.interrupts import Terminated
 
 NOTICE_S = 25.0
 """How long a worker that has given notice may take to hand over."""
@@ -27,8 +28,12 @@ QUIET_S = 1.0
 """For how long it must have had nothing to do, because messages may be under way."""
 
 
-class GiveNotice(SystemExit):
-    """The signal to leave has come. Where no worker runs yet, the process ends with it."""
+class GiveNotice(Terminated):
+    """The signal to leave has come. Where no worker runs yet, the process ends with it, and well."""
+
+    def __init__(self) -> None:
+        super().__init__(signal.SIGTERM)
+        self.code = 0
 
 
 def heed_notice() -> None:
