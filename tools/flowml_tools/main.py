@@ -32,8 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.command not in (run.main, simulate.main):  # a script chooses its own encoding
         _print_anywhere()
-    importlib.import_module("jax")  # before signals are heeded: one that comes while its libraries load crashes them
     try:
+        if arguments.command is worker.main:
+            worker.begin(arguments)
+        importlib.import_module(
+            "jax"
+        )  # before signals are heeded: one that comes while its libraries load crashes them
         with heeding_interrupts():
             _heed_signals()
             return arguments.command(arguments)

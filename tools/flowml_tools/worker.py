@@ -39,16 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(arguments: argparse.Namespace) -> int:
+def begin(arguments: argparse.Namespace) -> None:
+    """Begin anew with the memory settings of a worker, after the arguments have been checked: before JAX is imported,
+    and while there is one thread."""
     token, secured = read_token(arguments.token_file), tls(arguments)
     from flowml_runtime.environment import allocator
     from flowml_runtime.membership.etcd_log import address_of
     from flowml_runtime.transport.security import check_exposure
 
     check_exposure(address_of(arguments.coordinator), secured, token, "connect to")
+    if arguments.leave is None:
+        allocator.reexec()
+
+
+def main(arguments: argparse.Namespace) -> int:
+    token, secured = read_token(arguments.token_file), tls(arguments)
     if arguments.leave is not None:
         return _leave(arguments, token, secured)
-    allocator.reexec()  # after the arguments have been checked, and before JAX is imported
     from flowml_runtime.worker.config import WorkerConfig
     from flowml_runtime.worker.leaving import GiveNotice, heed_notice
     from flowml_runtime.worker.process import LOST_COORDINATOR, serve
