@@ -2,8 +2,8 @@
 
 Where a finalizer or a callback of the garbage collector runs, Python cannot pass an exception on: it hands it to
 `sys.unraisablehook`, which prints it, and goes on. A KeyboardInterrupt is lost there as well. JAX has such a callback,
-and imports, tracing and compiling call it so often that up to one Ctrl-C in five does nothing. So a signal that was
-lost is sent again a moment later.
+and imports, tracing and compiling call it so often that a Ctrl-C is lost easily. So a signal that was lost is sent
+again a moment later.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import msgspec
 import pytest
 
 from flowml_runtime.protocol.training.ledger import Asked, Ledger, LedgerState, Settled
+from flowml_runtime.protocol.training.owed import Owed
 from flowml_runtime.protocol.training.recounting import recounted
 from flowml_runtime.protocol.training.work import Work
 
@@ -113,8 +115,9 @@ def test_what_waits_is_drawn_again_and_what_is_lost_is_not() -> None:
         assert grant.items[0][1] == now.item(4)
 
 
+@pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize("replicas", [2, 4])
-def test_what_was_used_and_not_sent_is_dropped_if_its_sum_is_left_out(replicas: int) -> None:
+def test_what_was_used_and_not_sent_is_dropped_if_its_sum_is_left_out(replicas: int, earlier: bool) -> None:
     """A replica that pushes every few steps holds the sum of those since."""
     before, now = work(2, aligned=False), work(replicas, aligned=False)
     ledger = Ledger(before)
@@ -122,7 +125,8 @@ def test_what_was_used_and_not_sent_is_dropped_if_its_sum_is_left_out(replicas: 
     kept = ledger.kept((3, 3))
     (first, _, _), *_ = kept.over
     item = before.item(first)
-    kept = msgspec.structs.replace(kept, unsent=((0, 2, item),), partly=2)
+    waits: dict[str, Any] = {"owed": (Owed(0, 0, item, (0,)),)} if earlier else {"unsent": ((0, 2, item),)}
+    kept = msgspec.structs.replace(kept, partly=2, **waits)
     for lost in (True, False):
         state = recounted(kept, before, now, 0, lambda _r, _c, lost=lost: lost)
         dropped = replicas // 2 if lost else 0

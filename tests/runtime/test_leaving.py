@@ -70,8 +70,8 @@ def test_the_command_says_if_a_worker_ended_before_others_had_taken_over(
             del kept
 
 
-def test_the_command_ends_where_a_spare_takes_the_name_at_once() -> None:
-    """Its name alone does not say that a worker has left."""
+def test_a_worker_that_has_left_is_not_waited_for_if_a_spare_has_its_name() -> None:
+    """As the command that has a worker leave waits: the name is there all the time."""
     with fm.Cluster.threads(workers=1) as cluster:
         cluster.told["worker:0"] = HANDED_OVER
         cluster.notice("worker:0", None, cluster.told)

@@ -27,6 +27,7 @@ from flowml.sim import Churn
 from flowml.sim.churn import Counts, recorded_counts
 from flowml_runtime.sim.cluster import SimulatedCluster
 from flowml_runtime.trainer import Trainer
+from flowml_tools.command import count
 
 INTERVALS = 48
 """How many intervals of a record are replayed."""
@@ -70,8 +71,8 @@ class Spot:
         most = max(recorded_counts(self.path))
         if most > workers:
             raise SimulationError(
-                f"--spot: {self.path} counts up to {most} machines, and there {'is' if workers == 1 else 'are'} "
-                f"{workers} worker{'' if workers == 1 else 's'}; give "
+                f"--spot: {self.path} counts up to {most} machines, and the cluster has "
+                f"{count(workers, 'worker')}; give "
                 f"--workers {most} or more, or a record of fewer machines"
             )
         counts = self.counts or "available"

@@ -8,8 +8,8 @@ They also make glibc return unused memory. By default it keeps up to 64 MiB for 
 arrays of 16 MiB or more are returned at once; smaller ones leave up to 32 MiB per thread.
 
 And they have threads share two arenas. By default there are up to eight for each core. Each run of a fit has threads of
-its own, what one frees is of no use to those of other arenas, and a worker grew by some hundred bytes a fit for as long
-as it ran, although it freed all that a fit had allocated.
+its own, what one frees is of no use to those of other arenas, and a worker grew for as long as it ran, although it
+freed all that a fit had allocated.
 """
 
 from __future__ import annotations
