@@ -102,8 +102,8 @@ def test_a_record_of_more_machines_than_workers_says_what_to_give_the_command(sc
     ended = flowml("--workers", "4", "--compute", "constant:1", "--spot", str(trace), script, "1")
     assert ended.returncode == 1
     assert ended.stderr == (
-        f"flowml: error: --spot: {trace} counts up to 6 machines, and the cluster has 4 workers; give --workers 6 or more, "
-        "or a record of fewer machines\n"
+        f"flowml: error: --spot: {trace} counts up to 6 machines, and the cluster has 4 workers; give --workers 6 or "
+        "more, or a record of fewer machines\n"
     )
 
 

@@ -35,9 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command is worker.main:
             worker.begin(arguments)
-        importlib.import_module(
-            "jax"
-        )  # before signals are heeded: one that comes while its libraries load crashes them
+        # before signals are heeded: one that comes while its libraries load crashes them
+        importlib.import_module("jax")
         with heeding_interrupts():
             _heed_signals()
             return arguments.command(arguments)

@@ -106,9 +106,7 @@ def _leave(arguments: argparse.Namespace, token: str, secured: TLS | None) -> in
     with fm.Cluster.connect(arguments.coordinator, token=token, tls=secured, **shown) as cluster:
         cluster.end_worker(name, notice=True)
         print(f"{name} hands over what it does", flush=True)
-        cluster.notice(
-            name, None, cluster.told
-        )  # no deadline: it takes as long as the worker was given when it was started
+        cluster.notice(name, None, cluster.told)  # no deadline: the worker was given one when it was started
         reason = cluster.told.get(name, "its connection ended")
     if reason == HANDED_OVER:
         print(f"{name} has left")
