@@ -21,6 +21,7 @@ from flowml_runtime import service
 
 _AGAIN_S = 0.02
 """Time for the finalizer to end."""
+_END = 0
 _heeding = threading.Lock()
 
 
@@ -34,8 +35,9 @@ class Terminated(SystemExit):
 
 @contextmanager
 def heeding_interrupts() -> Generator[None]:
-    """Send a lost KeyboardInterrupt or `Terminated` again, as its signal, until the block ends. Python handles signals
-    on the main thread alone, so other threads lose none. May be nested."""
+    """Send a lost KeyboardInterrupt or `Terminated` again, as its signal, until the block ends. Several that are lost
+    at once count as one, and nothing is sent after the block. Python handles signals on the main thread alone, so
+    other threads lose none. May be nested."""
     if threading.current_thread() is not threading.main_thread() or not _heeding.acquire(blocking=False):
         yield
         return
@@ -50,6 +52,7 @@ def heeding_interrupts() -> Generator[None]:
 def _sent_again() -> Generator[None]:
     main, before = threading.get_ident(), sys.unraisablehook
     lost: SimpleQueue[int] = SimpleQueue()  # finalizers may put into it anywhere: it has no lock of Python's
+    unsent = list[int]()
 
     def hook(unraisable: Any) -> None:
         signum = _signal_of(unraisable.exc_value)
@@ -61,16 +64,26 @@ def _sent_again() -> Generator[None]:
     def send() -> None:
         while signum := lost.get():  # no deadline: the block ends it
             time.sleep(_AGAIN_S)
-            signal.pthread_kill(main, signum)
+            more = [lost.get() for _ in range(lost.qsize())]  # no deadline: nobody else takes from it
+            if _END in more:
+                unsent.append(signum)
+                return
+            signal.pthread_kill(main, signum)  # once for all that were lost
 
     sender = service.start("interrupts", send, lambda reason: None)
     sys.unraisablehook = hook
+    raised = False
     try:
         yield
+    except (KeyboardInterrupt, Terminated):
+        raised = True
+        raise
     finally:
         sys.unraisablehook = before
-        lost.put(0)
-        sender.join()  # no deadline: it sends what was lost, and ends
+        lost.put(_END)
+        sender.join()  # no deadline: it only sleeps
+        if unsent and not raised:
+            signal.raise_signal(unsent[0])
 
 
 def _signal_of(error: BaseException | None) -> int:

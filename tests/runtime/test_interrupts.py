@@ -54,6 +54,31 @@ def test_one_that_comes_at_the_end_of_the_block_is_raised_there() -> None:
         Signalled(signal.SIGINT)
 
 
+@pytest.mark.parametrize("times", [2, 20])
+def test_several_are_raised_once(times: int) -> None:
+    """A second one would end what the caller does after the block."""
+    for _ in range(times):
+        with pytest.raises(KeyboardInterrupt), heeding_interrupts():
+            for _ in range(times):
+                Signalled(signal.SIGINT)
+            threading.Event().wait(WAIT_S)
+    threading.Event().wait(0.1)  # in which a second one would come
+
+
+def test_one_that_was_lost_is_not_sent_after_another_that_ended_the_block() -> None:
+    with pytest.raises(KeyboardInterrupt), heeding_interrupts():
+        Signalled(signal.SIGINT)
+        raise KeyboardInterrupt
+    threading.Event().wait(0.1)
+
+
+def test_one_that_comes_before_an_error_is_raised_all_the_same() -> None:
+    with pytest.raises(KeyboardInterrupt) as raised, heeding_interrupts():
+        Signalled(signal.SIGINT)
+        raise ValueError
+    assert isinstance(raised.value.__context__, ValueError)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_other_errors_of_finalizers_go_where_they_went(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
