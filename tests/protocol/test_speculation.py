@@ -88,6 +88,26 @@ def test_a_portion_of_a_lost_replica_is_granted_again_and_counts_once() -> None:
     assert [t.used for t in summary.replicas] == [1, 1]
 
 
+def test_a_portion_is_copied_whose_replica_stops_after_it_asked_for_more() -> None:
+    """It had asked before its result was sent."""
+    ledger = Ledger(WORK)
+    assert [granted(ledger, 1, n) for n in range(2)] == [item(0), item(1)]
+    assert [granted(ledger, 0, n) for n in range(3)] == [item(2), item(3), item(4)]
+    assert granted(ledger, 1, 2) == item(5)  # and nothing more is heard of it
+    assert granted(ledger, 0, 3, copy=True) is None  # the results may be under way
+    assert granted(ledger, 0, 4, copy=True) == item(1, copy=1), "the others of its portions are known to be finished"
+    ledger.validate()
+
+
+def test_no_portion_is_copied_whose_replica_waits_for_its_result_to_arrive() -> None:
+    ledger = Ledger(WORK)
+    assert [granted(ledger, 1, n) for n in range(2)] == [item(0), item(1)]
+    assert [granted(ledger, 0, n) for n in range(3)] == [item(2), item(3), item(4)]
+    assert granted(ledger, 1, 2) == item(5)
+    for clock in range(3, 9):
+        assert granted(ledger, clock % 2, clock, copy=True) is None
+
+
 # A replica.
 
 

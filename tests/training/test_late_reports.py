@@ -36,6 +36,22 @@ def test_newer_clocks_go_on_without_it(threads_cluster: fm.Cluster) -> None:
     assert [r["loss"] for r in records[:2]] == [1.5, 2.0]
 
 
+def test_newer_batches_go_on_without_the_report_of_a_portion(threads_cluster: fm.Cluster) -> None:
+    """Its result had arrived, and the replica stopped before it reported."""
+    history = History(training(threads_cluster, fm.policies.speculate(1)), 4, Metrics())
+    records = list[dict[str, Any]]()
+    for clock in range(MAX_AHEAD + 1):
+        assert records == [], f"only {clock - 1} batches are newer"
+        for replica in range(REPLICAS - (clock == 0)):
+            report(history, replica, clock, 1.0 + replica)
+        records += history.ready()
+    report(history, REPLICAS - 1, 0, 100.0)  # too late
+    assert history.ready() == []
+    assert [r["step"] for r in records] == list(range(MAX_AHEAD + 1))
+    assert [r["replicas"] for r in records] == [REPLICAS - 1] + [REPLICAS] * MAX_AHEAD
+    assert [r["loss"] for r in records[:2]] == [REPLICAS / 2, (REPLICAS + 1) / 2]
+
+
 def test_its_report_is_in_time_before_that_and_ignored_after_it(threads_cluster: fm.Cluster) -> None:
     for late in (False, True):
         history = begun(threads_cluster)

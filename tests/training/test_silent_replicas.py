@@ -156,8 +156,12 @@ SUSPENDED = (
 @pytest.mark.filterwarnings("ignore:worker.3 was lost")
 @pytest.mark.parametrize(
     ("policy", "at"),
-    [*((fm.policies.asynchronous(), at) for at in SUSPENDED), (fm.policies.quorum(0.75), SUSPENDED[0])],
-    ids=[*SUSPENDED, "quorum"],
+    [
+        *((fm.policies.asynchronous(), at) for at in SUSPENDED),
+        (fm.policies.quorum(0.75), SUSPENDED[0]),
+        *((fm.policies.speculate(1), at) for at in (*SUSPENDED[:5], "before send Contribution 19")),
+    ],
+    ids=[*SUSPENDED, "quorum", *(f"portions {at}" for at in (*SUSPENDED[:5], "before send Contribution 19"))],
 )
 def test_a_worker_is_suspended_at_a_point(patient: fm.Cluster, policy: fm.Policy, at: str) -> None:
     """Before its report, a step counts of which no record can tell."""

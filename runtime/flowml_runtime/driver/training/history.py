@@ -1,11 +1,11 @@
 """Builds the history of a fit: it combines the reports of replicas into one record per step, in order of steps.
 
 If replicas share clocks, a step is a clock. If some replicas may be left out, a record contains only the reports of
-the replicas that the decision counts; a clock without its own decision uses the next decision. A counted replica may
-stop before its report; the record goes without it once MAX_AHEAD newer clocks are fully reported. If each replica runs
-independently, a step is as many reports as there are replicas, in order of arrival. If batches are cut into portions, a
-step is the first report of each portion. In all cases a fit of n steps has
-n records. Reports are sums, and so is their weight if the loss has one, so that a record divides only once.
+the replicas that the decision counts; a clock without its own decision uses the next decision. If batches are cut into
+portions, a step is the first report of each portion. A replica that counts may stop before its report; the record goes
+without it once MAX_AHEAD newer clocks are fully reported. If each replica runs independently, a step is as many reports
+as there are replicas, in order of arrival. In all cases a fit of n steps has n records. Reports are sums, and so is
+their weight if the loss has one, so that a record divides only once.
 """
 
 from __future__ import annotations
@@ -252,19 +252,23 @@ class History:
 
     def _is_complete(self) -> bool:
         step = self.step
-        if not self._drops:
+        if not self._drops and not self._portions:
             units = self._open.get(step)
             before = 0 if self.records else self._before
             return units is not None and len(units) + before == self._row
-        if step not in self._counted:
+        if self._drops and step not in self._counted:
             return False
-        ahead = len(self._open) >= MAX_AHEAD and sum(map(self._is_full, self._open)) >= MAX_AHEAD
-        return ahead or self._is_full(step)
+        return self._is_full(step) or (
+            len(self._open) >= MAX_AHEAD and sum(map(self._is_full, self._open)) >= MAX_AHEAD
+        )
 
     def _is_full(self, step: int) -> bool:
-        """Whether a decision has been made, and every replica that it counts has reported."""
+        """Whether a decision has been made, and every member that it counts has reported."""
+        reported = self._open.get(step, {})
+        if self._portions:
+            return len(reported) == self._row
         counted = self._counted.get(step)
-        return counted is not None and counted <= self._open.get(step, {}).keys()
+        return counted is not None and counted <= reported.keys()
 
     def _close(self) -> Record:
         step = self.step

@@ -6,7 +6,10 @@ While it waits, it may ask for a copy: it gets one of a portion of that batch, o
 that was granted first. A portion that only lost replicas had is granted again, and the copy of a lost replica may be.
 
 Which result of a portion counts is decided elsewhere (`decision`). Here a portion is finished when one of its replicas
-asks for more work, so that it is not copied any more, and over when the ledger knows which grant counts.
+asks for more work, so that it is not copied any more, and over when the ledger knows which grant counts. One that asks
+for more may stop before its result is sent: a replica that has asked for a copy in vain, and asks again, gets one of a
+finished portion too if nobody who has the portion has asked for anything since it was finished. Where results are only
+slow to arrive, their replicas ask for copies themselves meanwhile.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ class _Open:
     copies: int = 0
     """The number of the last copy."""
     holders: set[int] = field(default_factory=set[int])
+    finished: dict[int, int] = field(default_factory=dict[int, int])
+    """Holder -> its request with which it had finished the portion."""
 
 
 class PortionQueue:
@@ -43,6 +48,10 @@ class PortionQueue:
         """The unfinished portions of each replica."""
         self._orphans: dict[int, None] = {}
         """The portions that only lost replicas had."""
+        self._requests = [0] * work.replicas
+        """How often each replica has asked for work."""
+        self._in_vain: dict[int, int] = {}
+        """Replica -> the last batch of which there was no copy for it."""
 
     @property
     def batches(self) -> int:
@@ -74,12 +83,13 @@ class PortionQueue:
         orphan = next((s for s in self._orphans if s // self._work.row == batch), None)
         if orphan is not None:
             return self._grant(replica, orphan)
-        found = [
-            s
-            for s in self._unfinished
-            if s // self._work.row == batch and len(self._open[s].holders) <= (self._work.copies or 0)
-        ]
-        return self._grant(replica, min(found, key=lambda s: len(self._open[s].holders))) if found else None
+        found = self._copied_less(batch, self._unfinished)
+        if not found and self._in_vain.get(replica) == batch:
+            found = self._copied_less(batch, [s for s in self._open if self._is_doubtful(s, replica)])
+        if not found:
+            self._in_vain[replica] = batch
+            return None
+        return self._grant(replica, min(found, key=lambda s: len(self._open[s].holders)))
 
     def over(self, sequence: int) -> None:
         """A grant of the portion counts."""
@@ -97,6 +107,18 @@ class PortionQueue:
                     self._unfinished.pop(sequence, None)
                     self._orphans[sequence] = None
 
+    def _copied_less(self, batch: int, portions: Iterable[int]) -> list[int]:
+        """Those of a batch that have fewer copies than they may."""
+        most, row = self._work.copies or 0, self._work.row
+        return [s for s in portions if s // row == batch and len(self._open[s].holders) <= most]
+
+    def _is_doubtful(self, sequence: int, replica: int) -> bool:
+        """Whether others have a portion, and none of them has asked for anything since it had finished it."""
+        portion = self._open[sequence]
+        return replica not in portion.holders and all(
+            portion.finished.get(holder, self._requests[holder]) == self._requests[holder] for holder in portion.holders
+        )
+
     def _grant(self, replica: int, sequence: int) -> wire.Item:
         """The next copy of a portion."""
         portion = self._open[sequence]
@@ -109,9 +131,13 @@ class PortionQueue:
         return wire.Item(first.sequence, first.epoch, first.start, first.size, portion.copies)
 
     def _finish(self, replica: int, sequences: Iterable[int]) -> None:
+        """Note that a replica has asked for work, and that it has finished these portions."""
+        self._requests[replica] += 1
         for sequence in list(sequences):
             self._doing[replica].discard(sequence)
             self._unfinished.pop(sequence, None)
+            if sequence in self._open:
+                self._open[sequence].finished[replica] = self._requests[replica]
 
     def validate(self) -> None:
         """Check that each open portion has a replica or waits for one, and that no other is kept."""
