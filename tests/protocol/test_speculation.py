@@ -13,6 +13,7 @@ from flowml_runtime.protocol.training.decision import Wake
 from flowml_runtime.protocol.training.ledger import Asked, Ledger, Settled, Summary, Work
 from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.replica import Settle
+from flowml_runtime.protocol.training.speculation import MOST_IN_VAIN
 from flowml_runtime.protocol.training.stage import (
     Abandon,
     Ask,
@@ -104,8 +105,11 @@ def test_no_portion_is_copied_whose_replica_waits_for_its_result_to_arrive() -> 
     assert [granted(ledger, 1, n) for n in range(2)] == [item(0), item(1)]
     assert [granted(ledger, 0, n) for n in range(3)] == [item(2), item(3), item(4)]
     assert granted(ledger, 1, 2) == item(5)
-    for clock in range(3, 9):
-        assert granted(ledger, clock % 2, clock, copy=True) is None
+    for clock in range(MOST_IN_VAIN):
+        assert granted(ledger, 0, 3 + clock, copy=True) is None
+        assert granted(ledger, 1, 3 + clock, copy=True) is None
+    assert granted(ledger, 0, 20, copy=True) == item(0, copy=1), "a later stage may have stopped"
+    ledger.validate()
 
 
 # A replica.

@@ -192,3 +192,68 @@ def test_one_that_is_heard_of_meanwhile_is_not_in_the_snapshot() -> None:
     assert not any(isinstance(action, Send) for action in paused(driver, 2, 0, export.number))
     (save,) = [action for action in driver.step(Received("b", told)) if isinstance(action, Save)]
     assert save.without == (2,)
+
+
+def of_two_stages() -> TrainingDriver:
+    """Replica 1 has its first stage on c, and its second on d. The homes are on a and b."""
+    ids: dict[str, Any] = {**IDS, "seed": 0, "shuffle": False, "examples": 1, "source": "fed"}
+    stores = tuple(StoreTerms((stage,), Policy(quorum=Quorum(1)), False) for stage in (0, 1))
+    start, work = wire.StartTraining(**ids, total_clocks=CLOCKS), Work(2, 2 * CLOCKS, 8, CLOCKS, aligned=True)
+    places = Places((("a", "b"), ("c", "d")), (("a",), ("b",)), ({}, {}))
+    driver = TrainingDriver(start, Terms(2, 2, 1, stores, CLOCKS), work, places, Rhythm(EVERY, partial=True))
+    driver.step(Begin())
+    for replica, worker in enumerate("ac"):
+        driver.step(Received(worker, wire.Ask(**IDS, replica=replica, clocks=(0, 1, 2, 3))))
+    stop(driver, 0)
+    for worker in "abc":
+        driver.step(Received(worker, wire.Exported(**IDS, stages=(), stores=(), buffers=0, number=0)))
+    driver.step(Withdraw())
+    assert driver.snapshots.silent == {1: {"d"}}
+    return driver
+
+
+def stop(driver: TrainingDriver, number: int, clock: int = EVERY) -> list[Any]:
+    """Both replicas stop. Returns what the second one makes the driver do."""
+    told = {r: wire.Paused(**IDS, replica=r, hold=driver.hold, clock=clock, number=number) for r in range(2)}
+    driver.step(Received("a", told[0]))
+    return driver.step(Received("c", told[1]))
+
+
+def test_a_later_stage_is_silent_although_the_first_one_goes_on() -> None:
+    driver = of_two_stages()
+    driver.step(Received("c", wire.Ask(**IDS, replica=1, clocks=(4, 5))))
+    item = wire.Item(1, 0, 8, 8)
+    driver.step(Received("c", wire.Settled(**IDS, replica=1, fates=((item, "dropped"),))))
+    assert driver.snapshots.silent, "its first stage says nothing about the second"
+    assert not driver.snapshots.misses, "snapshots are taken of the others"
+    [(clock, number)] = holds(driver.step(Pause()))
+    driver.step(Received("a", wire.Paused(**IDS, replica=0, hold=driver.hold, clock=clock, number=number)))
+    asked = driver.step(Received("c", wire.Paused(**IDS, replica=1, hold=driver.hold, clock=clock, number=number)))
+    assert asked == [], "the others have been asked already, and nothing waits for the silent replica"
+    assert driver.snapshots.under_way
+    for worker in "ab":
+        actions = driver.step(Received(worker, wire.Exported(**IDS, stages=(), stores=(), buffers=0, number=number)))
+    [saved] = [action for action in actions if isinstance(action, Save)]
+    assert saved.without == (1,)
+
+
+def test_the_second_to_stop_may_be_the_first_stage_of_a_silent_replica() -> None:
+    driver = of_two_stages()
+    [(clock, number)] = holds(driver.step(Pause()))
+    driver.step(Received("c", wire.Paused(**IDS, replica=1, hold=driver.hold, clock=clock, number=number)))
+    assert not driver.snapshots.under_way
+    told = wire.Paused(**IDS, replica=0, hold=driver.hold, clock=clock, number=number)
+    (export,) = driver.step(Received("a", told))
+    assert isinstance(export.message, wire.Export)
+    assert export.to == ("a", "b"), "no worker of the silent replica is asked"
+    driver.step(Received("a", wire.Exported(**IDS, stages=(), stores=(), buffers=0, number=number)))
+    driver.step(Withdraw())
+    assert driver.snapshots.silent == {0: {"b"}, 1: {"d"}}, "now another one is late too"
+
+
+def test_a_later_stage_is_heard_of_by_its_worker_or_by_a_step_that_counts() -> None:
+    driver, item = of_two_stages(), wire.Item(1, 0, 8, 8)
+    report = wire.Report(**IDS, replica=1, clock=3, item=item, slots=(), seconds=0.1)
+    assert holds(driver.step(Received("d", report))) == [(EVERY, 2)]
+    driver = of_two_stages()
+    assert holds(driver.step(Received("c", wire.Settled(**IDS, replica=1, fates=((item, "used"),))))) == [(EVERY, 2)]

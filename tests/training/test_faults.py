@@ -20,7 +20,6 @@ import pytest
 import flowml as fm
 from flowml.errors import ClusterError, DeadlineError, WorkerError, WorkerLostError
 from flowml_runtime import wire
-from tests.conftest import wait_until
 from tests.training.reference import BATCH, assert_close, assert_same, data, mlp, mlp_loss, optax_loop, refuse_marked
 
 SOURCE = data()
@@ -70,10 +69,37 @@ def test_a_killed_worker_ends_the_fit_at_once(no_leaks: NoLeaks, victim: str, la
         assert "heartbeat" not in str(caught.value), "that would take 5 s"
         assert caught.value.worker == victim
         assert (caught.value.step or 0) >= 3
-        with pytest.raises(fm.FlowmlError, match=f"there are 1|{victim}"):  # whether that is known here yet or not
+        assert cluster.lost == (victim,)
+        with pytest.raises(fm.FlowmlError, match="there are 1"):
             trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=5)
-        wait_until(lambda: len(cluster.devices) == 1, "the cluster has one device less")
         assert works(fm.Trainer(mlp_loss, SGD, cluster=cluster))
+
+
+def test_the_cluster_knows_of_a_loss_when_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the connection tells of the loss before the coordinator does."""
+    asked = threading.Event()
+    with fm.Cluster.local(workers=2) as cluster:
+        have, notice = cluster.have, cluster.notice
+
+        def have_later(*given: Any) -> None:
+            asked.wait(20)
+            have(*given)
+
+        def asked_for(worker: str | None, timeout_s: float | None = None) -> None:
+            asked.set()
+            notice(worker, timeout_s)
+
+        def kill() -> None:
+            monkeypatch.setattr(cluster, "have", have_later)
+            monkeypatch.setattr(cluster, "notice", asked_for)
+            os.kill(cluster.pids["worker:1"], signal.SIGKILL)
+
+        trainer = fm.Trainer(mlp_loss, SGD, cluster=cluster, replicas=2)
+        with pytest.raises(WorkerLostError):
+            trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=FOREVER, callbacks=[at(3, kill)])
+        assert cluster.lost == ("worker:1",)
+        cluster.bring_back(cluster.lost)
+        assert works(trainer)
 
 
 class Stop(Exception):

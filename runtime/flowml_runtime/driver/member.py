@@ -62,9 +62,9 @@ class DriverEvents:
             self._cluster.spares = sum(m.worker.startswith(SPARE) for m in members)
             self._cluster.launchers = sum(m.worker.startswith(LAUNCHER) for m in members)
             leaving = [m.worker for m in members if m.leaving]
-            self._cluster.have(devices_of(members, python=self._cluster.python), leaving)
             session, gone = self._cluster.session, {} if self._membership is None else self._membership.gone
-            session.lost_elsewhere(gone)
+            session.lost_elsewhere(gone)  # before others hear that the devices are gone
+            self._cluster.have(devices_of(members, python=self._cluster.python), leaving)
             session.back = back_with(self._cluster.spares, session.remedy)
 
     def on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:

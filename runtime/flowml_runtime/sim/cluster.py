@@ -133,7 +133,7 @@ class SimulatedCluster:
         """ "": a simulated driver is never lost."""
         return ""
 
-    def notice(self, worker: str) -> None:
+    def notice(self, worker: str, timeout_s: float = 0.0) -> None:
         """A worker that has given notice does nothing any more, and goes as the models say."""
 
     @property

@@ -52,6 +52,8 @@ T = TypeVar("T")
 
 MOST_IN_VAIN = 10
 """How many losses without a new step in between a fit survives. More say that a step itself ends the worker."""
+KNOWN_WITHIN_S = 2.0
+"""How long an error waits until the cluster knows of the loss too, so that `bring_back(cluster.lost)` helps."""
 MOST_ASKED = 4
 """How many lost workers are asked whether not they are lost, but this driver."""
 
@@ -208,6 +210,8 @@ class Losses:
         for worker in (*named, *others)[:MOST_ASKED]:
             if why := self._cluster.why_refused(worker):
                 raise WorkerLostError(lost_itself(worker, why), step=error.step) from error
+        if self.on_loss == "raise" and named:
+            self._cluster.notice(named[0], KNOWN_WITHIN_S)  # another worker may have told first
 
     def _begin_with_those_there(self) -> None:
         """Leave out the replicas whose workers have not joined yet."""

@@ -297,7 +297,7 @@ class TrainingDriver:
             return [] if handle is None else [Release(handle, self.number)]
         if type(event) is Received:  # not `match`: nearly every event is one
             actions = self._receive(event)
-            return [*actions, *self._hear(event.message)] if self.snapshots.silent else actions
+            return [*actions, *self._hear(event)] if self.snapshots.silent else actions
         match event:
             case Begin():
                 return self._begin()
@@ -454,10 +454,9 @@ class TrainingDriver:
         wire.Settled: _settled,
     }
 
-    def _hear(self, message: Any) -> Sequence[Action]:
+    def _hear(self, event: Received) -> Sequence[Action]:
         """Note that a replica runs that held a snapshot up."""
-        replica = getattr(message, "replica", None)
-        return () if replica is None else self.snapshots.hear(self._ids(), replica, self.ledger.newest)
+        return self.snapshots.hear(self._ids(), event.peer, event.message, self.ledger.newest)
 
     def _grant(self, ask: wire.Ask) -> list[Action]:
         actions: list[Action] = []

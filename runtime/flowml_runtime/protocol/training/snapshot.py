@@ -17,7 +17,8 @@
   that is to go on without it (`departed`).
 * A late replica, or one whose worker is late, holds a snapshot up. If others could go on without it, the caller
   withdraws the snapshot after a while: those that have stopped go on, and no other is taken before each of the late
-  ones is heard of. One that was due at a clock is then taken later. The last one waits.
+  ones is heard of. Its other stages may go on meanwhile, so of one whose worker is late that worker has to be heard of,
+  or a step that counts. A snapshot that was due at a clock is then taken later. The last one waits.
 * If the fit goes on after losses, or has checkpoints, snapshots are meanwhile taken of the others where that is sound
   (`silent`): for the case that the silent ones are lost. Of these the driver gets the buffers, and there are no copies.
 * Each Hold has the next number. What comes because of an earlier one, or again, changes nothing.
@@ -133,8 +134,9 @@ class Snapshots:
         """Whether the snapshot for which replicas stop is to be taken after a push."""
         self._released: set[int] = set()
         """The replicas that may retire, because they have no more items and others may wait for them."""
-        self.silent: set[int] = set()
-        """The replicas that held up the snapshot that was withdrawn last, and have not been heard of since."""
+        self.silent: dict[int, frozenset[str]] = {}
+        """The replicas that held up the snapshot that was withdrawn last, and have not been heard of since. Of one that
+        had stopped, the workers that had not told what they keep."""
         self._leaves_out = rhythm is not None and rhythm.partial and goes_without(terms)
         """Whether snapshots are taken without silent replicas."""
         self._without: frozenset[int] = frozenset()
@@ -219,9 +221,10 @@ class Snapshots:
         """Let the replicas go on that stand for a snapshot. Nothing if none does."""
         if not self.heard:
             return []
-        late = (w for w in self._asked if self.under_way and not self._has_told(w))
-        stages = {r for w in late for r, _ in self._places.stages_on(w)}
-        self.silent = set(self._live.difference(self._paused)) | stages
+        late = frozenset(w for w in self._asked if self.under_way and not self._has_told(w))
+        stages = {r: late.intersection(self._places.stages[r]) for w in late for r, _ in self._places.stages_on(w)}
+        others = self._live.difference(self._paused, self.silent)
+        self.silent |= {r: frozenset[str]() for r in others} | stages
         self._paused, self._after_push, forgotten = {}, False, self._forget(ids["cause"])
         return [*forgotten, self._hold_all(ids, self._terms.last_clock + 1 if self._terms.aligned else AT_END)]
 
@@ -242,10 +245,14 @@ class Snapshots:
         self._copied, self._without = {}, frozenset()
         return [Release(handle, cause) for _, handle in told.values() if handle is not None]
 
-    def hear(self, ids: dict[str, Any], replica: int, newest: int) -> list[Send]:
-        """A replica runs. After the last silent one, the rhythm goes on with what is due after the `newest` clock that
-        was granted."""
-        self.silent.discard(replica)
+    def hear(self, ids: dict[str, Any], peer: str, message: Any, newest: int) -> list[Send]:
+        """Note which replicas run. After the last silent one, the rhythm goes on with what is due after the `newest`
+        clock that was granted."""
+        for replica, workers in list(self.silent.items()):
+            named = getattr(message, "replica", None) == replica
+            counts = isinstance(message, wire.Settled) and any(fate == "used" for _, fate in message.fates)
+            if peer in workers or (named and (counts or not workers)):
+                del self.silent[replica]
         if self.silent or self._paused or self._rhythm is None:
             return []
         clock = self._next(newest)
@@ -258,7 +265,7 @@ class Snapshots:
 
     def lose(self, ids: dict[str, Any]) -> list[Send | Release]:
         """A replica is lost. The others go on."""
-        held, self._rhythm, self.silent, self._stopping = self.hold != NO_HOLD, None, set(), {}
+        held, self._rhythm, self.silent, self._stopping = self.hold != NO_HOLD, None, {}, {}
         return [*self._forget(ids["cause"]), *([self._hold_all(ids, NO_HOLD)] if held else [])]
 
     def leave(self, ids: dict[str, Any], places: Places) -> list[Send | Release]:
@@ -266,7 +273,7 @@ class Snapshots:
         anew."""
         self._places, self._workers = places, places.workers
         self._live = self._live.difference(places.lost)
-        self.silent.difference_update(places.lost)
+        self.silent = {r: workers for r, workers in self.silent.items() if r not in places.lost}
         stand, self._paused, self._stopping, self._after_push = bool(self._paused or self._stopping), {}, {}, False
         return [*self._forget(ids["cause"]), *([self._hold_all(ids, self.hold)] if stand else [])]
 
@@ -286,11 +293,9 @@ class Snapshots:
                 if not self._live.difference(absent) <= self._paused.keys():
                     return self._release(ids, message)
                 self._stopping = {}  # all have come to the end meanwhile
-                missing = self._live.difference(self._paused)
-                self.under_way, self._without = (
-                    True,
-                    apart(missing, self._terms, self._places) if missing else frozenset(),
-                )
+                missing = self._live.difference(self._paused) | {r for r in absent if self.silent.get(r)}
+                self.under_way = True
+                self._without = apart(missing, self._terms, self._places) if missing else frozenset()
                 return [Send(self._asked, self._export(ids))]
             case wire.Exported() if self.under_way:
                 self._exported[peer] = message

@@ -9,7 +9,8 @@ Which result of a portion counts is decided elsewhere (`decision`). Here a porti
 asks for more work, so that it is not copied any more, and over when the ledger knows which grant counts. One that asks
 for more may stop before its result is sent: a replica that has asked for a copy in vain, and asks again, gets one of a
 finished portion too if nobody who has the portion has asked for anything since it was finished. Where results are only
-slow to arrive, their replicas ask for copies themselves meanwhile.
+slow to arrive, their replicas ask for copies themselves meanwhile. A later stage may stop as well, whose replica still
+asks: after `MOST_IN_VAIN` requests any portion that is not over is copied.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from dataclasses import dataclass, field
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ensure
 from flowml_runtime.protocol.training.work import Work
+
+MOST_IN_VAIN = 8
+"""How often a replica asks for a copy of a batch in vain before it gets one of a portion that is said to be finished.
+It waits for as long as a portion takes between two requests."""
 
 
 @dataclass(slots=True)
@@ -50,8 +55,8 @@ class PortionQueue:
         """The portions that only lost replicas had."""
         self._requests = [0] * work.replicas
         """How often each replica has asked for work."""
-        self._in_vain: dict[int, int] = {}
-        """Replica -> the last batch of which there was no copy for it."""
+        self._in_vain: dict[int, tuple[int, int]] = {}
+        """Replica -> the last batch of which there was no copy for it, and how often it has asked."""
 
     @property
     def batches(self) -> int:
@@ -84,10 +89,13 @@ class PortionQueue:
         if orphan is not None:
             return self._grant(replica, orphan)
         found = self._copied_less(batch, self._unfinished)
-        if not found and self._in_vain.get(replica) == batch:
-            found = self._copied_less(batch, [s for s in self._open if self._is_doubtful(s, replica)])
+        asked, times = self._in_vain.get(replica, (batch, 0))
+        times = times if asked == batch else 0
+        if not found and times:
+            others = (s for s, portion in self._open.items() if replica not in portion.holders)
+            found = self._copied_less(batch, [s for s in others if times >= MOST_IN_VAIN or self._is_doubtful(s)])
         if not found:
-            self._in_vain[replica] = batch
+            self._in_vain[replica] = batch, times + 1
             return None
         return self._grant(replica, min(found, key=lambda s: len(self._open[s].holders)))
 
@@ -112,10 +120,10 @@ class PortionQueue:
         most, row = self._work.copies or 0, self._work.row
         return [s for s in portions if s // row == batch and len(self._open[s].holders) <= most]
 
-    def _is_doubtful(self, sequence: int, replica: int) -> bool:
-        """Whether others have a portion, and none of them has asked for anything since it had finished it."""
+    def _is_doubtful(self, sequence: int) -> bool:
+        """Whether none that has a portion has asked for anything since it had finished it."""
         portion = self._open[sequence]
-        return replica not in portion.holders and all(
+        return all(
             portion.finished.get(holder, self._requests[holder]) == self._requests[holder] for holder in portion.holders
         )
 
