@@ -5,7 +5,7 @@ this process and of its workers, between fits. Memory grows at first, as caches 
 half. Its slope says something about a leak after an hour or more, so only then it is checked.
 
 The workers run without huge pages. With them the kernel makes whole pages of 2 MiB, at any time, of regions of the heap
-that were used in part. In two hours that added 4 MiB to a worker twice, and it had allocated nothing.
+that were used in part, although nothing was allocated.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ LOOPS: tuple[Loop, ...] = (
     Loop("frozen layers", tricks.frozen, _FULLY),
     Loop("loss scaling", tricks.mixed_precision, _FULLY, tolerance=5e-2),
     Loop("private gradients", tricks.private, _FULLY),
-    Loop("slow targets", tricks.ema_targets, (("fc0", "fc1"), ("fc2", "predictor")), tolerance=5e-4),
+    Loop("slow targets", tricks.ema_targets, (("fc0", "fc1"), ("fc2", "predictor")), tolerance=2e-4),
     Loop("MAML", tricks.maml, _FULLY),
     Loop("sharpness", tricks.sharpness_aware, _FULLY),
     Loop("distillation", tricks.distillation, (("teacher",), ("fc*",))),

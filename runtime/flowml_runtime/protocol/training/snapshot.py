@@ -248,10 +248,10 @@ class Snapshots:
     def hear(self, ids: dict[str, Any], peer: str, message: Any, newest: int) -> list[Send]:
         """Note which replicas run. After the last silent one, the rhythm goes on with what is due after the `newest`
         clock that was granted."""
+        told = getattr(message, "replica", None)
+        counts = isinstance(message, wire.Settled) and any(fate == "used" for _, fate in message.fates)
         for replica, workers in list(self.silent.items()):
-            named = getattr(message, "replica", None) == replica
-            counts = isinstance(message, wire.Settled) and any(fate == "used" for _, fate in message.fates)
-            if peer in workers or (named and (counts or not workers)):
+            if peer in workers or (told == replica and (counts or not workers)):
                 del self.silent[replica]
         if self.silent or self._paused or self._rhythm is None:
             return []
